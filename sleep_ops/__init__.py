@@ -1,0 +1,1 @@
+"""Sleep for language models: looped consolidation of fast weights."""
