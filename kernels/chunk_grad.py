@@ -1,0 +1,254 @@
+"""All gradients of a chunk, from the states before it and the state cotangents after it; every chunk at once.
+
+Notation of chunk_scan.py; S0 is the state before the chunk, dS1 the cotangent of the state after it. Besides dU, dY:
+
+    dX = A^T dU        dP = tril(dO U^T)        dL = -strict_tril(dX U^T)        W_ij = dL_ij beta_i e^{G_i - G_j}
+    dQ = scale e^G dO S0^T + (dP scale e^{G_i - G_j}) K
+    dK = (dP scale e^{G_i - G_j})^T Q + e^{G_C - G} U dS1^T - e^G dY S0^T + W K + W^T K
+    dV = dY = beta dX        dbeta_i = <dX_i, Y_i> + sum_j dL_ij M_ij
+    dG = rows - columns of (dP P + dL beta M) + scale e^G <Q, dO S0^T> - e^G <dY, K S0> - e^{G_C - G} <U, K dS1>
+    dG_C += e^{G_C} <S0, dS1> + sum e^{G_C - G} <U, K dS1>        dg = reverse cumulative sum of dG
+
+The Hebbian rule has U = beta V, dV = beta dU, dbeta_i = <dU_i, V_i>, and no term in L, W or K S0.
+
+Products that need a transposed accumulator on the left, which Triton 3.4 to 3.7.0 miscompiles on Hopper, are formed as
+transposed results instead: W^T K as the transpose of K^T W.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sleep_ops.kernels.configs import ChunkConfig, block_size
+from sleep_ops.kernels.primitives import (
+    l2norm_gradient,
+    load_decay,
+    load_key_tile,
+    load_rows,
+    load_tile,
+    locate_chunk,
+    pair_decay,
+    store_tile,
+)
+
+
+@triton.jit(do_not_specialize=["T", "num_seqs"])
+def chunk_grad_kernel(
+    q,
+    k,
+    v,
+    G,
+    beta,
+    A,
+    states,
+    d_states,
+    d_output,
+    dq,
+    dk,
+    dv,
+    dg,
+    dbeta,
+    cu_seqlens,
+    chunk_offsets,
+    scale,
+    T,
+    num_seqs,
+    stride_q,
+    stride_k,
+    stride_v,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BETA_SCALE: tl.constexpr,
+    USE_L2NORM: tl.constexpr,
+):
+    """Gradients of one chunk and query/key head, summed over its value heads; A is None for the Hebbian rule.
+
+    Reads what chunk_scan reads, states and d_states [chunks, HV, K, V], and d_output [rows, HV, V] or None for zero.
+    Writes dq, dk [rows, H, K], dv [rows, HV, V], and dg, dbeta [rows, HV]: dg of the activated log decay, dbeta of
+    the logit where BETA_SCALE > 0. Without d_output neither q nor dq is touched.
+
+    Grid (chunks, H). Mirrors the backward of `one_pass` of sleep_ops/reference.py.
+    """
+    i_c = tl.program_id(0)
+    i_h = tl.program_id(1)
+    start, num_rows = locate_chunk(i_c, cu_seqlens, chunk_offsets, T, num_seqs, C)
+    if num_rows <= 0:
+        return
+    o_i = tl.arange(0, C)
+    o_k = tl.arange(0, BK)
+    m_i = o_i < num_rows
+    p_k = k + start * stride_k + i_h * K
+    b_k = load_key_tile(p_k, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
+    dtype = b_k.dtype
+    b_dk = tl.zeros([C, BK], tl.float32)
+    if d_output is not None:
+        p_q = q + start * stride_q + i_h * K
+        b_q = load_key_tile(p_q, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
+        b_dq = tl.zeros([C, BK], tl.float32)
+
+    for i_hv in range(i_h * (HV // H), (i_h + 1) * (HV // H)):
+        o_gate = start * HV + i_hv
+        o_state = (i_c.to(tl.int64) * HV + i_hv) * K * V
+        b_G = load_decay(G + o_gate, o_i, HV, num_rows)
+        G_C = tl.load(G + o_gate + (num_rows - 1) * HV)
+        b_beta = load_rows(beta + o_gate, o_i, HV, num_rows)
+        b_e = tl.exp2(b_G)
+        b_end = tl.exp2(G_C - b_G)
+        b_dG = tl.zeros([C], tl.float32)
+        b_dbeta = tl.zeros([C], tl.float32)
+        b_SdS = tl.zeros([BK], tl.float32)
+        dG_C = 0.0
+        if A is not None:
+            b_A = load_tile(A + o_gate * C, o_i, o_i, HV * C, num_rows, C)
+            b_dL = tl.zeros([C, C], tl.float32)
+        if d_output is not None:
+            m_ji = o_i[None, :] >= o_i[:, None]
+            b_decayT = tl.exp2(tl.where(m_ji, b_G[None, :] - b_G[:, None], float("-inf")))
+            b_PT = (scale * b_decayT * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")).to(dtype)
+            b_dP = tl.zeros([C, C], tl.float32)
+            b_dG -= tl.sum(b_q.to(tl.float32) * b_dq, 1)
+
+        for i_v in range(0, tl.cdiv(V, BV)):
+            o_v = i_v * BV + tl.arange(0, BV)
+            b_S = load_tile(states + o_state, o_k, o_v, V, K, V)
+            b_dS = load_tile(d_states + o_state, o_k, o_v, V, K, V)
+            b_v = load_tile(v + start * stride_v + i_hv * V, o_i, o_v, stride_v, num_rows, V).to(tl.float32)
+            b_SdS += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
+
+            b_write = b_end[:, None] * tl.dot(b_k, b_dS, input_precision="ieee")
+            b_dU = b_write
+            if d_output is not None:
+                b_dO = load_tile(d_output + o_gate * V, o_i, o_v, HV * V, num_rows, V)
+                b_dU += tl.dot(b_PT, b_dO.to(dtype), input_precision="ieee")
+            if A is None:
+                b_U = b_beta[:, None] * b_v
+                b_dX = b_dU
+                b_dbeta += tl.sum(b_dX * b_v, 1)
+            else:
+                b_read = b_e[:, None] * tl.dot(b_k, b_S, input_precision="ieee")
+                b_Y = b_v - b_read
+                b_U = tl.dot(b_A, (b_beta[:, None] * b_Y).to(dtype), input_precision="ieee")
+                b_dX = tl.dot(tl.trans(b_A), b_dU.to(dtype), input_precision="ieee")
+                b_dbeta += tl.sum(b_dX * b_Y, 1)
+                b_dG -= tl.sum(b_beta[:, None] * b_dX * b_read, 1)
+            b_written = tl.sum(b_U * b_write, 1)
+            b_dG -= b_written
+            dG_C += tl.sum(b_written)
+            store_tile(dv + o_gate * V, b_beta[:, None] * b_dX, o_i, o_v, HV * V, num_rows, V)
+
+            b_UT = tl.trans(b_U.to(dtype))
+            b_dk += tl.dot((b_end[:, None] * b_U).to(dtype), tl.trans(b_dS), input_precision="ieee")
+            if A is not None:
+                b_dL -= tl.dot(b_dX.to(dtype), b_UT, input_precision="ieee")
+                b_dkS = ((b_e * b_beta)[:, None] * b_dX).to(dtype)
+                b_dk -= tl.dot(b_dkS, tl.trans(b_S), input_precision="ieee")
+            if d_output is not None:
+                b_dP += tl.dot(b_dO.to(dtype), b_UT, input_precision="ieee")
+                b_dQ = (scale * b_e[:, None] * b_dO.to(tl.float32)).to(dtype)
+                b_dq += tl.dot(b_dQ, tl.trans(b_S), input_precision="ieee")
+
+        dG_C += tl.exp2(G_C) * tl.sum(b_SdS)
+        if d_output is not None:
+            b_dG += tl.sum(b_q.to(tl.float32) * b_dq, 1)
+            b_ds = scale * b_dP * pair_decay(b_G, o_i[:, None] >= o_i[None, :])
+            b_dPP = b_ds * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            b_dG += tl.sum(b_dPP, 1) - tl.sum(b_dPP, 0)
+            b_ds = b_ds.to(dtype)
+            b_dq += tl.dot(b_ds, b_k, input_precision="ieee")
+            b_dk += tl.trans(tl.dot(tl.trans(b_q), b_ds, input_precision="ieee"))
+        if A is not None:
+            b_W = b_dL * pair_decay(b_G, o_i[:, None] > o_i[None, :])
+            b_dLM = b_W * tl.dot(b_k, tl.trans(b_k), input_precision="ieee")
+            b_dbeta += tl.sum(b_dLM, 1)
+            b_dLM = b_beta[:, None] * b_dLM
+            b_dG += tl.sum(b_dLM, 1) - tl.sum(b_dLM, 0)
+            b_W = (b_beta[:, None] * b_W).to(dtype)
+            b_dk += tl.dot(b_W, b_k, input_precision="ieee")
+            b_dk += tl.trans(tl.dot(tl.trans(b_k), b_W, input_precision="ieee"))
+
+        b_dg = tl.sum(tl.where((o_i[None, :] >= o_i[:, None]) & m_i[None, :], b_dG[None, :], 0.0), 1) + dG_C
+        if BETA_SCALE > 0:
+            b_dbeta *= b_beta * (1.0 - b_beta / BETA_SCALE)
+        tl.store(dg + o_gate + o_i * HV, b_dg, mask=m_i)
+        tl.store(dbeta + o_gate + o_i * HV, b_dbeta, mask=m_i)
+
+    if USE_L2NORM:
+        b_dk = l2norm_gradient(load_tile(p_k, o_i, o_k, stride_k, num_rows, K), b_dk)
+    store_tile(dk + (start * H + i_h) * K, b_dk, o_i, o_k, H * K, num_rows, K)
+    if d_output is not None:
+        if USE_L2NORM:
+            b_dq = l2norm_gradient(load_tile(p_q, o_i, o_k, stride_q, num_rows, K), b_dq)
+        store_tile(dq + (start * H + i_h) * K, b_dq, o_i, o_k, H * K, num_rows, K)
+
+
+def chunk_grad(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    row_strides: tuple[int, int, int],
+    G: Tensor,
+    beta: Tensor,
+    A: Tensor | None,
+    states: Tensor,
+    d_states: Tensor,
+    d_output: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_offsets: Tensor | None,
+    *,
+    scale: float,
+    use_qk_l2norm: bool,
+    beta_scale: float,
+    config: ChunkConfig,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """dq (None without d_output), dk [B, T, H, K] and dv [B, T, HV, V] in their inputs' dtypes; dg, dbeta float32.
+
+    dg, [B, T, HV] like dbeta, is the gradient of the activated log decay. states and d_states are those of chunk_scan
+    and chunk_reverse.
+    """
+    B, T, H, K = k.shape
+    HV, V = v.shape[2:]
+    dk = torch.empty(B, T, H, K, dtype=k.dtype, device=k.device)
+    dq = None if d_output is None else torch.empty_like(dk)
+    dv = torch.empty(B, T, HV, V, dtype=v.dtype, device=k.device)
+    dg = torch.empty(B, T, HV, dtype=torch.float32, device=k.device)
+    dbeta = torch.empty_like(dg)
+    chunk_grad_kernel[(states.shape[0], H)](
+        q,
+        k,
+        v,
+        G,
+        beta,
+        A,
+        states,
+        d_states,
+        d_output,
+        dq,
+        dk,
+        dv,
+        dg,
+        dbeta,
+        cu_seqlens,
+        chunk_offsets,
+        scale,
+        T,
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        *row_strides,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        C=config.chunk,
+        BK=block_size(K),
+        BV=config.grad.block_v,
+        BETA_SCALE=beta_scale,
+        USE_L2NORM=use_qk_l2norm,
+        num_warps=config.grad.warps,
+        num_stages=config.grad.stages,
+    )
+    return dq, dk, dv, dg, dbeta

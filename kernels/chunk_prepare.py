@@ -1,0 +1,169 @@
+"""What every chunk needs before the state arrives: activated gates, cumulative decays, and the delta rule's inverse.
+
+With k_i, beta_i and the cumulative log decay G_i of one chunk of C tokens (Yang, Kautz, Hatamizadeh, "Gated Delta
+Networks", arXiv 2412.06464, section 3.3),
+
+    L = I + diag(beta) M,    M_ij = exp(G_i - G_j) <k_i, k_j> for i > j, else 0,    A = L^{-1}.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sleep_ops.kernels.configs import ChunkConfig, block_size
+from sleep_ops.kernels.primitives import (
+    LOG2E,
+    load_key_tile,
+    load_rows,
+    locate_chunk,
+    pair_decay,
+    store_tile,
+)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) without overflow, and with small results exact to rounding."""
+    e = tl.exp(-tl.abs(x))
+    log1p = tl.where(e < 1e-2, e * (1.0 - e * (0.5 - e * (1.0 / 3.0 - e * 0.25))), tl.log(1.0 + e))
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def unit_lower_inverse(b_L, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Inverse of a unit lower triangular [C, C] tile, float32, by forward substitution over doubling blocks.
+
+    Let A_s hold the inverses of the diagonal blocks of size s, and X_s the block of L left of each second one. Then
+    A_2s = A_s - A_s X_s A_s. Unlike the power series of L - I, no term outgrows the result (repeated keys, beta 2).
+    """
+    o_i = tl.arange(0, C)
+    b_A = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0)
+    for level in tl.static_range(0, 6):
+        s: tl.constexpr = 1 << level
+        if s < C:
+            i_r = o_i[:, None] // s
+            i_c = o_i[None, :] // s
+            b_X = tl.where((i_r % 2 == 1) & (i_c == i_r - 1), b_L, 0.0)
+            if s == 1:
+                b_A -= b_X
+            else:
+                b_XA = tl.dot(b_X, b_A, input_precision=PRECISION)
+                b_A -= tl.dot(b_A, b_XA, input_precision=PRECISION)
+    return b_A
+
+
+@triton.jit(do_not_specialize=["T", "num_seqs"])
+def chunk_prepare_kernel(
+    k,
+    g,
+    beta,
+    A_log,
+    dt_bias,
+    G,
+    beta_out,
+    A,
+    cu_seqlens,
+    chunk_offsets,
+    T,
+    num_seqs,
+    stride_k,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BETA_SCALE: tl.constexpr,
+    USE_L2NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gates and inverse of one chunk and value head.
+
+    g: log decay, or with A_log and dt_bias the gate's input a, of which -exp(A_log) softplus(a + dt_bias) is the decay.
+    beta: write strength, or with BETA_SCALE > 0 the logit of BETA_SCALE * sigmoid(beta).
+    Writes G, the base-2 log decay summed from the chunk's start to each token, beta_out (both [rows, HV] float32), and
+    for the delta rule (A given) A = L^{-1} as [rows, HV, C] in A's dtype, by float32 arithmetic.
+
+    Grid (chunks, HV). Mirrors `log_decay`, `write_strength` and `l2_normalise` of sleep_ops/reference.py.
+    """
+    i_c = tl.program_id(0)
+    i_hv = tl.program_id(1)
+    start, num_rows = locate_chunk(i_c, cu_seqlens, chunk_offsets, T, num_seqs, C)
+    if num_rows <= 0:
+        return
+    o_i = tl.arange(0, C)
+    m_i = o_i < num_rows
+    o_gate = start * HV + i_hv
+
+    b_g = load_rows(g + o_gate, o_i, HV, num_rows).to(tl.float32)
+    if A_log is not None:
+        b_rate = tl.exp(tl.load(A_log + i_hv).to(tl.float32))
+        b_g = -b_rate * softplus(b_g + tl.load(dt_bias + i_hv).to(tl.float32))
+    b_G = tl.cumsum(tl.where(m_i, b_g, 0.0), 0) * LOG2E
+    b_beta = load_rows(beta + o_gate, o_i, HV, num_rows).to(tl.float32)
+    if BETA_SCALE > 0:
+        b_beta = tl.where(m_i, BETA_SCALE * tl.sigmoid(b_beta), 0.0)
+    tl.store(G + o_gate + o_i * HV, b_G, mask=m_i)
+    tl.store(beta_out + o_gate + o_i * HV, b_beta, mask=m_i)
+
+    if A is not None:
+        p_k = k + start * stride_k + i_hv // (HV // H) * K
+        b_k = load_key_tile(p_k, o_i, tl.arange(0, BK), stride_k, num_rows, K, USE_L2NORM)
+        b_kk = tl.dot(b_k, tl.trans(b_k), input_precision="ieee")
+        b_L = b_beta[:, None] * b_kk * pair_decay(b_G, o_i[:, None] > o_i[None, :])
+        b_A = unit_lower_inverse(b_L, C, PRECISION)
+        store_tile(A + o_gate * C, b_A, o_i, o_i, HV * C, num_rows, C)
+
+
+def chunk_prepare(
+    k: Tensor,
+    row_stride: int,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_offsets: Tensor | None,
+    *,
+    num_chunks: int,
+    rule: str,
+    use_qk_l2norm: bool,
+    beta_scale: float,
+    config: ChunkConfig,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns G and activated beta, [B, T, HV] float32, and A [B, T, HV, C] in k's dtype (None for "hebbian").
+
+    k [B, T, H, K] with rows of contiguous heads, `row_stride` elements apart; g, beta [B, T, HV] contiguous;
+    chunk_offsets int64 [num_seqs + 1], the number of chunks before each packed sequence.
+    """
+    B, T, H, K = k.shape
+    HV = g.shape[2]
+    G = torch.empty(B, T, HV, dtype=torch.float32, device=k.device)
+    beta_out = torch.empty_like(G)
+    A = torch.empty(B, T, HV, config.chunk, dtype=k.dtype, device=k.device) if rule == "delta" else None
+    chunk_prepare_kernel[(num_chunks, HV)](
+        k,
+        g,
+        beta,
+        A_log,
+        dt_bias,
+        G,
+        beta_out,
+        A,
+        cu_seqlens,
+        chunk_offsets,
+        T,
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        row_stride,
+        H=H,
+        HV=HV,
+        K=K,
+        C=config.chunk,
+        BK=block_size(K),
+        BETA_SCALE=beta_scale,
+        USE_L2NORM=use_qk_l2norm,
+        PRECISION="ieee" if k.dtype == torch.float32 else "tf32x3",
+        num_warps=config.prepare.warps,
+        num_stages=config.prepare.stages,
+    )
+    return G, beta_out, A

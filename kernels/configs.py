@@ -1,0 +1,49 @@
+"""Launch settings of the chunk kernels: one small table, read top to bottom; no autotuning at run time.
+
+Bounds behind the numbers, checked by tests/test_aot.py: no register spills with 16-bit inputs up to K = V = 128, and
+shared memory within the device's limit (163 KB on sm_80, 227 KB on sm_90 and sm_100).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Launch(NamedTuple):
+    """block_v: columns of the value tile; warps and software-pipeline stages of a program."""
+
+    block_v: int
+    warps: int
+    stages: int
+
+
+class ChunkConfig(NamedTuple):
+    """Chunk length in tokens (shared by all kernels of a call) and each kernel's launch."""
+
+    chunk: int
+    prepare: Launch
+    scan: Launch
+    reverse: Launch
+    grad: Launch
+
+
+def block_size(dim: int) -> int:
+    """Tile size of a head dimension: the next power of two, at least 16 (the smallest tl.dot takes)."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def chunk_config(K: int, V: int, T: int, dtype: torch.dtype) -> ChunkConfig:
+    """Settings for head dims K and V, T tokens (of the longest sequence, or all of them) and q/k/v of `dtype`."""
+    BK = block_size(K)
+    if dtype == torch.float32:
+        chunk = 32 if BK <= 128 else 16
+        block_v = 32 if BK <= 128 else 16
+        stages = 1
+    else:
+        chunk = 64 if BK <= 64 else 32 if BK <= 128 else 16
+        block_v = 64 if BK <= 64 else 32
+        stages = 2
+    chunk = 16 if T <= 16 else min(chunk, 32) if T <= 32 else chunk
+    launch = Launch(min(block_v, block_size(V)), 4, stages)
+    return ChunkConfig(chunk, launch._replace(stages=1), launch, launch, launch._replace(stages=1))
