@@ -8,7 +8,8 @@ Per chunk of C tokens, with G the cumulative log decay inside it, S0 the state b
     S1 = e^G_C S0 + (e^(G_C - G) * K)^T U
 
 after Yang et al., "Parallelizing Linear Transformers with the Delta Rule", arXiv 2406.06484, and Yang, Kautz,
-Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464. Only Y, U and S1 are computed chunk by chunk; the rest is batched over chunks.
+Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464. Only Y, U and S1 are computed chunk by chunk; the rest is batched
+over chunks.
 
 float16 and bfloat16 inputs are computed as the kernels compute them: operands of matrix products are rounded to the
 input dtype, sums, gates, the inverse and the states are float32.
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sleep_ops.ops.packed import PaddedSequences
 from sleep_ops.reference import l2_normalise, log_decay, state_dtype, write_strength
 
 MAX_CHUNK = 64
@@ -76,17 +78,6 @@ def _chunks(x: Tensor, heads: int, num_chunks: int, chunk: int) -> Tensor:
     return x.permute(0, 3, 4, 1, 2, *range(5, x.ndim))
 
 
-def _unpack_index(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For packed sequences: the token [N, M] at each place of a padded batch, which places are real, and lengths.
-
-    M is the longest sequence's length; under torch.compile, where values are unknown, it is `tokens`.
-    """
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    longest = tokens if torch.compiler.is_compiling() else int((ends - starts).max())
-    index = starts[:, None] + torch.arange(longest, device=cu_seqlens.device)
-    return index.clamp(max=tokens - 1), index < ends[:, None], starts
-
-
 def chunk_gated_delta_rule_torch(
     q: Tensor | None,
     k: Tensor,
@@ -123,20 +114,10 @@ def chunk_gated_delta_rule_torch(
         o, state = _padded(q, k, v, g, beta, scale, initial_state, rule, dtype)
         return None if o is None else o.to(out_dtype), state
 
-    tokens = v.shape[1]
-    index, real, starts = _unpack_index(cu_seqlens, tokens)
-
-    def unpack(x: Tensor) -> Tensor:
-        return x[0][index].masked_fill(~real.reshape(*real.shape, *(1,) * (x.ndim - 2)), 0)
-
-    k, v, g, beta = (unpack(x) for x in (k, v, g, beta))
-    q = None if q is None else unpack(q)
+    sequences = PaddedSequences(cu_seqlens, v.shape[1])
+    q, k, v, g, beta = (None if x is None else sequences.pad(x) for x in (q, k, v, g, beta))
     o, state = _padded(q, k, v, g, beta, scale, initial_state, rule, dtype)
-    if o is None:
-        return None, state
-    token = torch.arange(tokens, device=v.device)
-    sequence = torch.searchsorted(cu_seqlens.long(), token, right=True) - 1
-    return o[sequence, token - starts[sequence]].to(out_dtype)[None], state
+    return None if o is None else sequences.unpad(o).to(out_dtype), state
 
 
 def _padded(

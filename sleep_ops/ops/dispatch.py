@@ -1,0 +1,60 @@
+"""One pass of the gated delta rule by the implementation that suits the tensors, arguments already checked."""
+
+import importlib
+import os
+
+import torch
+from torch import Tensor
+
+from sleep_ops.ops.chunk_torch import chunk_gated_delta_rule_torch
+from sleep_ops.reference import gated_delta_rule_reference
+
+MAX_TRITON_KEY_DIM = 256
+
+
+def choose_impl(impl: str, x: Tensor) -> str:
+    """Name of the implementation "auto" stands for: Triton for CUDA tensors, PyTorch for others and for float64.
+
+    Raises ValueError where "triton" is asked for and can't run on tensors like x ([..., K]).
+    """
+    if impl == "auto":
+        return "triton" if x.is_cuda and x.dtype != torch.float64 else "torch"
+    if impl == "triton":
+        if x.dtype == torch.float64:
+            raise ValueError("impl: expected 'torch' or 'reference' for float64 inputs, got 'triton'")
+        if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"impl: expected CUDA tensors for 'triton' (or TRITON_INTERPRET=1 in the environment), got {x.device}"
+            )
+    return impl
+
+
+def load_triton(module: str) -> object:
+    """Import a module that needs Triton, or say what is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "triton":
+            raise
+        raise ImportError("impl='triton' needs Triton, which is not installed: pip install triton") from error
+
+
+def run_pass(
+    q: Tensor | None, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, impl: str, **options: object
+) -> tuple[Tensor | None, Tensor]:
+    """Output [B, T, HV, V] in v's dtype (None without q) and final state [N, HV, K, V], autocast switched off.
+
+    `options` are the keywords of `chunk_gated_delta_rule_torch`.
+    """
+    impl = choose_impl(impl, k)
+    with torch.autocast(device_type=k.device.type, enabled=False):
+        if impl == "torch":
+            return chunk_gated_delta_rule_torch(q, k, v, g, beta, **options)
+        if impl == "reference":
+            o, state = gated_delta_rule_reference(k if q is None else q, k, v, g, beta, **options)
+            return None if q is None else o.to(v.dtype), state
+        if k.shape[-1] > MAX_TRITON_KEY_DIM:
+            raise ValueError(f"k: expected K <= {MAX_TRITON_KEY_DIM} with impl='triton', got K = {k.shape[-1]}")
+        chunk_triton = load_triton("sleep_ops.ops.chunk_triton")
+        o, state = chunk_triton.chunk_gated_delta_rule_triton(k if q is None else q, k, v, g, beta, **options)
+        return None if q is None else o, state
