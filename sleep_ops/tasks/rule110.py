@@ -1,0 +1,195 @@
+"""Rule 110 from evicted context: the first bit of each string after t steps of the automaton.
+
+One sequence is `strings` independent uniform strings of `bits` cells, then the answers:
+
+    input   s_0 ... s_0  s_1 ... s_1  ...  [SEP]   label_0  ...  label_{n-2}
+    target   -       -    -       -        label_0 label_1  ...  label_{n-1}
+
+With a window of `bits` tokens every string fills exactly one window and is evicted before the next one, so storing it
+costs a constant number of bits while reading the label off it takes `t` sequential steps (Rule 110 is P-complete).
+Source: Lee et al., arXiv 2605.26099, section on Rule 110; the answer window's layout is ours.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from sleep_ops.tasks.base import IGNORE_INDEX, Batch
+
+SEP = 2  # tokens 0 and 1 are the cells
+BOUNDARIES = ("periodic", "zero")
+_SPLITS = {"train": 0, "eval": 1}
+
+
+def rule110_steps(cells: np.ndarray, t: int, boundary: str = "periodic") -> np.ndarray:
+    """Run `t` steps of Rule 110: new = (c or r) and not (l and c and r) over the left, centre and right cells.
+
+    cells     uint8 or bool [..., bits], zeros and ones.
+    boundary  "periodic": the ends are neighbours; "zero": the cells outside are 0.
+    Returns uint8 [..., bits].
+    """
+    # Cells lead in memory, so that a shift moves whole rows.
+    c = np.ascontiguousarray(np.moveaxis(np.asarray(cells, dtype=np.uint8), -1, 0))
+    left, right = np.zeros_like(c), np.zeros_like(c)
+    for _ in range(t):
+        left[1:], right[:-1] = c[:-1], c[1:]
+        if boundary == "periodic":
+            left[0], right[-1] = c[-1], c[0]
+        c = (c | right) & ~(left & c & right)
+    return np.moveaxis(c, 0, -1)
+
+
+@dataclass(frozen=True)
+class Rule110:
+    """The Rule 110 task.
+
+    t         steps of the automaton, >= 0.
+    strings   strings (and answers) per sequence.
+    bits      cells per string; also the natural window.
+    boundary  "periodic" or "zero".
+    held_out  fraction of all strings, chosen by a fixed hash, that never occur in training; evaluation then draws from
+              these only. 0: both splits are uniform over all strings (the paper's setting), from disjoint streams.
+    """
+
+    t: int = 8
+    strings: int = 4
+    bits: int = 24
+    boundary: str = "periodic"
+    held_out: float = 0.0
+
+    name: ClassVar[str] = "rule110"
+    metric: ClassVar[str] = "exact"
+    vocab_size: ClassVar[int] = 3
+
+    def __post_init__(self):
+        for key, low in (("t", 0), ("strings", 1), ("bits", 3)):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{key}: expected an integer >= {low}, got {value!r}")
+        if self.boundary not in BOUNDARIES:
+            raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {self.boundary!r}")
+        if self.held_out and not (0.01 <= self.held_out <= 0.5 and self.bits >= 10):
+            raise ValueError(
+                f"held_out: expected 0, or a fraction in [0.01, 0.5] of strings of at least 10 bits, got "
+                f"{self.held_out!r} at {self.bits} bits"
+            )
+
+    @property
+    def seq_len(self) -> int:
+        return self.strings * self.bits + self.strings
+
+    @property
+    def window(self) -> int:
+        return self.bits
+
+    def to_dict(self) -> dict:
+        return {"name": self.name, **asdict(self)}
+
+    def batch(
+        self, seed: int, step: int, size: int, device: torch.device | str = "cpu", *, split: str = "train"
+    ) -> Batch:
+        """Batch number `step` of the stream (seed, split): `size` sequences of `seq_len` tokens.
+
+        input_ids and labels come on `device`, loss_mask on the CPU.
+        """
+        cells, answers = self._draw(seed, step, size, split)
+        n, context = self.strings, self.strings * self.bits
+        input_ids = np.empty((size, self.seq_len), dtype=np.int64)
+        input_ids[:, :context] = cells.reshape(size, context)
+        input_ids[:, context] = SEP
+        input_ids[:, context + 1 :] = answers[:, : n - 1]
+        labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
+        labels[:, context:] = answers
+        labels = torch.from_numpy(labels)
+        return Batch(torch.from_numpy(input_ids), labels, labels != IGNORE_INDEX).to(device)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        model: nn.Module,
+        *,
+        samples: int = 2048,
+        batch_size: int = 512,
+        seed: int = 0,
+        passes: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, float]:
+        """Accuracy of `model` on `samples` sequences of the evaluation stream.
+
+        Returns exact (all answers of a sequence right), exact_stderr (its binomial standard error), per_label, loss
+        (nats per answer), samples, and label_i for each answer. The answers are fed as input, which changes nothing
+        in `exact`: greedy decoding is right everywhere exactly when it is right everywhere given the right prefix.
+        """
+        if samples < 1 or batch_size < 1:
+            raise ValueError(f"samples and batch_size: expected integers >= 1, got {samples} and {batch_size}")
+        was_training = model.training
+        model.eval()
+        context, right, loss = self.strings * self.bits, [], 0.0
+        try:
+            for step, start in enumerate(range(0, samples, batch_size)):
+                size = min(batch_size, samples - start)
+                ids, labels, mask = self.batch(seed, step, size, device, split="eval")
+                out = model(ids, labels=labels, loss_mask=mask, passes=passes)
+                columns = (out.positions.cpu() >= context).nonzero()[:, 0]
+                predicted = out.logits[:, columns.to(out.logits.device)].argmax(-1)
+                right.append((predicted == labels[:, context:]).cpu())
+                loss += float(out.loss) * size
+        finally:
+            model.train(was_training)
+        right = torch.cat(right).double()
+        exact = right.all(1).double().mean().item()
+        return {
+            "exact": exact,
+            "exact_stderr": (exact * (1 - exact) / samples) ** 0.5,
+            "per_label": right.mean().item(),
+            "loss": loss / samples,
+            "samples": float(samples),
+            **{f"label_{i}": right[:, i].mean().item() for i in range(self.strings)},
+        }
+
+    def chance(self, samples: int = 16384) -> dict[str, float]:
+        """What is reached without reading the strings.
+
+        uniform   1 / 2^strings, guessing each answer.
+        majority  always the commoner bit (as seen in the training split), measured on the evaluation split.
+        ones      how often an answer is 1.
+        """
+        _, seen = self._draw(0, 0, samples, "train")
+        _, asked = self._draw(0, 0, samples, "eval")
+        common = int(seen.mean() >= 0.5)
+        return {
+            "uniform": 0.5**self.strings,
+            "majority": float((asked == common).all(1).mean()),
+            "ones": float(seen.mean()),
+        }
+
+    def _draw(self, seed: int, step: int, size: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Strings uint8 [size, strings, bits] and their answers uint8 [size, strings]."""
+        if split not in _SPLITS:
+            raise ValueError(f"split: expected one of {tuple(_SPLITS)}, got {split!r}")
+        if seed < 0 or step < 0 or size < 1:
+            raise ValueError(f"seed, step, size: expected >= 0, >= 0, >= 1, got {seed}, {step}, {size}")
+        # A counter-based generator keyed by (seed, split, step): any batch can be made without those before it.
+        source = np.random.Philox(key=np.array([seed, _SPLITS[split] << 63 | step], dtype=np.uint64))
+        cells = self._uniform(source, size * self.strings)
+        if self.held_out:
+            wanted = split == "eval"
+            while len(bad := np.flatnonzero(self._is_held_out(cells) != wanted)):
+                cells[bad] = self._uniform(source, len(bad))
+        cells = cells.reshape(size, self.strings, self.bits)
+        return cells, rule110_steps(cells, self.t, self.boundary)[..., 0]
+
+    def _uniform(self, source: np.random.Philox, count: int) -> np.ndarray:
+        total = count * self.bits
+        words = source.random_raw(-(-total // 64)).astype("<u8")
+        return np.unpackbits(words.view(np.uint8), count=total, bitorder="little").reshape(count, self.bits)
+
+    def _is_held_out(self, cells: np.ndarray) -> np.ndarray:
+        """bool [count]: a multiplicative hash of the string's bits falls below the held-out fraction."""
+        weights = np.random.Philox(key=np.array([110, self.bits], dtype=np.uint64)).random_raw(self.bits) | np.uint64(1)
+        h = (cells * weights).sum(-1, dtype=np.uint64)
+        h = (h ^ (h >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
+        return (h >> np.uint64(11)).astype(np.float64) * 2.0**-53 < self.held_out

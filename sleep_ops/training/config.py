@@ -1,0 +1,150 @@
+"""What a run is: the task, the model and the recipe, as plain data that a run folder keeps."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from sleep_ops.training.checkpoint import write_atomically
+
+PRECISIONS = ("auto", "bf16", "float32")
+CONFIG_FILE = "config.json"
+_VERSION = 1
+# What may change when a run is taken up again: none of it enters the mathematics of a step.
+_FREE_ON_RESUME = {"device", "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "compile"}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe. Defaults are those of the paper's Rule 110 runs, except warm-up and decay, which it leaves open.
+
+    steps, batch_size     optimiser steps, sequences per step.
+    seed                  of the initialisation and of the data order; the data order depends on nothing else.
+    lr_muon, lr_adamw     peak learning rates.
+    weight_decay          decoupled, of both optimisers, on matrices only.
+    momentum              of Muon (Nesterov).
+    grad_clip             largest global gradient norm; math.inf switches clipping off.
+    warmup, decay         fractions of `steps` spent warming up from 0 and decaying to `final_lr` times the peak.
+    precision             "bf16" (autocast; parameters and fast weights stay float32), "float32", or "auto": bf16 on
+                          CUDA, float32 elsewhere.
+    max_skipped           a step whose loss or gradient is not finite is skipped and counted; the run stops after this
+                          many in a row.
+    eval_every            steps between evaluations (0: only at the end), of `eval_samples` sequences.
+    checkpoint_every      steps between checkpoints (0: only at the end); the newest `keep_checkpoints` are kept.
+    device                "auto", "cpu", "cuda" or "cuda:i".
+    compile               run the model through torch.compile.
+    """
+
+    steps: int = 800
+    batch_size: int = 512
+    seed: int = 0
+    lr_muon: float = 2e-3
+    lr_adamw: float = 5e-5
+    weight_decay: float = 1e-4
+    momentum: float = 0.95
+    grad_clip: float = 1.0
+    warmup: float = 0.05
+    decay: float = 0.2
+    final_lr: float = 1e-3
+    precision: str = "auto"
+    max_skipped: int = 10
+    eval_every: int = 100
+    eval_samples: int = 2048
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    device: str = "auto"
+    compile: bool = False
+
+    def __post_init__(self):
+        for name, low in (
+            ("steps", 1),
+            ("batch_size", 1),
+            ("seed", 0),
+            ("max_skipped", 1),
+            ("eval_every", 0),
+            ("eval_samples", 1),
+            ("checkpoint_every", 0),
+            ("keep_checkpoints", 1),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+        for name in ("lr_muon", "lr_adamw", "grad_clip"):
+            value = getattr(self, name)
+            if not value > 0 or (name != "grad_clip" and math.isinf(value)):
+                raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected a number >= 0, got {self.weight_decay!r}")
+        for name in ("momentum", "warmup", "decay", "final_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)!r}")
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup + decay: expected at most 1, got {self.warmup} + {self.decay}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {PRECISIONS}, got {self.precision!r}")
+
+    def learning_rate_factor(self, step: int) -> float:
+        """The factor on both peak learning rates at `step` (0-based): linear warm-up, constant, linear decay."""
+        warm, fall = round(self.warmup * self.steps), round(self.decay * self.steps)
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        left = self.steps - 1 - step  # steps still to come
+        if left < fall:
+            return self.final_lr + (1.0 - self.final_lr) * left / fall
+        return 1.0
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU. Raises ValueError for a device this machine does not have."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:i, got {device!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:i, got {device!r}")
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device: {device} is not there ({torch.cuda.device_count()} CUDA devices found)")
+    return found
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """task and model as their `to_dict()` gives them, and the recipe."""
+
+    task: dict
+    model: dict
+    train: TrainConfig
+
+    def save(self, folder: Path) -> None:
+        data = {"version": _VERSION, "task": self.task, "model": self.model, "train": asdict(self.train)}
+        write_atomically(folder / CONFIG_FILE, json.dumps(data, indent=2).encode() + b"\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "RunConfig":
+        """Read `folder`/config.json. Raises ValueError where it is missing, damaged or of another version."""
+        path = folder / CONFIG_FILE
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["version"] != _VERSION:
+                raise ValueError(f"{path}: expected version {_VERSION}, got {data['version']!r}")
+            return cls(data["task"], data["model"], TrainConfig(**data["train"]))
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder}: expected a run folder, but it has no {CONFIG_FILE}") from error
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: damaged run configuration ({error})") from error
+
+    def differences(self, other: "RunConfig") -> list[str]:
+        """Settings in which `other` is a different run, as "part.key: mine -> theirs"."""
+        # Through JSON, so that a tuple equals the list it was saved as.
+        mine, theirs = (json.loads(json.dumps(asdict(c))) for c in (self, other))
+        found = []
+        for part in (f.name for f in fields(self)):
+            a, b = mine[part], theirs[part]
+            for key in sorted(a.keys() | b.keys()):
+                if key not in _FREE_ON_RESUME and a.get(key) != b.get(key):
+                    found.append(f"{part}.{key}: {a.get(key)!r} -> {b.get(key)!r}")
+        return found

@@ -1,0 +1,91 @@
+"""A run's records: CSV files that a resumed run continues exactly, TensorBoard where installed, a progress bar."""
+
+import csv
+import io
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sleep_ops.training.checkpoint import write_atomically
+
+
+class CsvLog:
+    """Rows of `path`, appended. Opened at `step`, it first drops rows of later steps (a stopped run's surplus)."""
+
+    def __init__(self, path: Path, columns: list[str], step: int):
+        self.columns = columns
+        rows = []
+        if step and path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                rows = [row for row in reader if None not in row.values() and int(row["step"]) <= step]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, text.getvalue().encode())
+        self._file = path.open("a", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, columns, extrasaction="ignore", lineterminator="\n")
+
+    def write(self, row: dict) -> None:
+        # repr of a float is the shortest text that reads back to the same number, so logs compare bit for bit.
+        self._writer.writerow({k: repr(v) if isinstance(v, float) else v for k, v in row.items()})
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    """Rows of a log, as numbers."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def tensorboard_writer(folder: Path, step: int):
+    """A SummaryWriter, or None where tensorboard (the `train` extra) is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+class ProgressBar:
+    """Loss, tokens per second and time left; a plain line now and then where the output is not a terminal."""
+
+    def __init__(self, console: Console, label: str, step: int, steps: int, every: float = 15.0):
+        self._console, self._label, self._steps, self._every = console, label, steps, every
+        self._told = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=steps, completed=step, figures="")
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self._bar.stop()
+
+    def update(self, step: int, loss: float, tokens_per_second: float, note: str = "") -> None:
+        figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s{note}"
+        self._bar.update(self._task, completed=step, figures=figures)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._told > self._every or step == self._steps):
+            self._told = now
+            self._console.print(f"{self._label}  step {step}/{self._steps}  {figures}")
+
+    def print(self, text: str) -> None:
+        self._console.print(text)

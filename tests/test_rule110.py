@@ -1,0 +1,170 @@
+"""The Rule 110 task: the automaton against a table-driven oracle, the layout of a sequence, seeds, and accuracy."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sleep_ops.tasks import IGNORE_INDEX, Rule110, build_task
+from sleep_ops.tasks.rule110 import SEP, rule110_steps
+
+# Wolfram's table: 111 -> 0, 110 -> 1, 101 -> 1, 100 -> 0, 011 -> 1, 010 -> 1, 001 -> 1, 000 -> 0, read as binary 110.
+TABLE = {tuple(map(int, f"{n:03b}")): 110 >> n & 1 for n in range(8)}
+
+
+def oracle(cells, t, boundary):
+    cells = list(cells)
+    for _ in range(t):
+        n = len(cells)
+        padded = [cells[-1], *cells, cells[0]] if boundary == "periodic" else [0, *cells, 0]
+        cells = [TABLE[tuple(padded[i : i + 3])] for i in range(n)]
+    return cells
+
+
+@pytest.mark.parametrize("boundary", ["periodic", "zero"])
+@pytest.mark.parametrize("bits", [3, 7, 24, 70])
+@pytest.mark.parametrize("t", [0, 1, 5, 32])
+def test_steps_match_the_table(t, bits, boundary):
+    cells = np.random.default_rng(t).integers(0, 2, (5, bits))
+    expected = [oracle(row.tolist(), t, boundary) for row in cells]
+    assert rule110_steps(cells, t, boundary).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "task", [Rule110(), Rule110(t=3, strings=1, bits=5, boundary="zero"), Rule110(t=2, strings=3, bits=10)], ids=repr
+)
+def test_layout_of_a_sequence(task):
+    ids, labels, mask = task.batch(seed=7, step=3, size=6)
+    context = task.strings * task.bits
+    assert ids.shape == labels.shape == mask.shape == (6, task.seq_len) == (6, context + task.strings)
+    assert ids.dtype == labels.dtype == torch.int64 and mask.dtype == torch.bool
+    assert mask.device.type == "cpu" and torch.equal(mask, labels != IGNORE_INDEX)
+    assert int(ids.max()) < task.vocab_size
+    for row, target in zip(ids.tolist(), labels.tolist(), strict=True):
+        strings = [row[i * task.bits : (i + 1) * task.bits] for i in range(task.strings)]
+        answers = [oracle(s, task.t, task.boundary)[0] for s in strings]
+        assert row[context:] == [SEP, *answers[:-1]]
+        assert target == [IGNORE_INDEX] * context + answers
+
+
+def test_paper_setting():
+    task = Rule110(t=32)
+    assert (task.seq_len, task.window, task.vocab_size) == (100, 24, 3)
+
+
+def test_bits_are_fair_and_independent():
+    ids = Rule110().batch(0, 0, 4096).input_ids[:, :96].double()
+    assert abs(ids.mean().item() - 0.5) < 4 * 0.5 / ids.numel() ** 0.5
+    correlation = torch.corrcoef(ids.T) - torch.eye(96)
+    assert correlation.abs().max() < 6 / 4096**0.5
+
+
+def test_batches_depend_on_seed_step_and_split_only():
+    task = Rule110()
+    again = [Rule110().batch(1, 5, 8).input_ids for _ in range(2)]
+    assert torch.equal(*again)
+    others = [task.batch(1, 6, 8), task.batch(2, 5, 8), task.batch(1, 5, 8, split="eval")]
+    assert not any(torch.equal(again[0], other.input_ids) for other in others)
+    # The stream is part of what a run means: these bits must not drift between versions.
+    assert again[0][0, :24].tolist() == FIRST_STRING
+
+
+FIRST_STRING = [0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 1, 0, 1, 0, 1, 0, 0, 0, 0, 1]
+
+
+def strings_of(task, split, batches, size=512):
+    ids = [task.batch(0, i, size, split=split).input_ids[:, : task.strings * task.bits] for i in range(batches)]
+    return {tuple(row) for row in torch.cat(ids).reshape(-1, task.bits).tolist()}
+
+
+@pytest.mark.parametrize("fraction", [0.125, 0.5])
+def test_held_out_strings_never_occur_in_training(fraction):
+    task = Rule110(t=4, strings=2, bits=10, held_out=fraction)
+    train, held = strings_of(task, "train", 20), strings_of(task, "eval", 20)
+    assert not train & held
+    assert len(train | held) == 1024
+    assert abs(len(held) / 1024 - fraction) < 0.06
+
+
+def test_without_holding_out_both_splits_are_uniform_over_everything():
+    task = Rule110(t=4, strings=2, bits=8)
+    assert len(strings_of(task, "train", 10)) == len(strings_of(task, "eval", 10)) == 256
+
+
+class Oracle(nn.Module):
+    """Answers from the labels, wrong at the given (row, answer) places; logits from column `trim` on."""
+
+    def __init__(self, task, wrong=(), trim=0):
+        super().__init__()
+        self.task, self.wrong, self.trim = task, wrong, trim
+
+    def forward(self, input_ids, labels=None, loss_mask=None, passes=None):
+        context = self.task.strings * self.task.bits
+        target = labels.clamp(min=0)
+        for row, answer in self.wrong:
+            target[row, context + answer] = 1 - target[row, context + answer]
+        positions = torch.arange(self.trim, input_ids.shape[1])
+        logits = nn.functional.one_hot(target, 3)[:, self.trim :].float()
+        return SimpleNamespace(logits=logits, positions=positions, loss=torch.tensor(0.5), state=None)
+
+
+@pytest.mark.parametrize("trim", [0, 24], ids=["all positions", "answer window"])
+def test_accuracy(trim):
+    task = Rule110(t=4, strings=2, bits=12)
+    wrong = [(0, 0), (0, 1), (3, 1)]
+    result = task.evaluate(Oracle(task, wrong, trim), samples=8, batch_size=8)
+    assert result["exact"] == 6 / 8 and result["per_label"] == 13 / 16
+    assert (result["label_0"], result["label_1"]) == (7 / 8, 6 / 8)
+    assert result["samples"] == 8 and result["loss"] == 0.5
+
+
+def test_accuracy_over_uneven_batches():
+    task = Rule110(t=4, strings=2, bits=12)
+    result = task.evaluate(Oracle(task, [(0, 0)]), samples=10, batch_size=4)
+    assert result["exact"] == 7 / 10  # the first row of each of three batches
+
+
+def test_evaluation_leaves_the_mode_alone():
+    task, model = Rule110(t=1, strings=1, bits=12), Oracle(Rule110(t=1, strings=1, bits=12))
+    task.evaluate(model.train(), samples=4, batch_size=4)
+    assert model.training
+
+
+def test_chance_levels():
+    chance = Rule110(t=16).chance()
+    assert chance["uniform"] == 1 / 16
+    assert 0.08 < chance["majority"] < 0.13 and 0.5 < chance["ones"] < 0.65
+    assert abs(Rule110(t=0).chance()["majority"] - 1 / 16) < 0.01
+
+
+def test_round_trip():
+    task = Rule110(t=5, boundary="zero")
+    assert build_task(task.to_dict()) == task
+    with pytest.raises(ValueError, match="task"):
+        build_task({"name": "rule90"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"t": -1}, "t:"),
+        ({"t": 1.5}, "t:"),
+        ({"strings": 0}, "strings:"),
+        ({"bits": 2}, "bits:"),
+        ({"boundary": "open"}, "boundary:"),
+        ({"held_out": 0.9}, "held_out:"),
+        ({"held_out": 0.1, "bits": 5}, "held_out:"),
+    ],
+    ids=lambda x: str(x),
+)
+def test_bad_settings(settings, name):
+    with pytest.raises(ValueError, match=name):
+        Rule110(**settings)
+
+
+@pytest.mark.parametrize("kwargs", [{"split": "test"}, {"seed": -1}, {"step": -1}, {"size": 0}], ids=str)
+def test_bad_batches(kwargs):
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        Rule110().batch(**{"seed": 0, "step": 0, "size": 4} | kwargs)
