@@ -1,0 +1,1 @@
+"""Modules over the operators: the GDN mixer, attention, and the block that holds either."""

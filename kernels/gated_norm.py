@@ -1,0 +1,88 @@
+"""Gated RMS normalisation of rows: forward, and backward with a deterministic weight gradient.
+
+r = rsqrt(mean(x^2) + eps)      n = r x      y = n w silu(gate)
+dn = dy w silu(gate)            dx = r (dn - n mean(n dn))
+dgate = dy n w silu'(gate)      dw = sum over rows of dy n silu(gate)
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+TILE = 2048  # elements a program holds: rows per block times the padded row length
+NUM_WARPS = 4
+MAX_PARTIALS = 1024
+
+
+@triton.jit
+def _load_rows(p, o_r, o_v, num_rows, V):
+    m = (o_r < num_rows)[:, None] & (o_v < V)[None, :]
+    return tl.load(p + o_r[:, None] * V + o_v[None, :], mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_rows(p, b_x, o_r, o_v, num_rows, V):
+    m = (o_r < num_rows)[:, None] & (o_v < V)[None, :]
+    tl.store(p + o_r[:, None] * V + o_v[None, :], b_x.to(p.dtype.element_ty), mask=m)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gated_norm_forward_kernel(x, gate, weight, y, num_rows, eps, V, BR: tl.constexpr, BV: tl.constexpr):
+    """y. Grid (row blocks). Reads x, gate [R, V] and weight [V]; mirrors `_gated_norm_torch`."""
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_v = tl.arange(0, BV)
+    b_x = _load_rows(x, o_r, o_v, num_rows, V)
+    b_gate = _load_rows(gate, o_r, o_v, num_rows, V)
+    b_w = tl.load(weight + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
+    b_r = tl.rsqrt(tl.sum(b_x * b_x, 1) / V + eps)[:, None]
+    _store_rows(y, b_x * b_r * b_w * b_gate * tl.sigmoid(b_gate), o_r, o_v, num_rows, V)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gated_norm_backward_kernel(
+    dy, x, gate, weight, dx, dgate, partial, num_rows, eps, V, BR: tl.constexpr, BV: tl.constexpr
+):
+    """dx, dgate, and a program's sum of dw in `partial` [programs, V]. Grid (programs), each over every n-th block."""
+    o_v = tl.arange(0, BV)
+    b_w = tl.load(weight + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
+    b_dw = tl.zeros([BV], tl.float32)
+    for i_r in range(tl.program_id(0), tl.cdiv(num_rows, BR), tl.num_programs(0)):
+        o_r = (i_r * BR + tl.arange(0, BR)).to(tl.int64)
+        b_dy = _load_rows(dy, o_r, o_v, num_rows, V)
+        b_x = _load_rows(x, o_r, o_v, num_rows, V)
+        b_gate = _load_rows(gate, o_r, o_v, num_rows, V)
+        b_r = tl.rsqrt(tl.sum(b_x * b_x, 1) / V + eps)[:, None]
+        b_n = b_x * b_r
+        b_s = tl.sigmoid(b_gate)
+        b_dn = b_dy * b_w * b_gate * b_s
+        b_dw += tl.sum(b_dy * b_n * b_gate * b_s, 0)
+        _store_rows(dx, b_r * (b_dn - b_n * (tl.sum(b_n * b_dn, 1) / V)[:, None]), o_r, o_v, num_rows, V)
+        _store_rows(dgate, b_dy * b_n * b_w * b_s * (1.0 + b_gate * (1.0 - b_s)), o_r, o_v, num_rows, V)
+    tl.store(partial + tl.program_id(0).to(tl.int64) * V + o_v, b_dw, mask=o_v < V)
+
+
+def forward(x, gate, weight, eps):
+    """y [R, V] in the dtype of x; x, gate [R, V] and weight [V] contiguous."""
+    R, V = x.shape
+    y = torch.empty_like(x)
+    BR, BV = _tile(V)
+    gated_norm_forward_kernel[(triton.cdiv(R, BR),)](x, gate, weight, y, R, eps, V, BR=BR, BV=BV, num_warps=NUM_WARPS)
+    return y
+
+
+def backward(dy, x, gate, weight, eps):
+    """dx, dgate, dweight, each in the dtype of what it belongs to."""
+    R, V = x.shape
+    dx, dgate = torch.empty_like(x), torch.empty_like(gate)
+    BR, BV = _tile(V)
+    programs = min(triton.cdiv(R, BR), MAX_PARTIALS)
+    partial = torch.empty(programs, V, dtype=torch.float32, device=x.device)
+    gated_norm_backward_kernel[(programs,)](
+        dy, x, gate, weight, dx, dgate, partial, R, eps, V, BR=BR, BV=BV, num_warps=NUM_WARPS
+    )
+    return dx, dgate, partial.sum(0).to(weight.dtype)
+
+
+def _tile(V):
+    BV = triton.next_power_of_2(V)
+    return max(TILE // BV, 1), BV

@@ -1,0 +1,201 @@
+"""Causal depthwise short convolution with a carried tail: forward, and backward with deterministic sums.
+
+    z_t = bias + sum_{j<W} w_{W-1-j} x_{t-j}        y = silu(z), or z
+    dz = dy silu'(z)    dx_t = sum_{j<W} w_{W-1-j} dz_{t+j}    dw_{W-1-j} = sum_t dz_t x_{t-j}    dbias = sum_t dz_t
+
+Inputs at positions -1 .. -(W-1) of a sequence are its tail, whose gradient is dx there. Tokens are flattened to rows
+[R, D] with R = B * T; rows of a batch, rows with right padding (`lengths`) and packed sequences (`cu_seqlens`) differ
+only in where a sequence starts and ends. z is recomputed in the backward: it costs W loads from cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_T, BLOCK_D, NUM_WARPS = 32, 64, 4
+
+
+@triton.jit
+def _locate(o_r, num_rows, T, seq_ids, cu_seqlens, lengths):
+    """Sequence, its first row and number of real tokens, and the position inside it, of token rows o_r (int64).
+
+    Rows past the last one stand right behind its sequence's last token, so that what they read is masked or finite.
+    """
+    m_r = o_r < num_rows
+    o_r = tl.minimum(o_r, num_rows - 1)
+    if cu_seqlens is None:
+        i_n = o_r // T
+        start = i_n * T
+        length = i_n * 0 + T
+        if lengths is not None:
+            length = tl.minimum(length, tl.load(lengths + i_n))
+    else:
+        i_n = tl.load(seq_ids + o_r)
+        start = tl.load(cu_seqlens + i_n).to(tl.int64)
+        length = tl.load(cu_seqlens + i_n + 1).to(tl.int64) - start
+    return i_n, start, length, tl.where(m_r, o_r - start, length)
+
+
+@triton.jit
+def _load_input(x, tail, i_n, start, length, pos, o_d, D, W: tl.constexpr):
+    """Inputs at positions pos, float32: tokens from 0 on, the tail before, zero elsewhere."""
+    m_d = (o_d < D)[None, :]
+    m_x = ((pos >= 0) & (pos < length))[:, None] & m_d
+    b_x = tl.load(x + (start + pos)[:, None] * D + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
+    if tail is not None:
+        m_t = ((pos < 0) & (pos > -W))[:, None] & m_d
+        o_t = i_n * (W - 1) + W - 1 + pos
+        b_x += tl.load(tail + o_t[:, None] * D + o_d[None, :], mask=m_t, other=0.0).to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def _load_tap(weight, i_w, o_d, D, W: tl.constexpr):
+    return tl.load(weight + o_d * W + i_w, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _convolve(x, weight, bias, tail, i_n, start, length, pos, o_d, D, W: tl.constexpr):
+    """z at positions pos."""
+    b_z = _load_input(x, tail, i_n, start, length, pos, o_d, D, W) * _load_tap(weight, W - 1, o_d, D, W)
+    for j in tl.static_range(1, W):
+        b_x = _load_input(x, tail, i_n, start, length, pos - j, o_d, D, W)
+        b_z += b_x * _load_tap(weight, W - 1 - j, o_d, D, W)
+    if bias is not None:
+        b_z += tl.load(bias + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
+    return b_z
+
+
+@triton.jit
+def _z_gradient(dy, x, weight, bias, tail, i_n, start, length, pos, o_d, D, W: tl.constexpr, SILU: tl.constexpr):
+    """dz at positions pos; zero outside the sequence and at padding."""
+    m = ((pos >= 0) & (pos < length))[:, None] & (o_d < D)[None, :]
+    b_dz = tl.load(dy + (start + pos)[:, None] * D + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+    if SILU:
+        b_z = _convolve(x, weight, bias, tail, i_n, start, length, pos, o_d, D, W)
+        b_s = tl.sigmoid(b_z)
+        b_dz *= b_s * (1.0 + b_z * (1.0 - b_s))
+    return b_dz
+
+
+@triton.jit
+def _x_gradient(b_dz, dy, x, weight, bias, tail, i_n, start, length, pos, o_d, D, W: tl.constexpr, SILU: tl.constexpr):
+    """dx at positions pos, given dz there."""
+    b_dx = b_dz * _load_tap(weight, W - 1, o_d, D, W)
+    for j in tl.static_range(1, W):
+        b_next = _z_gradient(dy, x, weight, bias, tail, i_n, start, length, pos + j, o_d, D, W, SILU)
+        b_dx += b_next * _load_tap(weight, W - 1 - j, o_d, D, W)
+    return b_dx
+
+
+@triton.jit(do_not_specialize=["T", "num_rows"])
+def short_conv_forward_kernel(
+    x, weight, bias, tail, y, seq_ids, cu_seqlens, lengths, num_rows, T, D,
+    W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """y = act(z). Grid (row blocks, channel blocks). Reads x, weight, bias, tail; writes y. `_short_conv_torch`."""
+    o_r = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    i_n, start, length, pos = _locate(o_r, num_rows, T, seq_ids, cu_seqlens, lengths)
+    b_y = _convolve(x, weight, bias, tail, i_n, start, length, pos, o_d, D, W)
+    if SILU:
+        b_y *= tl.sigmoid(b_y)
+    b_y = tl.where((pos < length)[:, None], b_y, 0.0)
+    m_y = (o_r < num_rows)[:, None] & (o_d < D)[None, :]
+    tl.store(y + o_r[:, None] * D + o_d[None, :], b_y.to(y.dtype.element_ty), mask=m_y)
+
+
+@triton.jit(do_not_specialize=["T", "num_rows"])
+def short_conv_backward_kernel(
+    dy, x, weight, bias, tail, dx, partial, seq_ids, cu_seqlens, lengths, num_rows, T, D,
+    W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """dx, and per row block the sums of dw (rows 0 .. W-1) and dbias (row W) in `partial` [row blocks, W + 1, D].
+
+    Grid (row blocks, channel blocks). Reads dy, x, weight, bias, tail.
+    """
+    i_r = tl.program_id(0).to(tl.int64)
+    o_r = i_r * BT + tl.arange(0, BT)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    i_n, start, length, pos = _locate(o_r, num_rows, T, seq_ids, cu_seqlens, lengths)
+
+    b_dz = _z_gradient(dy, x, weight, bias, tail, i_n, start, length, pos, o_d, D, W, SILU)
+    b_dx = _x_gradient(b_dz, dy, x, weight, bias, tail, i_n, start, length, pos, o_d, D, W, SILU)
+    m_x = (o_r < num_rows)[:, None] & m_d[None, :]
+    tl.store(dx + o_r[:, None] * D + o_d[None, :], b_dx.to(dx.dtype.element_ty), mask=m_x)
+
+    p_partial = partial + i_r * (W + 1) * D + o_d
+    for j in tl.static_range(0, W):
+        b_x = _load_input(x, tail, i_n, start, length, pos - j, o_d, D, W)
+        tl.store(p_partial + (W - 1 - j) * D, tl.sum(b_dz * b_x, 0), mask=m_d)
+    tl.store(p_partial + W * D, tl.sum(b_dz, 0), mask=m_d)
+
+
+@triton.jit(do_not_specialize=["T"])
+def short_conv_tail_backward_kernel(
+    dy, x, weight, bias, tail, dtail, cu_seqlens, lengths, T, D,
+    W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """dtail: dx at positions -(W-1) .. -1. Grid (sequences, channel blocks); BT >= W - 1."""
+    o_t = tl.arange(0, BT)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    i_n = tl.program_id(0).to(tl.int64) + o_t * 0
+    if cu_seqlens is None:
+        start = i_n * T
+        length = i_n * 0 + T
+        if lengths is not None:
+            length = tl.minimum(length, tl.load(lengths + i_n))
+    else:
+        start = tl.load(cu_seqlens + i_n).to(tl.int64)
+        length = tl.load(cu_seqlens + i_n + 1).to(tl.int64) - start
+    pos = o_t.to(tl.int64) - (W - 1)
+    b_zero = tl.zeros([BT, BD], tl.float32)
+    b_dx = _x_gradient(b_zero, dy, x, weight, bias, tail, i_n, start, length, pos, o_d, D, W, SILU)
+    m = (pos < 0)[:, None] & (o_d < D)[None, :]
+    o_row = i_n * (W - 1) + o_t
+    tl.store(dtail + o_row[:, None] * D + o_d[None, :], b_dx.to(dtail.dtype.element_ty), mask=m)
+
+
+def forward(x, weight, bias, tail, lengths, cu_seqlens, silu):
+    """y [B, T, D] in the dtype of x. All tensors contiguous; shapes as in `short_convolution`."""
+    B, T, D = x.shape
+    y = torch.empty_like(x)
+    grid = (triton.cdiv(B * T, BLOCK_T), triton.cdiv(D, BLOCK_D))
+    short_conv_forward_kernel[grid](
+        x, weight, bias, tail, y, _sequence_ids(cu_seqlens, T), cu_seqlens, lengths, B * T, T, D,
+        W=weight.shape[1], BT=BLOCK_T, BD=BLOCK_D, SILU=silu, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return y
+
+
+def backward(dy, x, weight, bias, tail, lengths, cu_seqlens, silu):
+    """dx, dweight [D, W], dbias [D] and dtail (None without bias or tail), each in the dtype of what it belongs to."""
+    B, T, D = x.shape
+    W = weight.shape[1]
+    blocks_d = triton.cdiv(D, BLOCK_D)
+    blocks_t = triton.cdiv(B * T, BLOCK_T)
+    dx = torch.empty_like(x)
+    partial = torch.empty(blocks_t, W + 1, D, dtype=torch.float32, device=x.device)
+    short_conv_backward_kernel[(blocks_t, blocks_d)](
+        dy, x, weight, bias, tail, dx, partial, _sequence_ids(cu_seqlens, T), cu_seqlens, lengths, B * T, T, D,
+        W=W, BT=BLOCK_T, BD=BLOCK_D, SILU=silu, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    dtail = None
+    if tail is not None:
+        dtail = torch.empty_like(tail)
+        short_conv_tail_backward_kernel[(tail.shape[0], blocks_d)](
+            dy, x, weight, bias, tail, dtail, cu_seqlens, lengths, T, D,
+            W=W, BT=triton.next_power_of_2(W - 1), BD=BLOCK_D, SILU=silu, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    dweight = partial[:, :W].sum(0).t().to(weight.dtype).contiguous()
+    dbias = None if bias is None else partial[:, W].sum(0).to(bias.dtype)
+    return dx, dweight, dbias, dtail
+
+
+def _sequence_ids(cu_seqlens, T):
+    """Sequence of every packed token, int64 [T]: the last one that starts at or before it, so never an empty one."""
+    if cu_seqlens is None:
+        return None
+    token = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:-1].contiguous(), token, right=True)

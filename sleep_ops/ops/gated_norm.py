@@ -1,0 +1,87 @@
+"""RMS normalisation with an output gate: y = x * rsqrt(mean(x^2) + eps) * weight * silu(gate), over the last axis."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sleep_ops.ops.dispatch import choose_impl, load_triton
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl: str = "auto") -> Tensor:
+    """Normalise every row of x to unit mean square, scale it by `weight` and by SiLU of `gate`.
+
+    Args:
+        x: [..., V].
+        gate: the shape of x, in any floating dtype.
+        weight: [V].
+        eps: added to the mean square; >= 0.
+        impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "torch".
+
+    Returns [..., V] in the dtype of x; computed in float32 (float64 for float64 inputs). Differentiable in x, gate and
+    weight. Raises ValueError for a wrong shape, dtype or device, or an unknown option.
+    """
+    if x.ndim < 1 or not x.is_floating_point():
+        raise ValueError(f"x: expected floating-point [..., V], got {x.dtype} {list(x.shape)}")
+    if gate.shape != x.shape or not gate.is_floating_point():
+        raise ValueError(f"gate: expected floating-point {list(x.shape)}, got {gate.dtype} {list(gate.shape)}")
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight: expected {list(x.shape[-1:])}, got {list(weight.shape)}")
+    if eps < 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    for name, tensor in (("gate", gate), ("weight", weight)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} (that of x), got {tensor.device}")
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl: expected 'auto', 'triton' or 'torch', got {impl!r}")
+    if choose_impl(impl, x) == "triton":
+        return gated_norm_forward(x, gate, weight, eps)
+    return _gated_norm_torch(x, gate, weight, eps)
+
+
+def _gated_norm_torch(x, gate, weight, eps):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    normed = F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps)
+    return (normed * F.silu(gate.to(dtype))).to(x.dtype)
+
+
+@torch.library.custom_op("sleep_ops::gated_norm_forward", mutates_args=())
+def gated_norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The gated norm by `kernels/gated_norm.py`; arguments as in `gated_rms_norm`, already checked."""
+    gated_norm = load_triton("sleep_ops.kernels.gated_norm")
+    return gated_norm.forward(_rows(x), _rows(gate), weight.contiguous(), eps).view(x.shape)
+
+
+@torch.library.custom_op("sleep_ops::gated_norm_backward", mutates_args=())
+def gated_norm_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cotangents of x, gate and weight."""
+    gated_norm = load_triton("sleep_ops.kernels.gated_norm")
+    dx, dgate, dweight = gated_norm.backward(_rows(dy), _rows(x), _rows(gate), weight.contiguous(), eps)
+    return dx.view(x.shape), dgate.view(x.shape), dweight
+
+
+@gated_norm_forward.register_fake
+def _(x, gate, weight, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@gated_norm_backward.register_fake
+def _(dy, x, gate, weight, eps):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, gate, weight))
+
+
+def _save_inputs(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, dy):
+    return *gated_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None
+
+
+gated_norm_forward.register_autograd(_differentiate, setup_context=_save_inputs)
+
+
+def _rows(x):
+    return x.reshape(-1, x.shape[-1]).contiguous()

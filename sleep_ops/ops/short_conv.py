@@ -1,0 +1,246 @@
+"""Causal depthwise short convolution with a carried tail and SiLU.
+
+    y_t = act(bias + sum_{j<W} weight[:, W-1-j] * x_{t-j})
+
+Inputs before the first token come from the tail: the last W-1 inputs of whatever ran before, zeros when there was
+nothing. Sequences may be rows of a batch, rows with right padding (`lengths`), or packed in one row (`cu_seqlens`).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sleep_ops.ops.dispatch import choose_impl, load_triton
+
+
+class ShortConvOutput(NamedTuple):
+    """Convolved tokens [B, T, D] and the new tail [N, W-1, D], both in the dtype of x."""
+
+    output: Tensor
+    tail: Tensor
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    tail: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    activation: str | None = "silu",
+    impl: str = "auto",
+) -> ShortConvOutput:
+    """Convolve every channel of x causally with its own filter of W taps.
+
+    Args:
+        x: inputs [B, T, D].
+        weight: filters [D, W]; the last tap meets the current token.
+        bias: [D] or None.
+        tail: the W-1 inputs before x, oldest first, [N, W-1, D]; zeros when None. N is B, or the number of packed
+            sequences.
+        lengths: int64 [B], real tokens per row; what follows them is padding, whose output is zero.
+        cu_seqlens: int32 or int64 [N + 1], borders of the sequences packed into x (B = 1).
+        activation: "silu" or None.
+        impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "torch".
+
+    Returns the output and the last W-1 inputs of tail ++ x[:length] per sequence. Sums run in float32 (float64 for
+    float64 inputs). Differentiable in x, weight, bias and tail, through both results.
+
+    Raises ValueError for a wrong shape, dtype or device, or an unknown option.
+    """
+    _check(x, weight, bias, tail, lengths, cu_seqlens, activation, impl)
+    impl = choose_impl(impl, x)
+    if tail is not None:
+        tail = tail.to(x.dtype)
+    silu = activation == "silu"
+    if impl == "triton":
+        output = short_conv_forward(x, weight, bias, tail if weight.shape[1] > 1 else None, lengths, cu_seqlens, silu)
+    else:
+        output = _short_conv_torch(x, weight, bias, tail, lengths, cu_seqlens, silu)
+    return ShortConvOutput(output, carried_tail(x, weight.shape[1], tail, lengths, cu_seqlens))
+
+
+def carried_tail(
+    x: Tensor, width: int, tail: Tensor | None, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """The last width-1 inputs of tail ++ x[:length] of every sequence, [N, width-1, D]; arguments as above."""
+    B, T, D = x.shape
+    kept = width - 1
+    if lengths is None and cu_seqlens is None:
+        if T >= kept:
+            return x[:, T - kept :].clone()
+        return torch.cat([x.new_zeros(B, kept - T, D) if tail is None else tail[:, T:], x], dim=1)
+
+    if cu_seqlens is None:
+        starts = torch.arange(0, B * T, T, device=x.device)
+    else:
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    position = lengths[:, None] - kept + torch.arange(kept, device=x.device)
+    from_x = (position >= 0)[..., None]
+    rows = x.reshape(B * T, D)[(starts[:, None] + position).clamp(0, B * T - 1)]
+    if tail is None:
+        return rows.masked_fill(~from_x, 0)
+    index = (position + kept).clamp(max=max(kept - 1, 0))[..., None].expand(-1, -1, D)
+    return torch.where(from_x, rows, tail.gather(1, index))
+
+
+def _short_conv_torch(x, weight, bias, tail, lengths, cu_seqlens, silu):
+    """The convolution in PyTorch: every sequence is laid down behind its tail, then W shifted products are summed."""
+    B, T, D = x.shape
+    kept = weight.shape[1] - 1
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if cu_seqlens is None:
+        before = x.new_zeros(B, kept, D) if tail is None else tail
+        output = _DepthwiseConv.apply(torch.cat([before, x], dim=1).to(dtype), weight, bias, silu)
+        if lengths is not None:
+            padded = torch.arange(T, device=x.device) >= lengths[:, None]
+            output = output.masked_fill(padded[..., None], 0)
+        return output.to(x.dtype)
+
+    num_seqs = cu_seqlens.numel() - 1
+    token = torch.arange(T, device=x.device)
+    # Token t of sequence n stands behind n + 1 tails.
+    place = token + (torch.searchsorted(cu_seqlens, token.to(cu_seqlens.dtype), right=True)) * kept
+    laid = x.new_zeros(T + num_seqs * kept, D, dtype=dtype).index_copy(0, place, x[0].to(dtype))
+    if tail is not None:
+        slots = (cu_seqlens[:-1].long() + torch.arange(num_seqs, device=x.device) * kept)[:, None]
+        slots = slots + torch.arange(kept, device=x.device)
+        laid = laid.index_copy(0, slots.flatten(), tail.reshape(-1, D).to(dtype))
+    output = _DepthwiseConv.apply(laid[None], weight, bias, silu)
+    return output[:, place - kept].to(x.dtype)
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """act(bias + sum_j weight[:, j] * x[:, t + j]) over x [B, T + W-1, D].
+
+    Written out because autograd of the shifted products pads and adds a tensor per tap, twice the time on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, silu):
+        W = weight.shape[1]
+        T = x.shape[1] - W + 1
+        taps = weight.t().contiguous()
+        z = x[:, :T] * taps[0]
+        for j in range(1, W):
+            z.addcmul_(x[:, j : j + T], taps[j])
+        if bias is not None:
+            z += bias
+        ctx.save_for_backward(x, taps, z if silu else None)
+        ctx.has_bias = bias is not None
+        return F.silu(z) if silu else z
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, taps, z = ctx.saved_tensors
+        W = taps.shape[0]
+        T = dy.shape[1]
+        dz = dy if z is None else torch.ops.aten.silu_backward(dy, z)
+        dx, dtaps = torch.zeros_like(x), torch.empty_like(taps)
+        for j in range(W):
+            dx[:, j : j + T].addcmul_(dz, taps[j])
+            dtaps[j] = (dz * x[:, j : j + T]).sum((0, 1))
+        return dx, dtaps.t(), dz.sum((0, 1)) if ctx.has_bias else None, None
+
+
+@torch.library.custom_op("sleep_ops::short_conv_forward", mutates_args=())
+def short_conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    """The convolved tokens by `kernels/short_conv.py`; arguments as in `short_convolution`, already checked."""
+    short_conv = load_triton("sleep_ops.kernels.short_conv")
+    return short_conv.forward(*_contiguous(x, weight, bias, tail, lengths, cu_seqlens), silu)
+
+
+@torch.library.custom_op("sleep_ops::short_conv_backward", mutates_args=())
+def short_conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cotangents of x, weight, bias and tail; empty for a bias or tail that is None."""
+    short_conv = load_triton("sleep_ops.kernels.short_conv")
+    args = _contiguous(dy, x, weight, bias, tail, lengths, cu_seqlens)
+    dx, dweight, dbias, dtail = short_conv.backward(*args, silu)
+    empty = [x.new_empty(0) if grad is None else grad for grad in (dbias, dtail)]
+    return dx, dweight, *empty
+
+
+@short_conv_forward.register_fake
+def _(x, weight, bias, tail, lengths, cu_seqlens, silu):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@short_conv_backward.register_fake
+def _(dy, x, weight, bias, tail, lengths, cu_seqlens, silu):
+    shaped = dict(memory_format=torch.contiguous_format)
+    optional = [x.new_empty(0) if t is None else torch.empty_like(t, **shaped) for t in (bias, tail)]
+    return torch.empty_like(x, **shaped), torch.empty_like(weight, **shaped), *optional
+
+
+def _save_inputs(ctx, inputs, output):
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, dy):
+    x, weight, bias, tail, lengths, cu_seqlens = ctx.saved_tensors
+    dx, dweight, dbias, dtail = short_conv_backward(dy, x, weight, bias, tail, lengths, cu_seqlens, ctx.silu)
+    return dx, dweight, None if bias is None else dbias, None if tail is None else dtail, None, None, None
+
+
+short_conv_forward.register_autograd(_differentiate, setup_context=_save_inputs)
+
+
+def _contiguous(*tensors):
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def _check(x, weight, bias, tail, lengths, cu_seqlens, activation, impl):
+    if x.ndim != 3 or x.shape[1] < 1:
+        raise ValueError(f"x: expected [B, T, D] with T >= 1, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected a floating-point tensor, got {x.dtype}")
+    B, _, D = x.shape
+    if weight.ndim != 2 or weight.shape[0] != D or weight.shape[1] < 1:
+        raise ValueError(f"weight: expected [D, W] with D = {D}, got {list(weight.shape)}")
+    if activation not in ("silu", None):
+        raise ValueError(f"activation: expected 'silu' or None, got {activation!r}")
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl: expected 'auto', 'triton' or 'torch', got {impl!r}")
+    if lengths is not None and cu_seqlens is not None:
+        raise ValueError("lengths: expected None together with cu_seqlens, got both")
+    if cu_seqlens is not None:
+        if B != 1:
+            raise ValueError(f"cu_seqlens: expected x with B = 1, got B = {B}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens: expected int32 or int64 [num_seqs + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+            )
+    if lengths is not None and (lengths.shape != (B,) or lengths.dtype != torch.int64):
+        raise ValueError(f"lengths: expected int64 [{B}], got {lengths.dtype} {list(lengths.shape)}")
+    num_seqs = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    if bias is not None and bias.shape != (D,):
+        raise ValueError(f"bias: expected [{D}], got {list(bias.shape)}")
+    if tail is not None and tail.shape != (num_seqs, weight.shape[1] - 1, D):
+        raise ValueError(f"tail: expected {[num_seqs, weight.shape[1] - 1, D]}, got {list(tail.shape)}")
+    named = {"weight": weight, "bias": bias, "tail": tail, "lengths": lengths, "cu_seqlens": cu_seqlens}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} (that of x), got {tensor.device}")
