@@ -1,6 +1,6 @@
 """One pass of the gated delta rule by the implementation that suits the tensors, arguments already checked."""
 
-import importlib
+import importlib.util
 import os
 
 import torch
@@ -10,15 +10,16 @@ from sleep_ops.ops.chunk_torch import chunk_gated_delta_rule_torch
 from sleep_ops.reference import gated_delta_rule_reference
 
 MAX_TRITON_KEY_DIM = 256
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choose_impl(impl: str, x: Tensor) -> str:
     """Name of the implementation "auto" stands for: Triton for CUDA tensors, PyTorch for others and for float64.
 
-    Raises ValueError where "triton" is asked for and can't run on tensors like x ([..., K]).
+    Raises ValueError where Triton can't run on tensors like x ([..., K]), ImportError where it isn't installed.
     """
     if impl == "auto":
-        return "triton" if x.is_cuda and x.dtype != torch.float64 else "torch"
+        impl = "triton" if x.is_cuda and x.dtype != torch.float64 else "torch"
     if impl == "triton":
         if x.dtype == torch.float64:
             raise ValueError("impl: expected 'torch' or 'reference' for float64 inputs, got 'triton'")
@@ -26,17 +27,13 @@ def choose_impl(impl: str, x: Tensor) -> str:
             raise ValueError(
                 f"impl: expected CUDA tensors for 'triton' (or TRITON_INTERPRET=1 in the environment), got {x.device}"
             )
+        if not HAS_TRITON:
+            raise ImportError("impl: Triton is not installed (pip install triton); impl='torch' needs none")
+        if x.shape[-1] > MAX_TRITON_KEY_DIM:
+            raise ValueError(
+                f"k: expected K <= {MAX_TRITON_KEY_DIM} for Triton, got K = {x.shape[-1]}; impl='torch' has no limit"
+            )
     return impl
-
-
-def load_triton(module: str) -> object:
-    """Import a module that needs Triton, or say what is missing."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != "triton":
-            raise
-        raise ImportError("impl='triton' needs Triton, which is not installed: pip install triton") from error
 
 
 def run_pass(
@@ -53,8 +50,7 @@ def run_pass(
         if impl == "reference":
             o, state = gated_delta_rule_reference(k if q is None else q, k, v, g, beta, **options)
             return None if q is None else o.to(v.dtype), state
-        if k.shape[-1] > MAX_TRITON_KEY_DIM:
-            raise ValueError(f"k: expected K <= {MAX_TRITON_KEY_DIM} with impl='triton', got K = {k.shape[-1]}")
-        chunk_triton = load_triton("sleep_ops.ops.chunk_triton")
-        o, state = chunk_triton.chunk_gated_delta_rule_triton(k if q is None else q, k, v, g, beta, **options)
-        return None if q is None else o, state
+        # Imported where it is used: everything else works without Triton.
+        from sleep_ops.ops.chunk_triton import chunk_gated_delta_rule_triton
+
+        return chunk_gated_delta_rule_triton(q, k, v, g, beta, **options)
