@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sleep_ops.ops.dispatch import choose_impl, load_triton
+from sleep_ops.ops.short_conv import use_triton
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl: str = "auto") -> Tensor:
@@ -31,9 +31,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl:
     for name, tensor in (("gate", gate), ("weight", weight)):
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} (that of x), got {tensor.device}")
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f"impl: expected 'auto', 'triton' or 'torch', got {impl!r}")
-    if choose_impl(impl, x) == "triton":
+    if use_triton(impl, x):
         return gated_norm_forward(x, gate, weight, eps)
     return _gated_norm_torch(x, gate, weight, eps)
 
@@ -47,7 +45,8 @@ def _gated_norm_torch(x, gate, weight, eps):
 @torch.library.custom_op("sleep_ops::gated_norm_forward", mutates_args=())
 def gated_norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The gated norm by `kernels/gated_norm.py`; arguments as in `gated_rms_norm`, already checked."""
-    gated_norm = load_triton("sleep_ops.kernels.gated_norm")
+    from sleep_ops.kernels import gated_norm
+
     return gated_norm.forward(_rows(x), _rows(gate), weight.contiguous(), eps).view(x.shape)
 
 
@@ -56,7 +55,8 @@ def gated_norm_backward(
     dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of x, gate and weight."""
-    gated_norm = load_triton("sleep_ops.kernels.gated_norm")
+    from sleep_ops.kernels import gated_norm
+
     dx, dgate, dweight = gated_norm.backward(_rows(dy), _rows(x), _rows(gate), weight.contiguous(), eps)
     return dx.view(x.shape), dgate.view(x.shape), dweight
 

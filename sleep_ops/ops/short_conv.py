@@ -6,13 +6,12 @@ Inputs before the first token come from the tail: the last W-1 inputs of whateve
 nothing. Sequences may be rows of a batch, rows with right padding (`lengths`), or packed in one row (`cu_seqlens`).
 """
 
+import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from sleep_ops.ops.dispatch import choose_impl, load_triton
 
 
 class ShortConvOutput(NamedTuple):
@@ -51,12 +50,11 @@ def short_convolution(
 
     Raises ValueError for a wrong shape, dtype or device, or an unknown option.
     """
-    _check(x, weight, bias, tail, lengths, cu_seqlens, activation, impl)
-    impl = choose_impl(impl, x)
+    _check(x, weight, bias, tail, lengths, cu_seqlens, activation)
     if tail is not None:
         tail = tail.to(x.dtype)
     silu = activation == "silu"
-    if impl == "triton":
+    if use_triton(impl, x):
         output = short_conv_forward(x, weight, bias, tail if weight.shape[1] > 1 else None, lengths, cu_seqlens, silu)
     else:
         output = _short_conv_torch(x, weight, bias, tail, lengths, cu_seqlens, silu)
@@ -159,7 +157,8 @@ def short_conv_forward(
     silu: bool,
 ) -> Tensor:
     """The convolved tokens by `kernels/short_conv.py`; arguments as in `short_convolution`, already checked."""
-    short_conv = load_triton("sleep_ops.kernels.short_conv")
+    from sleep_ops.kernels import short_conv
+
     return short_conv.forward(*_contiguous(x, weight, bias, tail, lengths, cu_seqlens), silu)
 
 
@@ -175,7 +174,8 @@ def short_conv_backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cotangents of x, weight, bias and tail; empty for a bias or tail that is None."""
-    short_conv = load_triton("sleep_ops.kernels.short_conv")
+    from sleep_ops.kernels import short_conv
+
     args = _contiguous(dy, x, weight, bias, tail, lengths, cu_seqlens)
     dx, dweight, dbias, dtail = short_conv.backward(*args, silu)
     empty = [x.new_empty(0) if grad is None else grad for grad in (dbias, dtail)]
@@ -212,7 +212,25 @@ def _contiguous(*tensors):
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def _check(x, weight, bias, tail, lengths, cu_seqlens, activation, impl):
+def use_triton(impl: str, x: Tensor) -> bool:
+    """Whether `impl` means Triton for tensors like x: "auto" does on CUDA, but for float64.
+
+    Raises ValueError for an unknown impl and for "triton" where it can't run.
+    """
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl: expected 'auto', 'triton' or 'torch', got {impl!r}")
+    if impl != "triton":
+        return impl == "auto" and x.is_cuda and x.dtype != torch.float64
+    if x.dtype == torch.float64:
+        raise ValueError("impl: expected 'torch' for float64 inputs, got 'triton'")
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"impl: expected CUDA tensors for 'triton' (or TRITON_INTERPRET=1 in the environment), got {x.device}"
+        )
+    return True
+
+
+def _check(x, weight, bias, tail, lengths, cu_seqlens, activation):
     if x.ndim != 3 or x.shape[1] < 1:
         raise ValueError(f"x: expected [B, T, D] with T >= 1, got {list(x.shape)}")
     if not x.is_floating_point():
@@ -222,8 +240,6 @@ def _check(x, weight, bias, tail, lengths, cu_seqlens, activation, impl):
         raise ValueError(f"weight: expected [D, W] with D = {D}, got {list(weight.shape)}")
     if activation not in ("silu", None):
         raise ValueError(f"activation: expected 'silu' or None, got {activation!r}")
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f"impl: expected 'auto', 'triton' or 'torch', got {impl!r}")
     if lengths is not None and cu_seqlens is not None:
         raise ValueError("lengths: expected None together with cu_seqlens, got both")
     if cu_seqlens is not None:
