@@ -1,0 +1,101 @@
+"""The real tokens of a batched, padded or packed input as left-aligned rows, and the way back."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sleep_ops import ragged
+from sleep_ops.ragged import Lengths
+
+
+class Rows:
+    """Where each row's real tokens stand in the input.
+
+    lengths: real tokens of every row. index: int64 `[rows, max(lengths)]` into the flattened input, or None where the
+    input is already left-aligned and full. `marked`: how many real tokens `marks` found marked.
+    """
+
+    def __init__(self, shape: tuple[int, int], lengths: Lengths, index: Tensor | None, device: torch.device):
+        self.shape, self.lengths, self.index, self.device = shape, lengths, index, device
+        self.marked = 0
+
+    @classmethod
+    def of(cls, input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> "Rows":
+        """Rows of input_ids `[B, T]`. Waits for the device once if there is a mask or cu_seqlens.
+
+        Raises ValueError for both at once, wrong shapes, cu_seqlens that do not ascend from 0 to T, or no real token.
+        """
+        batch, width = input_ids.shape
+        device = input_ids.device
+        if attention_mask is None and cu_seqlens is None:
+            return cls((batch, width), (width,) * batch, None, device)
+        if attention_mask is not None and cu_seqlens is not None:
+            raise ValueError("attention_mask: expected None with cu_seqlens, got both")
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask: expected shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+                )
+            order, lengths = ragged.left_align(attention_mask.to(device))
+            index = order + width * torch.arange(batch, device=device)[:, None]
+        else:
+            bounds = cu_seqlens.tolist()
+            lengths = tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+            if batch != 1 or cu_seqlens.dim() != 1 or len(lengths) == 0:
+                raise ValueError(f"cu_seqlens: expected [num_seqs + 1] with B = 1, got {bounds} with B = {batch}")
+            if bounds[0] != 0 or bounds[-1] != width or min(lengths) < 0:
+                raise ValueError(f"cu_seqlens: expected to ascend from 0 to {width}, got {bounds}")
+            column = torch.arange(max(lengths), device=device)
+            index = (torch.tensor(bounds[:-1], device=device)[:, None] + column).clamp(max=width - 1)
+        if max(lengths) == 0:
+            raise ValueError("attention_mask: expected at least one real token, got none")
+        if attention_mask is not None and min(lengths) == width:
+            return cls((batch, width), lengths, None, device)
+        return cls((batch, width), lengths, index[:, : max(lengths)], device)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """x `[B, T]` -> left-aligned `[rows, max(lengths)]`."""
+        return x if self.index is None else x.flatten()[self.index]
+
+    def real(self, lengths: Lengths, device: torch.device) -> Tensor:
+        """Mask `[rows, max(lengths)]` of the real entries; `[1, width]` where all are."""
+        column = torch.arange(max(lengths), device=device)
+        if ragged.uniform(lengths):
+            return (column < lengths[0])[None]
+        return column < torch.tensor(lengths, device=device)[:, None]
+
+    def marks(self, mask: Tensor | None) -> Callable[[Lengths, Lengths], list[bool]]:
+        """A host function of (starts, parts): which rows have a token marked in mask `[B, T]` in that stretch."""
+        if mask is None:
+            return lambda starts, parts: [False] * len(parts)
+        rows = self.pack(mask.to(self.device)).cpu() if self.index is not None else mask.cpu()
+        rows = rows.bool() & self.real(self.lengths, rows.device)
+        before = torch.nn.functional.pad(rows.cumsum(1), (1, 0)).tolist()
+        self.marked = sum(row[-1] for row in before)
+
+        def marked(starts: Lengths, parts: Lengths) -> list[bool]:
+            return [row[s + n] > row[s] for row, s, n in zip(before, starts, parts, strict=True)]
+
+        return marked
+
+    def unpack(self, pieces: list[tuple[Lengths, Lengths, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
+        """(starts, parts, values `[rows, max(parts), D]`) of some stretches -> (values `[B, T', D]`, columns `[T']`).
+
+        A full batch gives the stretches one after another; padded or packed input all T columns, zero where there is no
+        value.
+        """
+        if not pieces:
+            return None, None
+        if self.index is None and all(ragged.uniform(s) and ragged.uniform(n) for s, n, _ in pieces):
+            columns = [torch.arange(s[0], s[0] + n[0], device=self.device) for s, n, _ in pieces]
+            return torch.cat([x for _, _, x in pieces], dim=1), torch.cat(columns)
+        size = self.shape[0] * self.shape[1]
+        where, values = [], []
+        for starts, parts, x in pieces:
+            keep = self.real(parts, x.device).expand(x.shape[:2])
+            index = self.index if self.index is not None else torch.arange(size, device=x.device).view(self.shape)
+            where.append(ragged.take(index, starts, parts)[keep])
+            values.append(x[keep])
+        flat = values[0].new_zeros(size, values[0].shape[-1]).index_copy(0, torch.cat(where), torch.cat(values))
+        return flat.view(*self.shape, -1), torch.arange(self.shape[1], device=self.device)

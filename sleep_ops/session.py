@@ -1,0 +1,261 @@
+"""Inference: a text read token by token, by chunks or at once, that sleeps when its window is full."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sleep_ops import ragged
+from sleep_ops.model import SleepHybridModel
+from sleep_ops.ragged import Lengths
+from sleep_ops.rows import Rows
+from sleep_ops.sampling import check_sampling, sample
+from sleep_ops.sleep import SleepState
+
+FORMAT = "sleep-ops session"
+VERSION = 1
+
+
+class SleepSession:
+    """A running text (or a batch of them) over a model: fast weights, caches of the live window, position.
+
+    Reading costs one pass per token; when a row's live window reaches L tokens the row sleeps N - 1 further passes and
+    its attention caches are evicted, so memory does not grow with the text. Nothing here is differentiable.
+
+    passes: N, instead of the model's own. Raises ValueError where the model can't take it.
+    """
+
+    def __init__(self, model: SleepHybridModel, passes: int | None = None):
+        passes = model.config.passes if passes is None else passes
+        if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
+            raise ValueError(f"passes: expected an integer >= 1, got {passes!r}")
+        if passes > 1 and model.config.window is None:
+            raise ValueError(f"passes: expected 1 where the model's window is None, got {passes}")
+        self.model, self.passes = model, passes
+        self.state: SleepState | None = None
+        self.logits: Tensor | None = None
+
+    @property
+    def seen(self) -> Lengths:
+        """Tokens read so far, per row."""
+        return () if self.state is None else self.state.seen
+
+    @torch.no_grad()
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, all_logits: bool = False) -> Tensor:
+        """Reads tokens after those read before.
+
+        input_ids: integer `[B, T]`, or `[T]` for one text; attention_mask `[B, T]`, 1 = real token, padding anywhere.
+        Returns the logits after each row's last real token `[B, vocab_size]`; with all_logits those after every token,
+        `[B, T, vocab_size]`, zero at padding. Raises ValueError naming the argument; the session is then as before.
+        """
+        input_ids = self._ids(input_ids)
+        rows = Rows.of(input_ids, attention_mask, None)
+        ids, lengths = rows.pack(input_ids), rows.lengths
+        state = self.model.init_state(len(lengths)) if self.state is None else self.state
+        if len(state.seen) != len(lengths):
+            raise ValueError(f"input_ids: expected {len(state.seen)} rows as before, got {len(lengths)}")
+        pieces: list = []
+        last = self.logits
+
+        def ends(starts: Lengths, parts: Lengths) -> list[bool]:
+            return [n > 0 and s + n == total for s, n, total in zip(starts, parts, lengths, strict=True)]
+
+        def emit(starts: Lengths, parts: Lengths, h: Tensor) -> None:
+            nonlocal last
+            if all_logits:
+                pieces.append((starts, parts, self.model.predict(h)))
+            ending = ends(starts, parts)
+            if any(ending):
+                final = self.model.predict(ragged.take(h, tuple(max(n - 1, 0) for n in parts), (1,) * len(parts))[:, 0])
+                held = torch.zeros_like(final) if last is None else last
+                last = (
+                    final if all(ending) else torch.where(torch.tensor(ending, device=h.device)[:, None], final, held)
+                )
+
+        state = self.model.stack.read(
+            lambda starts, parts: self.model.embed(ragged.take(ids, starts, parts)),
+            lengths,
+            state,
+            passes=self.passes,
+            wants=lambda starts, parts: all_logits or any(ends(starts, parts)),
+            emit=emit,
+        )
+        self.state, self.logits = state, last
+        return rows.unpack(pieces)[0] if all_logits else last
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Reads one token per row. token_ids: integer `[B]` -> logits `[B, vocab_size]`."""
+        if token_ids.dim() != 1:
+            raise ValueError(f"token_ids: expected [B], got shape {tuple(token_ids.shape)}")
+        return self.read(token_ids[:, None])
+
+    @torch.no_grad()
+    def sleep(self) -> None:
+        """Sleeps now, before the window is full, and evicts; with nothing read since the last sleep it does nothing."""
+        if self.model.config.window is None:
+            raise ValueError("window: expected a model with a window, got None (it neither evicts nor sleeps)")
+        if self.state is None or max(self.state.live) == 0:
+            return
+        rows = tuple(n > 0 for n in self.state.live)
+        stack = self.model.stack
+        self.state = stack.evict(stack.sleep(self.state, passes=self.passes, rows=rows), rows=rows)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        max_new_tokens: int = 32,
+        *,
+        attention_mask: Tensor | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+        on_token: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Reads input_ids (None: goes on from what was read) and generates up to max_new_tokens per row.
+
+        temperature 0 is greedy; otherwise logits are divided by it and sampled, from the top_k likeliest tokens and the
+        smallest set whose probability reaches top_p. A row that has produced eos_token_id stops, and is filled with
+        pad_token_id (default: eos_token_id). on_token receives every new `[B]` as it appears. Every token returned has
+        been read by the session. Returns the new tokens only, int64 `[B, <= max_new_tokens]`. Raises ValueError naming
+        the argument.
+        """
+        check_sampling(max_new_tokens, temperature, top_k, top_p)
+        if input_ids is not None:
+            self.read(input_ids, attention_mask)
+        if self.logits is None:
+            raise ValueError("input_ids: expected a prompt, since nothing has been read yet; got None")
+        pad = eos_token_id if pad_token_id is None else pad_token_id
+        alive = torch.ones(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
+        tokens = []
+        for _ in range(max_new_tokens):
+            token = sample(self.logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            if eos_token_id is not None:
+                token = torch.where(alive, token, pad)
+            tokens.append(token)
+            if on_token is not None:
+                on_token(token)
+            everyone = eos_token_id is None or bool(alive.all())
+            self.read(token[:, None], None if everyone else alive[:, None])
+            if eos_token_id is not None:
+                alive = alive & (token != eos_token_id)
+                if not alive.any():
+                    break
+        return torch.stack(tokens, dim=1)
+
+    def fork(self) -> "SleepSession":
+        """An independent session that stands where this one does. States are shared until either reads on."""
+        other = SleepSession(self.model, self.passes)
+        other.state, other.logits = self.state, self.logits
+        return other
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the session to one safetensors file, whole or not at all.
+
+        The header holds the format's version, the configuration it belongs to and a digest of the tensors. Raises
+        ValueError where nothing has been read yet.
+        """
+        if self.state is None:
+            raise ValueError("session: expected something to have been read before saving, got an empty session")
+        named = _named(self.state) | {"logits": self.logits}
+        tensors = {name: x.detach().cpu().contiguous().clone() for name, x in named.items()}
+        header = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "config": json.dumps(_identity(self.model), sort_keys=True),
+            "lengths": json.dumps([self.state.seen, self.state.live, self.state.kept]),
+            "passes": str(self.passes),
+        }
+        header["digest"] = _digest(tensors, header)
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            save_file(tensors, partial, metadata=header)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: SleepHybridModel) -> "SleepSession":
+        """Reads what `save` wrote, onto the model's device.
+
+        Raises FileNotFoundError, and ValueError for a file that is damaged, of another format or version, or of a model
+        with another configuration.
+        """
+        if not Path(path).exists():
+            raise FileNotFoundError(f"path: expected a saved session, found nothing at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"path: expected a saved session, got a file that can't be read: {error}") from error
+        if header.get("format") != FORMAT or header.get("version") != str(VERSION):
+            got = f"{header.get('format')!r} version {header.get('version')!r}"
+            raise ValueError(f"path: expected format {FORMAT!r} version {VERSION}, got {got}")
+        if header.pop("digest", None) != _digest(tensors, header):
+            raise ValueError("path: expected what was saved, got other contents (their digest differs)")
+        saved, own = json.loads(header["config"]), json.loads(json.dumps(_identity(model)))
+        different = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))
+        if different:
+            got = ", ".join(f"{k} {saved.get(k)!r} (model: {own.get(k)!r})" for k in different)
+            raise ValueError(f"path: expected a session of this model's configuration, got {got}")
+        session = cls(model, int(header["passes"]))
+        tensors = {name: x.to(model.embed.weight.device) for name, x in tensors.items()}
+        seen, live, kept = (tuple(x) for x in json.loads(header["lengths"]))
+        empty = model.init_state(len(seen))
+
+        def fill(part: str) -> tuple:
+            return tuple(
+                s if s is None else type(s)(*(tensors[f"{part}.{i}.{name}"] for name in s._fields))
+                for i, s in enumerate(getattr(empty, part))
+            )
+
+        session.state = SleepState(fill("blocks"), fill("start"), tensors.get("hidden"), seen, live, kept)
+        session.logits = tensors["logits"]
+        return session
+
+    def _ids(self, input_ids: Tensor) -> Tensor:
+        if input_ids.dim() == 1:
+            input_ids = input_ids[None]
+        if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.dtype.is_floating_point:
+            got = f"{input_ids.dtype} {tuple(input_ids.shape)}"
+            raise ValueError(f"input_ids: expected integers [B, T] or [T], not empty, got {got}")
+        vocab = self.model.config.vocab_size
+        if input_ids.device.type == "cpu" and not (0 <= input_ids.min() and input_ids.max() < vocab):
+            raise ValueError(f"input_ids: expected 0 to {vocab - 1}, got {input_ids.min()} to {input_ids.max()}")
+        return input_ids
+
+
+def _named(state: SleepState) -> dict[str, Tensor]:
+    named = {}
+    for part in ("blocks", "start"):
+        for i, s in enumerate(getattr(state, part)):
+            if s is not None:
+                named.update({f"{part}.{i}.{name}": getattr(s, name) for name in s._fields})
+    if state.hidden is not None:
+        named["hidden"] = state.hidden
+    return named
+
+
+def _identity(model: SleepHybridModel) -> dict:
+    """The configuration without what changes neither the state's meaning nor its shape."""
+    free = ("passes", "sleep_on", "attention_backend", "impl", "activation_checkpointing", "initializer_range")
+    return {k: v for k, v in model.config.to_dict().items() if k not in free}
+
+
+def _digest(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
+    total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        total.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        total.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
