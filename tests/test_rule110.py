@@ -100,7 +100,7 @@ class Oracle(nn.Module):
         super().__init__()
         self.task, self.wrong, self.trim = task, wrong, trim
 
-    def forward(self, input_ids, labels=None, loss_mask=None, passes=None):
+    def forward(self, input_ids, labels=None, loss_mask=None, passes=None, return_state=True):
         context = self.task.strings * self.task.bits
         target = labels.clamp(min=0)
         for row, answer in self.wrong:

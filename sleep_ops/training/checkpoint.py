@@ -8,6 +8,7 @@ and then renamed, so a folder with the final name is complete; the manifest catc
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
@@ -104,7 +105,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 raise CheckpointError(f"{path / name}: damaged (it is not what the manifest describes)")
         model = load_file(path / MODEL_FILE)
         state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
-    except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:
+    except (OSError, json.JSONDecodeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: incomplete or damaged ({error})") from error
     return Checkpoint(int(manifest["step"]), model, state)
 

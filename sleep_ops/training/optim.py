@@ -31,32 +31,27 @@ def build_optimizers(
 ) -> dict[str, Optimizer]:
     """{"muon": ..., "adamw": ...}, each only where it has parameters.
 
-    Weight decay applies to matrices; never to parameters of fewer than two dimensions, to convolutions' [channels, 1,
-    width] weights, or to those marked `_no_weight_decay = True`.
+    Weight decay applies to the weights of nn.Linear and nn.Embedding modules, unless they are marked
+    `_no_weight_decay = True`, and to nothing else.
     """
+    weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
+
+    def groups(parameters: dict) -> list[dict]:
+        decay: dict[float, list] = {}
+        for p in parameters.values():
+            decayed = id(p) in weights and not getattr(p, "_no_weight_decay", False)
+            decay.setdefault(weight_decay if decayed else 0.0, []).append(p)
+        return [{"params": part, "weight_decay": value} for value, part in decay.items()]
+
     muon, adamw = split_parameters(model)
     optimizers: dict[str, Optimizer] = {}
     if muon:
-        groups = [
-            {"params": part, "weight_decay": decay}
-            for part, decay in zip(_by_decay(muon), (weight_decay, 0.0), strict=True)
-            if part
-        ]
-        optimizers["muon"] = Muon(groups, lr=lr_muon, momentum=momentum, nesterov=True, ns_steps=5, adjust_lr_fn=None)
+        optimizers["muon"] = Muon(
+            groups(muon), lr=lr_muon, momentum=momentum, nesterov=True, ns_steps=5, adjust_lr_fn=None
+        )
     if adamw:
-        groups = [
-            {"params": part, "weight_decay": decay}
-            for part, decay in zip(_by_decay(adamw), (weight_decay, 0.0), strict=True)
-            if part
-        ]
-        optimizers["adamw"] = AdamW(groups, lr=lr_adamw, betas=(0.9, 0.95))
+        optimizers["adamw"] = AdamW(groups(adamw), lr=lr_adamw, betas=(0.9, 0.95))
     return optimizers
-
-
-def _by_decay(parameters: dict) -> tuple[list, list]:
-    decayed = [p for p in parameters.values() if p.ndim == 2 and not getattr(p, "_no_weight_decay", False)]
-    chosen = {id(p) for p in decayed}
-    return decayed, [p for p in parameters.values() if id(p) not in chosen]
 
 
 def set_learning_rates(optimizers: dict[str, Optimizer], rates: dict[str, float]) -> None:

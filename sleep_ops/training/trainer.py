@@ -210,7 +210,7 @@ class Trainer:
         factor = t.learning_rate_factor(self.step)
         rates = {"muon": t.lr_muon * factor, "adamw": t.lr_adamw * factor}
         with autocast(t.precision, self.device):
-            out = forward(batch.input_ids, labels=batch.labels, loss_mask=batch.loss_mask)
+            out = forward(batch.input_ids, labels=batch.labels, loss_mask=batch.loss_mask, return_state=False)
         out.loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, t.grad_clip)
         # The only wait for the device in a step: whether to take it must be known before the weights change.

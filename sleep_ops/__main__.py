@@ -1,0 +1,3 @@
+from sleep_ops.cli import main
+
+main()

@@ -1,0 +1,299 @@
+"""The command line: train, evaluate, demonstrate, measure.
+
+Settings are checked before anything is written; a bad one is a message and exit code 2. Exit code 1 is a run that
+failed, 128 + n one that signal n stopped (its checkpoint is saved).
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="sleep-ops",
+    help="Sleep for language models: N passes over a window before it is evicted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+train_app = typer.Typer(help="Train a hybrid model on a task.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed; every command writes a long-format CSV.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+app.add_typer(bench_app, name="bench")
+
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:i.")]
+Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Go on with the run in the folder, or delete it first.")]
+
+
+def option(help: str, panel: str | None = None, **kwargs):
+    return typer.Option(help=help, rich_help_panel=panel, **kwargs)
+
+
+@contextmanager
+def _refusals(console: Console):
+    """Bad settings become exit code 2, failed runs exit code 1, both with one plain line."""
+    from sleep_ops.training import CheckpointError, TrainingDiverged
+
+    try:
+        yield
+    except ValueError as error:
+        console.print(f"[red]error[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    except (CheckpointError, TrainingDiverged) as error:
+        console.print(f"[red]failed[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def _integers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{name}: expected integers separated by commas, got {text!r}") from error
+
+
+def _parse_loop(text: str | None) -> tuple[int, int] | None:
+    if text is None or text == "all":
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal()):
+        raise ValueError(f"loop: expected all or FIRST:LAST (blocks, both included), got {text!r}")
+    return int(first), int(last)
+
+
+TASK, MODEL, RECIPE, RUN = "Task", "Model", "Recipe", "Run"
+
+
+@train_app.command("rule110")
+def train_rule110(
+    t: Annotated[int, option("Steps of the automaton.", TASK)] = 8,
+    strings: Annotated[int, option("Strings per sequence.", TASK)] = 4,
+    bits: Annotated[int, option("Bits per string.", TASK)] = 24,
+    boundary: Annotated[str, option("periodic or zero.", TASK)] = "periodic",
+    held_out: Annotated[float, option("Fraction of all strings kept out of training, to evaluate on.", TASK)] = 0.0,
+    width: Annotated[int, option("Hidden size.", MODEL)] = 256,
+    heads: Annotated[int, option("Heads, of attention and of the fast weights.", MODEL)] = 4,
+    head_dim: Annotated[int | None, option("Head dim; width / heads by default.", MODEL)] = None,
+    layers: Annotated[str, option("Blocks, attn or gdn, joined by dashes.", MODEL)] = "attn-gdn-attn-gdn",
+    passes: Annotated[int, option("Passes per sleep, N; 1 is the ordinary hybrid.", MODEL)] = 4,
+    window: Annotated[int | None, option("Tokens before eviction, L; the string length by default.", MODEL)] = None,
+    eviction: Annotated[str, option("hard or sliding.", MODEL)] = "hard",
+    loop: Annotated[str, option("Looped blocks: all, or FIRST:LAST, both included.", MODEL)] = "all",
+    sleep_on: Annotated[str, option("every (full window) or unlabelled (Algorithm 1 to the letter).", MODEL)] = "every",
+    conv_boundary: Annotated[str, option("Convolution tail of later passes: snapshot or zero.", MODEL)] = "snapshot",
+    rule: Annotated[str, option("delta or hebbian.", MODEL)] = "delta",
+    neg_eigval: Annotated[bool, option("beta in (0, 2).", MODEL)] = False,
+    activation_checkpointing: Annotated[bool, option("Recompute each (window, pass) in the backward.", MODEL)] = False,
+    steps: Annotated[int, option("Optimiser steps.", RECIPE)] = 800,
+    batch: Annotated[int, option("Sequences per step.", RECIPE)] = 512,
+    lr_muon: Annotated[float, option("Peak learning rate of the weight matrices.", RECIPE)] = 2e-3,
+    lr_adamw: Annotated[float, option("Peak learning rate of everything else.", RECIPE)] = 5e-5,
+    weight_decay: Annotated[float, option("Decoupled, on matrices.", RECIPE)] = 1e-4,
+    momentum: Annotated[float, option("Muon's.", RECIPE)] = 0.95,
+    grad_clip: Annotated[float, option("Largest gradient norm.", RECIPE)] = 1.0,
+    warmup: Annotated[float, option("Fraction of the steps spent warming up.", RECIPE)] = 0.05,
+    decay: Annotated[float, option("Fraction of the steps spent decaying.", RECIPE)] = 0.2,
+    final_lr: Annotated[float, option("Last learning rate, of the peak.", RECIPE)] = 1e-3,
+    precision: Annotated[str, option("auto (bf16 on CUDA), bf16 or float32.", RECIPE)] = "auto",
+    max_skipped: Annotated[int, option("Stop after this many steps in a row without a finite gradient.", RECIPE)] = 10,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Annotated[Path, option("Run folder.", RUN)] = Path("runs/rule110"),
+    resume: Resume = True,
+    checkpoint_every: Annotated[int, option("Steps between checkpoints (0: only the last).", RUN)] = 200,
+    keep_checkpoints: Annotated[int, option("Newest checkpoints kept.", RUN)] = 2,
+    eval_every: Annotated[int, option("Steps between evaluations (0: only the last).", RUN)] = 100,
+    eval_samples: Annotated[int, option("Sequences per evaluation.", RUN)] = 2048,
+    compile: Annotated[bool, option("Run the model through torch.compile.", RUN)] = False,
+    until: Annotated[
+        int | None, option("Stop (and save) at this step; the schedule stays that of --steps.", RUN)
+    ] = None,
+) -> None:
+    """Rule 110: the first bit of each evicted string after t steps of the automaton."""
+    console = Console()
+    with _refusals(console):
+        from sleep_ops.model import HybridConfig
+        from sleep_ops.tasks import Rule110
+        from sleep_ops.training import RunConfig, TrainConfig, Trainer
+
+        task = Rule110(t=t, strings=strings, bits=bits, boundary=boundary, held_out=held_out)
+        model = HybridConfig(
+            vocab_size=task.vocab_size,
+            hidden_size=width,
+            num_heads=heads,
+            head_dim=head_dim,
+            layers=tuple(layers.split("-")),
+            window=task.window if window is None else window,
+            passes=passes,
+            loop=_parse_loop(loop),
+            eviction=eviction,
+            sleep_on=sleep_on,
+            conv_boundary=conv_boundary,
+            rule=rule,
+            allow_neg_eigval=neg_eigval,
+            activation_checkpointing=activation_checkpointing,
+        )
+        recipe = TrainConfig(
+            steps=steps,
+            batch_size=batch,
+            seed=seed,
+            lr_muon=lr_muon,
+            lr_adamw=lr_adamw,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            grad_clip=grad_clip,
+            warmup=warmup,
+            decay=decay,
+            final_lr=final_lr,
+            precision=precision,
+            max_skipped=max_skipped,
+            eval_every=eval_every,
+            eval_samples=eval_samples,
+            checkpoint_every=checkpoint_every,
+            keep_checkpoints=keep_checkpoints,
+            device=device,
+            compile=compile,
+        )
+        if until is not None and until < 1:
+            raise ValueError(f"until: expected an integer >= 1, got {until}")
+        config = RunConfig(task.to_dict(), model.to_dict(), recipe)
+        trainer = Trainer(config, out, resume=resume, label=f"rule110 N={passes}", console=console)
+        if trainer.step:
+            console.print(f"{out}: going on from step {trainer.step}")
+        result = trainer.fit(until)
+    if result.signal is not None:
+        console.print(f"stopped by signal {result.signal} at step {result.step}, saved; the same command goes on")
+        raise typer.Exit(128 + result.signal)
+    if result.evaluation:
+        _print_evaluations(console, [(passes, result.evaluation)], task.chance())
+    state = "finished" if result.finished else f"at step {result.step} of {steps}"
+    console.print(f"{out}: {state}, {result.seconds:.0f} s of training, {result.skipped} steps skipped")
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder, as written by train.")],
+    passes: Annotated[str | None, option("N, or several separated by commas; the run's own by default.")] = None,
+    samples: Annotated[int, option("Held-out sequences.")] = 8192,
+    batch: Annotated[int, option("Sequences per batch.")] = 512,
+    seed: Annotated[int, option("Seed of the evaluation stream, which never meets the training data.")] = 1,
+    device: Device = "auto",
+    out: Annotated[Path | None, option("CSV file to write the table to.")] = None,
+) -> None:
+    """Accuracy of a saved run on held-out data, with any number of passes."""
+    console = Console()
+    with _refusals(console):
+        from sleep_ops.training import load_run
+        from sleep_ops.training.trainer import autocast
+
+        chosen = None if passes is None else _integers("passes", passes)
+        if chosen is not None and min(chosen) < 1:
+            raise ValueError(f"passes: expected integers >= 1, got {passes!r}")
+        if samples < 1 or batch < 1 or seed < 0:
+            raise ValueError(f"samples, batch, seed: expected >= 1, >= 1, >= 0, got {samples}, {batch}, {seed}")
+        config, task, model, step = load_run(run, device=device, warn=console.print)
+        chosen = (config.model["passes"],) if chosen is None else chosen
+        where = next(model.parameters()).device
+        found = []
+        for n in chosen:
+            with autocast(config.train.precision, where):
+                result = task.evaluate(model, samples=samples, batch_size=batch, seed=seed, passes=n, device=where)
+            found.append((n, result))
+        console.print(
+            f"{run}: {task.to_dict()}, trained with N={config.model['passes']} to step {step}", highlight=False
+        )
+        _print_evaluations(console, found, task.chance())
+        if out is not None:
+            _write_csv(out, [{"run": str(run), "step": step, "passes": n, "seed": seed, **r} for n, r in found])
+
+
+@app.command()
+def demo(
+    passes: Annotated[str | None, option("Values of N, separated by commas; 1,2,4 on the CPU, 1,4 on CUDA.")] = None,
+    steps: Annotated[int | None, option("Optimiser steps for each N; set for the machine by default.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Annotated[Path | None, option("Folder; runs/demo-cpu or runs/demo-cuda by default.")] = None,
+    resume: Resume = True,
+) -> None:
+    """Train the same hybrid with N = 1 and larger N on the same Rule 110 data; table, CSV, PNG and checkpoints."""
+    console = Console()
+    with _refusals(console):
+        from sleep_ops.demo import choose_scale, run_demo
+
+        chosen = None if passes is None else _integers("passes", passes)
+        scale = choose_scale(device, seed, chosen, steps)
+        kind = scale.train.device.partition(":")[0]
+        stopped = run_demo(scale, out or Path("runs") / f"demo-{kind}", resume=resume, console=console)
+    if stopped is not None:
+        raise typer.Exit(128 + stopped)
+
+
+@bench_app.command("passes")
+def bench_passes(
+    passes: Annotated[str, option("Values of N, separated by commas.")] = "1,2,4,8",
+    batch: Annotated[int, option("Sequences.")] = 4,
+    tokens: Annotated[int, option("Tokens per sequence.")] = 512,
+    heads: Annotated[int, option("Heads.")] = 4,
+    head_dim: Annotated[int, option("Key and value dim of a head.")] = 64,
+    window: Annotated[int, option("Tokens per window.")] = 128,
+    dtype: Annotated[str, option("float32, bfloat16 or float16.")] = "float32",
+    repeats: Annotated[int, option("Timed repeats.")] = 10,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Annotated[Path, option("CSV file.")] = Path("runs/bench/passes.csv"),
+) -> None:
+    """Time of N replay passes, operator and layer, forward and with the backward."""
+    console = Console()
+    with _refusals(console):
+        from sleep_ops.bench import PassesBenchmark, write_csv
+
+        benchmark = PassesBenchmark(
+            passes=_integers("passes", passes),
+            batch=batch,
+            tokens=tokens,
+            heads=heads,
+            head_dim=head_dim,
+            window=window,
+            dtype=dtype,
+            repeats=repeats,
+            seed=seed,
+            device=device,
+        )
+        with console.status("measuring") as status:
+            rows = benchmark.run(lambda r: status.update(f"{r['provider']} {r['mode']} N={r['passes']}"))
+        write_csv(rows, out)
+    table = Table("provider", "mode", "N", "ms", "p20", "p80", title=f"{rows[0]['device']}, {dtype}")
+    for r in rows:
+        times = (f"{r[key]:.2f}" for key in ("ms_median", "ms_p20", "ms_p80"))
+        table.add_row(r["provider"], r["mode"], str(r["passes"]), *times)
+    console.print(table)
+    console.print(f"wrote {out}")
+
+
+def _print_evaluations(console: Console, found: list[tuple[int, dict]], chance: dict) -> None:
+    table = Table("N", "exact", "+/-", "per label", "loss", "sequences", title="held-out accuracy")
+    percent: Callable[[float], str] = "{:.2%}".format
+    for n, r in found:
+        cells = (percent(r["exact"]), percent(r["exact_stderr"]), percent(r["per_label"]), f"{r['loss']:.4f}")
+        table.add_row(str(n), *cells, f"{r['samples']:.0f}")
+    table.add_row("chance", percent(chance["majority"]), "", percent(max(chance["ones"], 1 - chance["ones"])), "", "")
+    console.print(table)
+
+
+def _write_csv(path: Path, rows: list[dict]) -> None:
+    import csv
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,184 @@
+"""The command line: help, what a run leaves behind, resuming, refusals, and the demo in miniature."""
+
+import csv
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+import sleep_ops.cli
+from sleep_ops.demo import CPU, CUDA, Scale, choose_scale, run_demo
+from sleep_ops.tasks import Rule110
+from sleep_ops.training import TrainConfig, load_run
+from sleep_ops.training.logs import read_csv
+
+SMALL = "--t 2 --strings 2 --bits 6 --width 16 --heads 2 --layers attn-gdn --batch 8 --steps 6 --device cpu".split()
+SMALL += "--eval-every 3 --eval-samples 16 --checkpoint-every 2 --passes 2".split()
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(sleep_ops.cli.app, [str(a) for a in arguments])
+    error = "" if result.exception is None else repr(result.exception)
+    assert result.exit_code == code, result.output + error
+    return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m", "", result.output))
+
+
+def losses(folder):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_csv(folder / "metrics.csv")]
+
+
+@pytest.mark.parametrize("command", ["train rule110", "eval", "demo", "bench passes"])
+def test_every_command_has_the_common_options(command):
+    text = run(*command.split(), "--help")
+    for name in ("--seed", "--device", "--out", "--help"):
+        assert name in text
+
+
+def test_no_command_shows_the_help():
+    assert "train" in run("--help") and "rule110" in run("train", "--help") and "passes" in run("bench", "--help")
+
+
+def test_train_defaults_are_those_of_the_library():
+    parameters = inspect.signature(sleep_ops.cli.train_rule110).parameters
+    renamed = {"batch_size": "batch"}
+    for owner in (TrainConfig, Rule110):
+        for field in fields(owner):
+            assert parameters[renamed.get(field.name, field.name)].default == field.default, field.name
+
+
+def test_train_eval_and_resume(tmp_path):
+    out = tmp_path / "run"
+    assert "finished" in run("train", "rule110", *SMALL, "--out", out)
+    assert {p.name for p in out.iterdir()} >= {"config.json", "metrics.csv", "eval.csv", "checkpoints"}
+    text = run("eval", out, "--passes", "1,3", "--samples", 32, "--device", "cpu", "--out", tmp_path / "eval.csv")
+    assert "chance" in text and "trained with N=2 to step 6" in text
+    with (tmp_path / "eval.csv").open() as file:
+        assert [(row["passes"], row["samples"]) for row in csv.DictReader(file)] == [("1", "32.0"), ("3", "32.0")]
+
+    parts = tmp_path / "parts"
+    assert "at step 3 of 6" in run("train", "rule110", *SMALL, "--out", parts, "--until", 3)
+    assert "going on from step 3" in run("train", "rule110", *SMALL, "--out", parts)
+    assert losses(parts) == losses(out) and len(losses(out)) == 6
+
+    assert "train.lr_muon" in run("train", "rule110", *SMALL, "--lr-muon", "1e-3", "--out", parts, code=2)
+    run("train", "rule110", *SMALL, "--lr-muon", "1e-3", "--out", parts, "--fresh")
+    assert losses(parts) != losses(out)
+
+
+def test_every_model_setting_reaches_the_model(tmp_path):
+    extra = "--layers gdn-attn-gdn --loop 1:2 --eviction sliding --sleep-on unlabelled --window 5 --head-dim 4".split()
+    extra += "--conv-boundary zero --rule hebbian --neg-eigval --activation-checkpointing --boundary zero".split()
+    run("train", "rule110", *SMALL, *extra, "--held-out", 0, "--steps", 1, "--out", tmp_path)
+    config, task, model, step = load_run(tmp_path, device="cpu")
+    c = model.config
+    assert (c.layers, c.loop, c.eviction, c.sleep_on) == (("gdn", "attn", "gdn"), (1, 2), "sliding", "unlabelled")
+    assert (c.window, c.head_dim, c.conv_boundary, c.rule, c.passes) == (5, 4, "zero", "hebbian", 2)
+    assert c.allow_neg_eigval and c.activation_checkpointing and task.boundary == "zero" and step == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--t", "-1"), "t:"),
+        (("--bits", "2"), "bits:"),
+        (("--passes", "0"), "passes:"),
+        (("--window", "0"), "window:"),
+        (("--layers", "attn-mamba"), "layers:"),
+        (("--loop", "1"), "loop:"),
+        (("--loop", "0:9"), "loop:"),
+        (("--eviction", "soft"), "eviction:"),
+        (("--width", "17"), "num_heads:"),
+        (("--steps", "0"), "steps:"),
+        (("--lr-muon", "0"), "lr_muon:"),
+        (("--lr-muon", "nan"), "lr_muon:"),
+        (("--warmup", "0.9", "--decay", "0.9"), "warmup"),
+        (("--precision", "fp4"), "precision:"),
+        (("--device", "abacus"), "device:"),
+        (("--until", "0"), "until:"),
+        (("--steps", "many"), "integer"),
+        (("--no-such-option",), "no-such-option"),
+    ],
+    ids=" ".join,
+)
+def test_bad_settings_are_refused_and_nothing_is_written(tmp_path, arguments, named):
+    out = tmp_path / "run"
+    named_in = run("train", "rule110", *SMALL, "--out", out, *arguments, code=2)
+    assert named in named_in
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("eval", "nowhere"),
+        ("eval", "nowhere", "--passes", "two"),
+        ("demo", "--passes", "1,1", "--device", "cpu", "--out", "x"),
+        ("demo", "--passes", "0", "--device", "cpu", "--out", "x"),
+        ("demo", "--steps", "0", "--device", "cpu", "--out", "x"),
+        ("bench", "passes", "--passes", "0", "--out", "x"),
+        ("bench", "passes", "--dtype", "int8", "--out", "x"),
+        ("bench", "passes", "--device", "abacus", "--out", "x"),
+    ],
+    ids=" ".join,
+)
+def test_other_refusals(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert "expected" in run(*arguments, code=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_whole_checkpoint_fails(tmp_path):
+    run("train", "rule110", *SMALL, "--steps", 1, "--out", tmp_path)
+    for file in tmp_path.glob("checkpoints/*/model.safetensors"):
+        file.unlink()
+    assert "none of its 1 checkpoints is whole" in run("eval", tmp_path, code=1)
+
+
+def test_bench(tmp_path):
+    out = tmp_path / "deep" / "passes.csv"
+    run(*"bench passes --passes 1,2 --batch 1 --tokens 16 --heads 1 --head-dim 8 --window 8 --repeats 2".split(),
+        "--device", "cpu", "--out", out)  # fmt: skip
+    rows = list(csv.DictReader(out.open()))
+    assert {(r["provider"], r["mode"], r["passes"]) for r in rows} == {
+        (p, m, n) for p in ("operator", "layer") for m in ("forward", "forward+backward") for n in "12"
+    }
+    assert all(float(r["ms_median"]) > 0 and r["torch"] == torch.__version__ and r["device"] for r in rows)
+
+
+def miniature(passes=(1, 2)):
+    train = TrainConfig(
+        steps=4, batch_size=8, eval_every=2, eval_samples=16, checkpoint_every=2, device="cpu", lr_muon=5e-3
+    )
+    return Scale(Rule110(t=2, strings=2, bits=10, held_out=0.125), 16, 2, train, passes)
+
+
+def test_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr("sleep_ops.demo.FINAL_SAMPLES", 64)
+    console = Console(record=True, width=160, file=Path("/dev/null").open("w"))
+    assert run_demo(miniature(), tmp_path, console=console) is None
+    rows = read_csv(tmp_path / "demo.csv")
+    assert [(r["passes"], r["tokens"], r["samples"]) for r in rows] == [(1, 4 * 8 * 22, 64), (2, 4 * 8 * 22, 64)]
+    curves = read_csv(tmp_path / "curves.csv")
+    assert [(r["passes"], r["step"]) for r in curves] == [(1, 2), (1, 4), (2, 2), (2, 4)]
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    text = console.export_text()
+    assert "chance" in text and "N=2" in text
+
+    # Done once, it only evaluates again; the same data order and initialisation serve every N.
+    before = (tmp_path / "passes-2/metrics.csv").read_bytes()
+    run_demo(miniature(), tmp_path, console=console)
+    assert (tmp_path / "passes-2/metrics.csv").read_bytes() == before and read_csv(tmp_path / "demo.csv") == rows
+    with pytest.raises(ValueError, match="passes-1.*train.seed"):
+        run_demo(Scale(**vars(miniature()) | {"train": TrainConfig(seed=3, device="cpu")}), tmp_path, console=console)
+
+
+def test_demo_scales():
+    assert choose_scale("cpu", 0).passes == CPU.passes
+    assert choose_scale("cpu", 5, (1, 3), 7).train.seed == 5
+    assert (CUDA.task.seq_len, CUDA.task.window, CUDA.task.t, CUDA.hidden_size) == (100, 24, 8, 256)
+    assert CUDA.train.steps * CUDA.train.batch_size * CUDA.task.seq_len == 40_960_000

@@ -1,0 +1,386 @@
+"""The trainer: optimisers, learning rates, checkpoints whole or refused, exact resume, bad steps, signals."""
+
+import json
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from sleep_ops.tasks import Rule110
+from sleep_ops.training import CheckpointError, RunConfig, TrainConfig, Trainer, TrainingDiverged, build_optimizers
+from sleep_ops.training.checkpoint import (
+    MANIFEST_FILE,
+    MODEL_FILE,
+    STATE_FILE,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+    write_atomically,
+)
+from sleep_ops.training.config import resolve_device
+from sleep_ops.training.logs import CsvLog, read_csv
+from sleep_ops.training.optim import split_parameters
+
+QUIET = Console(quiet=True)
+TASK = Rule110(t=2, strings=2, bits=6)
+
+
+class Toy(nn.Module):
+    """A causal running mean and one matrix: enough of a model for the loop around it."""
+
+    def __init__(self, at_forward=None):
+        super().__init__()
+        self.embed = nn.Embedding(3, 8)
+        self.mix = nn.Linear(8, 8)
+        self.norm = nn.RMSNorm(8)
+        self.conv = nn.Conv1d(8, 8, 3, groups=8)
+        self.table = nn.Parameter(torch.zeros(4, 4))
+        self.mix.bias._no_weight_decay = True
+        self.lm_head = nn.Linear(8, 3, bias=False)
+        self.at_forward, self.calls = at_forward, 0
+
+    def forward(self, input_ids, labels=None, loss_mask=None, passes=None, return_state=True):
+        h = self.embed(input_ids)
+        h = h.cumsum(1) / torch.arange(1, h.shape[1] + 1)[:, None]
+        h = h + self.conv(nn.functional.pad(h.mT, (2, 0))).mT + self.table.sum()
+        logits = self.lm_head(self.norm(h + self.mix(h).relu()))
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        if self.training:
+            self.calls += 1
+            if self.at_forward:
+                loss = self.at_forward(self.calls, loss)
+        return SimpleNamespace(logits=logits, loss=loss, positions=torch.arange(input_ids.shape[1]), state=None)
+
+
+def config(**train):
+    defaults = {"steps": 12, "batch_size": 8, "eval_every": 4, "eval_samples": 16, "checkpoint_every": 3}
+    train = {**defaults, "device": "cpu", "lr_adamw": 1e-3, **train}
+    return RunConfig(TASK.to_dict(), {"toy": 1}, TrainConfig(**train))
+
+
+def trainer(out, settings=None, at_forward=None, **kwargs):
+    torch.manual_seed(0)
+    return Trainer(settings or config(), out, model=Toy(at_forward), console=QUIET, **kwargs)
+
+
+def columns(path, *names):
+    return [tuple(row[name] for name in names) for row in read_csv(path)]
+
+
+def losses(out):
+    return columns(out / "metrics.csv", "step", "loss", "grad_norm", "lr_muon")
+
+
+def test_muon_gets_the_matrices_and_adamw_the_rest():
+    muon, adamw = split_parameters(Toy())
+    assert set(muon) == {"mix.weight"}
+    assert set(adamw) == {
+        "embed.weight",
+        "mix.bias",
+        "norm.weight",
+        "conv.weight",
+        "conv.bias",
+        "table",
+        "lm_head.weight",
+    }
+
+
+def test_tied_head_and_frozen_parameters():
+    model = nn.ModuleDict({"embed": nn.Embedding(3, 8), "project": nn.Linear(8, 3, bias=False), "mix": nn.Linear(8, 8)})
+    model["project"].weight = model["embed"].weight
+    model["mix"].bias.requires_grad_(False)
+    muon, adamw = split_parameters(model)
+    assert set(muon) == {"mix.weight"} and set(adamw) == {"embed.weight"}
+
+
+def test_recipe_of_the_optimisers():
+    model = Toy()
+    built = build_optimizers(model, lr_muon=2e-3, lr_adamw=5e-5)
+    muon, adamw = built["muon"].param_groups, built["adamw"].param_groups
+    assert isinstance(built["muon"], torch.optim.Muon) and isinstance(built["adamw"], torch.optim.AdamW)
+    for key, value in {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "adjust_lr_fn": None, "lr": 2e-3}.items():
+        assert muon[0][key] == value
+    assert muon[0]["weight_decay"] == 1e-4 and adamw[0]["betas"] == (0.9, 0.95) and adamw[0]["lr"] == 5e-5
+    decayed = {id(p) for g in muon + adamw if g["weight_decay"] for p in g["params"]}
+    assert decayed == {id(model.mix.weight), id(model.embed.weight), id(model.lm_head.weight)}
+    everything = [id(p) for g in muon + adamw for p in g["params"]]
+    assert sorted(everything) == sorted(id(p) for p in model.parameters())
+
+
+def test_learning_rate_schedule():
+    c = TrainConfig(steps=100, warmup=0.1, decay=0.2)
+    factors = [c.learning_rate_factor(i) for i in range(100)]
+    assert 0 < factors[0] < 0.1 and all(a < b for a, b in zip(factors[:10], factors[1:11], strict=True))
+    assert set(factors[10:80]) == {1.0}
+    assert all(a > b for a, b in zip(factors[79:99], factors[80:], strict=True))
+    assert factors[-1] == pytest.approx(1e-3)
+    assert {TrainConfig(steps=5, warmup=0, decay=0).learning_rate_factor(i) for i in range(5)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"batch_size": 2.0}, "batch_size"),
+        ({"seed": -1}, "seed"),
+        ({"lr_muon": 0.0}, "lr_muon"),
+        ({"lr_adamw": math.nan}, "lr_adamw"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"momentum": 1.5}, "momentum"),
+        ({"warmup": 0.6, "decay": 0.6}, "warmup"),
+        ({"precision": "fp8"}, "precision"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints"),
+    ],
+    ids=str,
+)
+def test_bad_settings(settings, name):
+    with pytest.raises(ValueError, match=name):
+        TrainConfig(**settings)
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta", "cuda:99"])
+def test_bad_device(device):
+    with pytest.raises(ValueError, match="device"):
+        resolve_device(device)
+
+
+def tensors(seed=0):
+    torch.manual_seed(seed)
+    weight = torch.randn(4, 4)
+    return {"a": weight, "tied": weight, "b": torch.randn(3).bfloat16()}
+
+
+def test_checkpoint_round_trip(tmp_path):
+    path = save_checkpoint(tmp_path, 7, tensors(), {"rng": torch.get_rng_state(), "n": [1, {"x": 2.5}]})
+    loaded = load_checkpoint(path)
+    assert loaded.step == 7 and loaded.state["n"] == [1, {"x": 2.5}]
+    for name, value in tensors().items():
+        assert torch.equal(loaded.model[name], value) and loaded.model[name].dtype == value.dtype
+
+
+def test_only_the_newest_are_kept_and_leftovers_removed(tmp_path):
+    (tmp_path / ".partial-killed").mkdir()
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, tensors(), {}, keep=2)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] and len(list(tmp_path.iterdir())) == 2
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("file", [MODEL_FILE, STATE_FILE, MANIFEST_FILE])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_damaged_checkpoint_is_refused(tmp_path, file, damage):
+    save_checkpoint(tmp_path, 1, tensors(1), {"n": 1})
+    path = save_checkpoint(tmp_path, 2, tensors(2), {"n": 2}) / file
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[: len(data) // 2] if damage == "cut" else data[:-9] + b"?" + data[-8:])
+    with pytest.raises(CheckpointError, match="step-00000002"):
+        load_checkpoint(path.parent)
+    told = []
+    assert load_newest(tmp_path, told.append).step == 1
+    assert len(told) == 1 and "step-00000002" in told[0]
+
+
+def test_all_damaged_is_an_error_and_none_is_none(tmp_path):
+    assert load_newest(tmp_path / "nowhere", print) is None
+    (save_checkpoint(tmp_path, 1, tensors(), {}) / MODEL_FILE).unlink()
+    with pytest.raises(CheckpointError, match="none of its 1"):
+        load_newest(tmp_path, lambda text: None)
+
+
+def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, tensors(1), {})
+
+    def crash(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("sleep_ops.training.checkpoint.torch.save", crash)
+    for step in (1, 2):
+        with pytest.raises(OSError, match="disk full"):
+            save_checkpoint(tmp_path, step, tensors(2), {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert torch.equal(load_newest(tmp_path, print).model["a"], tensors(1)["a"])
+
+
+def test_a_pickle_is_not_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('executed')",))
+
+    path = save_checkpoint(tmp_path, 1, tensors(), {"evil": Evil()})
+    with pytest.raises(CheckpointError, match="(?i)weights"):
+        load_checkpoint(path)
+
+
+def test_write_atomically(tmp_path):
+    write_atomically(tmp_path / "a", b"one")
+    write_atomically(tmp_path / "a", b"two")
+    assert (tmp_path / "a").read_bytes() == b"two" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_csv_log_drops_later_and_torn_rows(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,loss\n1,0.5\n2,0.25\n3,0.125\n4")
+    log = CsvLog(path, ["step", "loss"], 2)
+    log.write({"step": 3, "loss": 1 / 3})
+    log.close()
+    assert columns(path, "step", "loss") == [(1, 0.5), (2, 0.25), (3, 1 / 3)]
+
+
+def test_a_run_leaves_its_records(tmp_path):
+    result = trainer(tmp_path).fit()
+    assert result.finished and result.step == 12 and result.signal is None and result.skipped == 0
+    assert columns(tmp_path / "metrics.csv", "step", "tokens") == [(i, i * 8 * 14) for i in range(1, 13)]
+    assert columns(tmp_path / "eval.csv", "step") == [(4,), (8,), (12,)]
+    assert RunConfig.load(tmp_path) == config()
+    assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000009", "step-00000012"]
+    assert result.evaluation["exact"] == columns(tmp_path / "eval.csv", "exact")[-1][0]
+
+
+def test_same_seed_same_bits(tmp_path):
+    runs = [trainer(tmp_path / name) for name in "ab"]
+    for run in runs:
+        run.fit()
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    for a, b in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    trainer(tmp_path / "c", config(seed=1)).fit()
+    assert losses(tmp_path / "c") != losses(tmp_path / "a")
+
+
+@pytest.mark.parametrize("stop", [1, 6, 11])
+def test_resume_is_exact(tmp_path, stop):
+    straight = trainer(tmp_path / "straight")
+    straight.fit()
+    first = trainer(tmp_path / "parts").fit(until=stop)
+    assert first.step == stop and not first.finished
+    torch.manual_seed(123)  # whatever happens in between
+    second = trainer(tmp_path / "parts")
+    assert second.step == stop
+    assert second.fit().finished
+    assert losses(tmp_path / "straight") == losses(tmp_path / "parts")
+    assert (tmp_path / "straight/eval.csv").read_text() == (tmp_path / "parts/eval.csv").read_text()
+    for a, b in zip(straight.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
+    trainer(tmp_path / "straight").fit()
+
+    def die(calls, loss):
+        if calls == 8:
+            raise RuntimeError("power cut")
+        return loss
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer(tmp_path / "killed", at_forward=die).fit()
+    again = trainer(tmp_path / "killed")
+    assert again.step == 6  # checkpoint_every=3; step 8 was never finished
+    again.fit()
+    assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    trainer(tmp_path).fit()
+    before = (tmp_path / "metrics.csv").read_text()
+    result = trainer(tmp_path).fit()
+    assert result.finished and result.step == 12
+    assert (tmp_path / "metrics.csv").read_text() == before
+
+
+def test_fresh_deletes_the_old_run_and_nothing_else(tmp_path):
+    trainer(tmp_path).fit()
+    (tmp_path / "notes.txt").write_text("mine")
+    again = trainer(tmp_path, config(seed=5), resume=False)
+    assert again.step == 0 and not list_checkpoints(tmp_path / "checkpoints")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_resume_with_other_settings_is_refused(tmp_path):
+    trainer(tmp_path).fit(until=3)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=r"train.lr_muon: 0.002 -> 0.001.*--fresh"):
+        trainer(tmp_path, config(lr_muon=1e-3))
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    trainer(tmp_path, config(checkpoint_every=5))  # how often to save is no part of what a run computes
+
+
+def test_damaged_run_configuration(tmp_path):
+    trainer(tmp_path).fit(until=3)
+    (tmp_path / "config.json").write_text('{"version": 1, "task"')
+    with pytest.raises(ValueError, match="damaged"):
+        trainer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"version": 9}))
+    with pytest.raises(ValueError, match="version"):
+        trainer(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json"):
+        trainer(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_saves(tmp_path, number):
+    trainer(tmp_path / "straight").fit()
+    handlers = signal.getsignal(number)
+
+    def interrupt(calls, loss):
+        if calls == 5:
+            signal.raise_signal(number)
+        return loss
+
+    result = trainer(tmp_path / "stopped", at_forward=interrupt).fit()
+    assert (result.step, result.finished, result.signal) == (5, False, number)
+    assert signal.getsignal(number) is handlers
+    again = trainer(tmp_path / "stopped")
+    assert again.step == 5
+    again.fit()
+    assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, bad):
+    weights = []
+
+    def poison(calls, loss):
+        weights.append(run.model.mix.weight.detach().clone())
+        return loss * bad if calls == 4 else loss
+
+    run = trainer(tmp_path, at_forward=poison)
+    result = run.fit()
+    assert result.finished and result.skipped == 1
+    assert torch.equal(weights[3], weights[4]) and not torch.equal(weights[4], weights[5])
+    assert columns(tmp_path / "metrics.csv", "skipped") == [(float(i >= 4),) for i in range(1, 13)]
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_training_stops_after_too_many_bad_steps(tmp_path):
+    run = trainer(
+        tmp_path, config(max_skipped=3), at_forward=lambda calls, loss: loss * math.nan if calls > 4 else loss
+    )
+    with pytest.raises(TrainingDiverged, match="3 steps in a row up to step 7"):
+        run.fit()
+    assert run.step == 7
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_gradients_are_clipped(tmp_path):
+    seen = []
+    run = trainer(tmp_path, config(grad_clip=1e-3, steps=2))
+    step = run.optimizers["adamw"].step
+    run.optimizers["adamw"].step = lambda: (seen.append([p.grad.norm() for p in run.parameters]), step())
+    run.fit()
+    assert all(torch.stack(norms).norm() <= 1.01e-3 for norms in seen) and len(seen) == 2
+    assert all(norm > 1e-3 for (norm,) in columns(tmp_path / "metrics.csv", "grad_norm"))
+
+
+def test_the_loss_falls(tmp_path):
+    trainer(tmp_path, config(steps=60, batch_size=64, lr_muon=2e-2, lr_adamw=1e-2, checkpoint_every=0)).fit()
+    found = [loss for _, loss, *_ in losses(tmp_path)]
+    assert sum(found[-5:]) < 0.9 * sum(found[:5])
