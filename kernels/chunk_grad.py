@@ -84,17 +84,16 @@ def chunk_grad_kernel(
     o_k = tl.arange(0, BK)
     m_i = o_i < num_rows
     p_k = k + start * stride_k + i_h * K
-    b_k = load_key_tile(p_k, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
-    dtype = b_k.dtype
+    dtype = k.dtype.element_ty
     b_dk = tl.zeros([C, BK], tl.float32)
     if d_output is not None:
         p_q = q + start * stride_q + i_h * K
-        b_q = load_key_tile(p_q, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
         b_dq = tl.zeros([C, BK], tl.float32)
 
     for i_hv in range(i_h * (HV // H), (i_h + 1) * (HV // H)):
         o_gate = start * HV + i_hv
         o_state = (i_c.to(tl.int64) * HV + i_hv) * K * V
+        b_k = load_key_tile(p_k, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
         b_G = load_decay(G + o_gate, o_i, HV, num_rows)
         G_C = tl.load(G + o_gate + (num_rows - 1) * HV)
         b_beta = load_rows(beta + o_gate, o_i, HV, num_rows)
@@ -108,10 +107,13 @@ def chunk_grad_kernel(
             b_A = load_tile(A + o_gate * C, o_i, o_i, HV * C, num_rows, C)
             b_dL = tl.zeros([C, C], tl.float32)
         if d_output is not None:
+            b_q = load_key_tile(p_q, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
             m_ji = o_i[None, :] >= o_i[:, None]
             b_decayT = tl.exp2(tl.where(m_ji, b_G[None, :] - b_G[:, None], float("-inf")))
-            b_PT = (scale * b_decayT * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")).to(dtype)
+            b_decayT *= scale
+            b_PT = (b_decayT * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")).to(dtype)
             b_dP = tl.zeros([C, C], tl.float32)
+            b_dPT = tl.zeros([C, C], tl.float32)
             b_dG -= tl.sum(b_q.to(tl.float32) * b_dq, 1)
 
         for i_v in range(0, tl.cdiv(V, BV)):
@@ -145,34 +147,35 @@ def chunk_grad_kernel(
             b_UT = tl.trans(b_U.to(dtype))
             b_dk += tl.dot((b_end[:, None] * b_U).to(dtype), tl.trans(b_dS), input_precision="ieee")
             if A is not None:
-                b_dL -= tl.dot(b_dX.to(dtype), b_UT, input_precision="ieee")
-                b_dkS = ((b_e * b_beta)[:, None] * b_dX).to(dtype)
-                b_dk -= tl.dot(b_dkS, tl.trans(b_S), input_precision="ieee")
+                b_dL += tl.dot((-b_dX).to(dtype), b_UT, input_precision="ieee")
+                b_dkS = (-(b_e * b_beta)[:, None] * b_dX).to(dtype)
+                b_dk += tl.dot(b_dkS, tl.trans(b_S), input_precision="ieee")
             if d_output is not None:
                 b_dP += tl.dot(b_dO.to(dtype), b_UT, input_precision="ieee")
+                b_dPT += tl.dot(b_U.to(dtype), tl.trans(b_dO.to(dtype)), input_precision="ieee")
                 b_dQ = (scale * b_e[:, None] * b_dO.to(tl.float32)).to(dtype)
                 b_dq += tl.dot(b_dQ, tl.trans(b_S), input_precision="ieee")
 
         dG_C += tl.exp2(G_C) * tl.sum(b_SdS)
         if d_output is not None:
+            b_q = load_key_tile(p_q, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
+            b_k = load_key_tile(p_k, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
             b_dG += tl.sum(b_q.to(tl.float32) * b_dq, 1)
             b_ds = scale * b_dP * pair_decay(b_G, o_i[:, None] >= o_i[None, :])
             b_dPP = b_ds * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             b_dG += tl.sum(b_dPP, 1) - tl.sum(b_dPP, 0)
-            b_ds = b_ds.to(dtype)
-            b_dq += tl.dot(b_ds, b_k, input_precision="ieee")
-            b_dk += tl.trans(tl.dot(tl.trans(b_q), b_ds, input_precision="ieee"))
+            b_dq += tl.dot(b_ds.to(dtype), b_k, input_precision="ieee")
+            b_dk += tl.dot((b_dPT * b_decayT).to(dtype), b_q, input_precision="ieee")
         if A is not None:
             b_W = b_dL * pair_decay(b_G, o_i[:, None] > o_i[None, :])
             b_dLM = b_W * tl.dot(b_k, tl.trans(b_k), input_precision="ieee")
             b_dbeta += tl.sum(b_dLM, 1)
             b_dLM = b_beta[:, None] * b_dLM
             b_dG += tl.sum(b_dLM, 1) - tl.sum(b_dLM, 0)
-            b_W = (b_beta[:, None] * b_W).to(dtype)
-            b_dk += tl.dot(b_W, b_k, input_precision="ieee")
-            b_dk += tl.trans(tl.dot(tl.trans(b_k), b_W, input_precision="ieee"))
+            b_W = b_beta[:, None] * b_W
+            b_dk += tl.dot((b_W + tl.trans(b_W)).to(dtype), b_k, input_precision="ieee")
 
-        b_dg = tl.sum(tl.where((o_i[None, :] >= o_i[:, None]) & m_i[None, :], b_dG[None, :], 0.0), 1) + dG_C
+        b_dg = tl.cumsum(tl.where(m_i, b_dG, 0.0), 0, reverse=True) + dG_C
         if BETA_SCALE > 0:
             b_dbeta *= b_beta * (1.0 - b_beta / BETA_SCALE)
         tl.store(dg + o_gate + o_i * HV, b_dg, mask=m_i)

@@ -40,12 +40,11 @@ def unit_lower_inverse(b_L, C: tl.constexpr, PRECISION: tl.constexpr):
     o_i = tl.arange(0, C)
     b_A = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0)
     for level in tl.static_range(0, 6):
-        s: tl.constexpr = 1 << level
-        if s < C:
-            i_r = o_i[:, None] // s
-            i_c = o_i[None, :] // s
+        if (1 << level) < C:
+            i_r = o_i[:, None] // (1 << level)
+            i_c = o_i[None, :] // (1 << level)
             b_X = tl.where((i_r % 2 == 1) & (i_c == i_r - 1), b_L, 0.0)
-            if s == 1:
+            if level == 0:
                 b_A -= b_X
             else:
                 b_XA = tl.dot(b_X, b_A, input_precision=PRECISION)

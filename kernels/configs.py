@@ -41,8 +41,8 @@ def chunk_config(K: int, V: int, T: int, dtype: torch.dtype) -> ChunkConfig:
         block_v = 32 if BK <= 128 else 16
         stages = 1
     else:
-        chunk = 64 if BK <= 64 else 32 if BK <= 128 else 16
-        block_v = 64 if BK <= 64 else 32
+        chunk = 32 if BK <= 128 else 16
+        block_v = 32
         stages = 2
     chunk = 16 if T <= 16 else min(chunk, 32) if T <= 32 else chunk
     launch = Launch(min(block_v, block_size(V)), 4, stages)

@@ -18,7 +18,7 @@ from sleep_ops.kernels.configs import chunk_config
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """x [B, T, heads, dim] as rows of contiguous heads a fixed number of elements apart, copied only where it is not."""
+    """x [B, T, heads, dim] as rows of contiguous heads a fixed number of elements apart, copied if it is not."""
     B, T, heads, dim = x.shape
     row_stride = x.stride(1) if T > 1 else x.stride(0)
     dense = (dim == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == dim)

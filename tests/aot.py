@@ -1,0 +1,131 @@
+"""Compiles every kernel for GPUs that need not be present, and prints what the compiler made of it as JSON.
+
+    python tests/aot.py [--arch 80 90 100] [--only NAME]
+
+One record per kernel, configuration and architecture: registers a thread, bytes of local memory a thread (spills) and
+bytes of shared memory a program. Run without TRITON_INTERPRET, in a process of its own: Triton reads that at import.
+Other modules' kernels join by adding a `Case` to CASES.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sleep_ops.kernels.chunk_grad import chunk_grad_kernel
+from sleep_ops.kernels.chunk_prepare import chunk_prepare_kernel
+from sleep_ops.kernels.chunk_scan import chunk_reverse_kernel, chunk_scan_kernel
+from sleep_ops.kernels.configs import block_size, chunk_config
+
+CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Case(NamedTuple):
+    """A kernel with its arguments: a Triton type for a run-time one ("*bf16", "i32"), a value for a constant."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+
+def _chunk_arguments(dtype: str, packed: bool) -> dict[str, Any]:
+    data = ("q", "k", "v", "A", "output", "states", "d_states", "d_output", "dq", "dk", "dv")
+    wide = ("G", "beta_out", "initial_state", "final_state", "d_final_state", "d_initial_state", "dg", "dbeta")
+    arguments: dict[str, Any] = {name: f"*{dtype}" for name in data}
+    arguments |= {name: "*fp32" for name in (*wide, "g", "beta", "A_log", "dt_bias")}
+    arguments |= {name: "i32" for name in ("T", "num_seqs", "stride_q", "stride_k", "stride_v")}
+    arguments |= {"scale": "fp32"}
+    arguments |= {"cu_seqlens": "*i32" if packed else None, "chunk_offsets": "*i64" if packed else None}
+    return arguments
+
+
+def chunk_cases(K: int, V: int, dtype: str, *, packed: bool = False, l2norm: bool = True, groups: int = 2):
+    """The chunk kernels of a training step, in the configuration the operator would choose."""
+    config = chunk_config(K, V, 1 << 15, DTYPES[dtype])
+    shape = {"H": 4, "HV": 4 * groups, "K": K, "V": V, "C": config.chunk, "BK": block_size(K)}
+    gates = {"BETA_SCALE": 1.0, "USE_L2NORM": l2norm, "PRECISION": "ieee" if dtype == "fp32" else "tf32x3"}
+    common = _chunk_arguments(dtype, packed) | shape | gates
+    label = f"{dtype}-K{K}-V{V}" + ("-packed" if packed else "")
+    for name, kernel, launch, changed in (
+        ("chunk_prepare", chunk_prepare_kernel, config.prepare, {}),
+        ("chunk_scan", chunk_scan_kernel, config.scan, {"states": None}),
+        ("chunk_states", chunk_scan_kernel, config.scan, {"output": None, "final_state": None, "q": None}),
+        ("chunk_reverse", chunk_reverse_kernel, config.reverse, {}),
+        ("chunk_grad", chunk_grad_kernel, config.grad, {}),
+    ):
+        arguments = common | changed | {"BV": launch.block_v}
+        yield Case(f"{name}-{label}", kernel, arguments, launch.warps, launch.stages)
+
+
+CASES = [
+    *chunk_cases(64, 64, "bf16", packed=True),
+    *chunk_cases(128, 128, "bf16"),
+    *chunk_cases(256, 256, "bf16"),
+    *chunk_cases(128, 128, "fp16"),
+    *chunk_cases(64, 64, "fp32"),
+]
+
+
+@functools.cache
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory of a thread, from the compiled binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return int(usage["REG"]), max(int(usage["STACK"]), int(usage["LOCAL"]))
+
+
+def compile_case(case: Case, arch: int) -> dict[str, Any]:
+    signature, constants, aligned = {}, {}, {}
+    for i, name in enumerate(case.kernel.arg_names):
+        value = case.arguments[name]
+        if isinstance(value, str) and name != "PRECISION":
+            signature[name] = value
+            if value.startswith("*") or name.startswith("stride"):
+                aligned[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+            constants[name] = value
+    begin = time.perf_counter()
+    compiled = triton.compile(
+        ASTSource(case.kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": case.warps, "num_stages": case.stages},
+    )
+    registers, spills = _resources(compiled.asm["cubin"])
+    return {
+        "kernel": case.name,
+        "arch": arch,
+        "registers": registers,
+        "spill_bytes": spills,
+        "shared_bytes": compiled.metadata.shared,
+        "seconds": round(time.perf_counter() - begin, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--only", default="", help="compile the cases whose name contains this")
+    options = parser.parse_args()
+    records = [compile_case(case, arch) for case in CASES if options.only in case.name for arch in options.arch]
+    print(json.dumps(records, indent=1))
+
+
+if __name__ == "__main__":
+    main()

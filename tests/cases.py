@@ -1,0 +1,188 @@
+"""Inputs of the gated delta rule that every implementation must get right, and the rule by which they are judged.
+
+The 2x rule: on the same quantised inputs, and measured against the token recurrence in float64, the error of the
+output, the final state and every gradient is at most twice that of the chunked PyTorch form in the same dtype, plus
+rounding.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sleep_ops.ops.chunk_torch import chunk_gated_delta_rule_torch
+from sleep_ops.reference import gated_delta_rule_reference
+
+NAMES = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
+GATED = {"use_qk_l2norm": True, "use_beta_sigmoid": True}
+MAX_INTERPRETED = 1 << 21
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. `heads` are (H, HV), `dims` (K, V); lengths of packed sequences replace B and T.
+
+    gate and beta name the values: "random", "zero", "extreme" (0 to -70), "one", "two"; keys: "random", "repeated",
+    "zero". With options of GATED, gates and beta are drawn as the raw inputs of their activations.
+    """
+
+    id: str
+    T: int = 75
+    dims: tuple[int, int] = (16, 16)
+    heads: tuple[int, int] = (1, 1)
+    B: int = 1
+    lengths: tuple[int, ...] = ()
+    gate: str = "random"
+    beta: str = "random"
+    keys: str = "random"
+    initial_state: bool = True
+    final_cotangent: bool = True
+    strided: bool = False
+    rule: str = "delta"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def interpretable(self) -> bool:
+        """Small enough for the interpreter."""
+        return self.B * self.T * self.heads[1] * self.dims[0] * self.dims[1] <= MAX_INTERPRETED
+
+    def __str__(self) -> str:
+        return self.id
+
+
+CASES = [
+    *(Case(f"T{T}", T=T) for T in (1, 15, 63, 64, 65, 75, 100, 1000)),
+    *(Case(f"K{K}-V{V}", T=33, dims=(K, V)) for K, V in ((1, 1), (16, 60), (60, 16), (64, 64), (96, 100), (100, 96))),
+    *(Case(f"K{K}-V{V}", T=20, dims=(K, V)) for K, V in ((128, 128), (192, 16), (16, 256), (256, 192))),
+    *(Case(f"T300-K{K}-V{V}", T=300, dims=(K, V), heads=(2, 4)) for K, V in ((64, 64), (128, 128), (192, 256))),
+    Case("batch-grouped", T=40, B=2, heads=(2, 6), dims=(16, 24)),
+    Case("grouped-gated", T=70, heads=(1, 3), options=GATED),
+    Case("gated-negative-eigenvalues", options=GATED | {"allow_neg_eigval": True}),
+    Case("normalised-K100", T=40, dims=(100, 20), options={"use_qk_l2norm": True}),
+    Case("hebbian", T=40, heads=(1, 2), rule="hebbian"),
+    Case("hebbian-gated", heads=(2, 2), rule="hebbian", options=GATED),
+    Case("packed", lengths=(15, 0, 64, 1, 33), heads=(1, 2)),
+    Case("packed-empty-ends", lengths=(0, 40, 35, 0), dims=(20, 16), options=GATED),
+    Case("packed-one", lengths=(70,), initial_state=False),
+    Case("no-states", T=40, initial_state=False, final_cotangent=False),
+    Case("gate-extreme", gate="extreme"),
+    Case("gate-zero", gate="zero"),
+    Case("gate-zero-beta-two-repeated-keys", gate="zero", beta="two", keys="repeated"),
+    Case("beta-zero", T=40, beta="zero"),
+    Case("beta-one", T=40, beta="one"),
+    Case("keys-zero", T=40, keys="zero"),
+    Case("keys-zero-normalised", T=20, keys="zero", options={"use_qk_l2norm": True}),
+    Case("strided", T=40, B=2, heads=(2, 4), strided=True),
+]
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Tensor | None]:
+    """Tensors by the names of NAMES, cu_seqlens, and the cotangents d_output and d_final_state."""
+    generator = torch.Generator().manual_seed(seed)
+    (H, HV), (K, V), B = case.heads, case.dims, case.B
+    T = sum(case.lengths) or case.T
+    N = len(case.lengths) or B
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    q, k, v = normal(B, T, H, K), normal(B, T, H, K), normal(B, T, HV, V)
+    if case.keys == "repeated":
+        k = k[:, :1].expand(B, T, H, K).clone()
+    if not case.options.get("use_qk_l2norm"):
+        k = F.normalize(k, dim=-1)
+    if case.keys == "zero":
+        k[:, ::2] = 0
+    gate_parameters = "use_beta_sigmoid" in case.options
+    g = {
+        "random": normal(B, T, HV) if gate_parameters else -0.3 * torch.rand(B, T, HV, generator=generator),
+        "zero": torch.zeros(B, T, HV),
+        "extreme": torch.tensor([0.0, -70.0, -1e-3, -20.0, 0.0]).repeat(T)[:T].view(1, T, 1),
+    }[case.gate].expand(B, T, HV)
+    beta = {
+        "random": normal(B, T, HV) if gate_parameters else torch.rand(B, T, HV, generator=generator),
+        "zero": torch.zeros(B, T, HV),
+        "one": torch.ones(B, T, HV),
+        "two": torch.full((B, T, HV), 2.0),
+    }[case.beta]
+    q, k, v, d_output = (x.to(device, dtype) for x in (q, k, v, normal(B, T, HV, V)))
+    if case.strided:
+        packed = torch.cat([x.flatten(2) for x in (q, k, v)], -1)
+        q, k, v = (
+            x.unflatten(-1, (heads, -1))
+            for x, heads in zip(packed.split([H * K, H * K, HV * V], -1), (H, H, HV), strict=True)
+        )
+    ends = [0, *itertools.accumulate(case.lengths)]
+    inputs = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "g": g.clone(),
+        "beta": beta,
+        "initial_state": normal(N, HV, K, V) if case.initial_state else None,
+        "A_log": 0.5 * normal(HV) if gate_parameters else None,
+        "dt_bias": normal(HV) if gate_parameters else None,
+        "cu_seqlens": torch.tensor(ends, dtype=torch.int32) if case.lengths else None,
+        "d_output": d_output,
+        "d_final_state": normal(N, HV, K, V) if case.final_cotangent else None,
+    }
+    return {name: None if x is None else x.to(device) for name, x in inputs.items()}
+
+
+def evaluate(function: Any, case: Case, inputs: dict[str, Tensor | None], dtype: torch.dtype | None = None, **extra):
+    """Output, final state and the gradient of every tensor given, by name; inputs are cast to `dtype` if given."""
+    leaves = {}
+    for name in NAMES:
+        x = inputs[name]
+        if x is not None:
+            x = x.detach() if dtype is None else x.detach().to(dtype)
+            leaves[name] = x.requires_grad_()
+    arguments = {name: leaves.get(name) for name in NAMES}
+    q, k, v, g, beta = (arguments.pop(name) for name in NAMES[:5])
+    scale = case.dims[0] ** -0.5
+    output, final_state = function(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale=scale,
+        cu_seqlens=inputs["cu_seqlens"],
+        rule=case.rule,
+        **arguments,
+        **case.options,
+        **extra,
+    )
+    roots, cotangents = [output], [inputs["d_output"].to(output.dtype)]
+    if inputs["d_final_state"] is not None:
+        roots.append(final_state)
+        cotangents.append(inputs["d_final_state"].to(final_state.dtype))
+    gradients = torch.autograd.grad(roots, list(leaves.values()), cotangents)
+    results = {"output": output.detach(), "final_state": final_state.detach()}
+    return results | {f"d{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
+
+
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    """Norm of x - truth over that of truth; for a zero truth, the plain norm."""
+    norm = truth.norm().item()
+    return (x.double() - truth).norm().item() / (norm if norm > 0 else 1.0)
+
+
+def check_two_times(function: Any, case: Case, dtype: torch.dtype, device: str, **extra) -> None:
+    """The 2x rule for `function`, an implementation with the signature of chunk_gated_delta_rule_torch."""
+    inputs = make_inputs(case, dtype, device)
+    truth = evaluate(gated_delta_rule_reference, case, inputs, torch.float64)
+    plain = evaluate(chunk_gated_delta_rule_torch, case, inputs)
+    results = evaluate(function, case, inputs, **extra)
+    rounding = 8 * torch.finfo(dtype).eps if dtype == torch.float32 else torch.finfo(dtype).eps / 4
+    failures = []
+    for name, value in results.items():
+        assert value.shape == truth[name].shape, name
+        assert value.dtype == plain[name].dtype, name
+        error, allowed = relative_error(value, truth[name]), 2 * relative_error(plain[name], truth[name]) + rounding
+        if not error <= allowed:
+            failures.append(f"{name}: error {error:.2e}, allowed {allowed:.2e}")
+    assert not failures, "; ".join(failures)

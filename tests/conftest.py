@@ -1,0 +1,27 @@
+"""Without a GPU, Triton kernels run in its interpreter: decided here, before anything imports Triton."""
+
+import os
+import pathlib
+import sys
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels are tested: the GPU if there is one, else CPU tensors through the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["float32", "float16", "bfloat16"])
+def dtype(request) -> torch.dtype:
+    """Every dtype of the kernels; the interpreter's bfloat16 products are wrong, so that one needs a GPU."""
+    if request.param == "bfloat16" and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
+    return getattr(torch, request.param)

@@ -1,0 +1,151 @@
+"""The chunk kernels and their custom operators: the 2x rule on every case, operator contracts, and determinism."""
+
+import pytest
+import torch
+from cases import CASES, Case, check_two_times, evaluate, make_inputs, relative_error
+from torch.utils.checkpoint import checkpoint
+
+from sleep_ops.kernels import chunk_grad, chunk_prepare, chunk_scan
+from sleep_ops.kernels.configs import chunk_config
+from sleep_ops.ops.chunk_triton import _chunk_counts, _rows, chunk_gated_delta_rule_triton
+from sleep_ops.reference import gated_delta_rule_reference
+
+GATED = next(case for case in CASES if case.id == "grouped-gated")
+PACKED = next(case for case in CASES if case.id == "packed-empty-ends")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_times_rule(case, dtype, device):
+    if device == "cpu" and not case.interpretable:
+        pytest.skip("too large for Triton's interpreter: needs a GPU")
+    check_two_times(chunk_gated_delta_rule_triton, case, dtype, device)
+
+
+@pytest.mark.parametrize("case", [GATED, PACKED], ids=str)
+def test_state_only(case, device):
+    inputs = make_inputs(case, torch.float32, device)
+    whole = evaluate(gated_delta_rule_reference, case, inputs | {"d_output": torch.zeros_like(inputs["v"])})
+
+    def without_q(q, *tensors, **options):
+        output, state = chunk_gated_delta_rule_triton(None, *tensors, **options)
+        assert output is None
+        return 0 * q.sum() + torch.zeros_like(inputs["v"]), state
+
+    for name, value in evaluate(without_q, case, inputs).items():
+        if name != "output":
+            assert relative_error(value, whole[name].double()) < 1e-5, name
+
+
+@pytest.mark.parametrize("case", [GATED, PACKED], ids=str)
+def test_everything_is_written(case, device, monkeypatch):
+    """With every buffer full of NaN before its kernel starts, no NaN comes out."""
+    inputs = make_inputs(case, torch.float32, device)
+    expected = evaluate(chunk_gated_delta_rule_triton, case, inputs)
+    empty, empty_like = torch.empty, torch.empty_like
+    for module in (chunk_prepare, chunk_scan, chunk_grad):
+        torch_module = type("PoisonedTorch", (), dict(vars(torch)))
+        torch_module.empty = staticmethod(lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+        torch_module.empty_like = staticmethod(lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(float("nan")))
+        monkeypatch.setattr(module, "torch", torch_module)
+    for name, value in evaluate(chunk_gated_delta_rule_triton, case, inputs).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("case", [GATED, PACKED], ids=str)
+def test_same_bits_every_run(case, dtype, device):
+    inputs = make_inputs(case, dtype, device)
+    first, second = (evaluate(chunk_gated_delta_rule_triton, case, inputs) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_split_sequence_equals_whole(device):
+    case = Case("split", T=70)
+    inputs = make_inputs(case, torch.float32, device)
+    tokens = [inputs[name] for name in ("q", "k", "v", "g", "beta")]
+    options = {"scale": 0.25}
+    output, final_state = chunk_gated_delta_rule_triton(*tokens, initial_state=inputs["initial_state"], **options)
+    state, outputs = inputs["initial_state"], []
+    for first, last in ((0, 17), (17, 64), (64, 70)):
+        part = [x[:, first:last] for x in tokens]
+        part_output, state = chunk_gated_delta_rule_triton(*part, initial_state=state, **options)
+        outputs.append(part_output)
+    torch.testing.assert_close(torch.cat(outputs, 1), output)
+    torch.testing.assert_close(state, final_state)
+
+
+@pytest.mark.parametrize(
+    ("rule", "with_q", "packed"), [("delta", True, False), ("hebbian", True, True), ("delta", False, False)]
+)
+def test_opcheck(rule, with_q, packed, device):
+    case = Case("opcheck", T=20, heads=(1, 2), lengths=(5, 15) if packed else (), options=GATED.options, rule=rule)
+    inputs = make_inputs(case, torch.float32, device)
+    order = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
+    tensors = [inputs[name].detach().requires_grad_() for name in order]
+    if not with_q:
+        tensors[0] = None
+    arguments = (*tensors, inputs["cu_seqlens"], 0.25, rule, True, 1.0)
+    torch.library.opcheck(torch.ops.sleep_ops.chunk_gated_delta_rule, arguments)
+
+
+@pytest.mark.parametrize("case", [GATED, PACKED], ids=str)
+def test_compiles_without_graph_breaks(case, device):
+    inputs = make_inputs(case, torch.float32, device)
+    expected = evaluate(chunk_gated_delta_rule_triton, case, inputs)
+    compiled = torch.compile(chunk_gated_delta_rule_triton, fullgraph=True, backend="aot_eager")
+    for name, value in evaluate(compiled, case, inputs).items():
+        torch.testing.assert_close(value, expected[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_activation_checkpointing(device):
+    inputs = make_inputs(GATED, torch.float32, device)
+    expected = evaluate(chunk_gated_delta_rule_triton, GATED, inputs)
+
+    def checkpointed(*args, **options):
+        return checkpoint(chunk_gated_delta_rule_triton, *args, use_reentrant=False, **options)
+
+    for name, value in evaluate(checkpointed, GATED, inputs).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_autocast_casts_nothing(device):
+    inputs = make_inputs(GATED, torch.float32, device)
+    expected = evaluate(chunk_gated_delta_rule_triton, GATED, inputs)
+    with torch.autocast(device, torch.bfloat16):
+        results = evaluate(chunk_gated_delta_rule_triton, GATED, inputs)
+    for name, value in results.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_only_wanted_gradients(device):
+    """Frozen inputs get no gradient, and either result alone can be differentiated."""
+    inputs = make_inputs(Case("frozen", T=20), torch.float32, device)
+    tokens = [inputs[name] for name in ("q", "k", "v", "g", "beta")]
+    value = tokens[2].requires_grad_()
+    output, final_state = chunk_gated_delta_rule_triton(*tokens, scale=0.25)
+    for root in (output, final_state):
+        (gradient,) = torch.autograd.grad(root.sum(), value, retain_graph=True)
+        assert gradient.isfinite().all() and gradient.any()
+
+
+def test_views_are_read_in_place(device):
+    x = torch.zeros(2, 5, 24, device=device)
+    for view, stride in ((x.unflatten(-1, (3, 8)), 24), (x[..., 8:].unflatten(-1, (2, 8)), 24)):
+        rows, row_stride = _rows(view)
+        assert rows.data_ptr() == view.data_ptr() and row_stride == stride
+    transposed = x.unflatten(-1, (3, 8)).transpose(1, 2)
+    assert _rows(transposed)[0].is_contiguous() and _rows(transposed)[1] == 40
+    assert _rows(x[:, 1:].unflatten(-1, (3, 8)))[1] == 24
+
+
+def test_chunk_bound_holds_every_packing():
+    for lengths in ([1] * 7, [0, 0, 33], [16, 32, 17], [64], [0, 5, 0]):
+        ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+        total = int(ends[-1])
+        bound, offsets = _chunk_counts(torch.zeros(1, total, 1, 1), ends, 16)
+        assert offsets.tolist() == [0, *torch.tensor([-(-n // 16) for n in lengths]).cumsum(0).tolist()]
+        assert bound >= offsets[-1]
+
+
+def test_short_sequences_get_short_chunks():
+    assert [chunk_config(64, 64, T, torch.float16).chunk for T in (1, 16, 17, 100)] == [16, 16, 32, 32]
