@@ -78,6 +78,15 @@ def _chunks(x: Tensor, heads: int, num_chunks: int, chunk: int) -> Tensor:
     return x.permute(0, 3, 4, 1, 2, *range(5, x.ndim))
 
 
+def _split(x: Tensor) -> tuple[Tensor, ...]:
+    """The chunks of a [B, heads, R, num_chunks, ...] tensor; a single one as a view whose gradient needs no copy."""
+    return x.unbind(3) if x.shape[3] > 1 else (x.squeeze(3),)
+
+
+def _join(chunks: list[Tensor]) -> Tensor:
+    return torch.stack(chunks, 3) if len(chunks) > 1 else chunks[0].unsqueeze(3)
+
+
 def chunk_gated_delta_rule_torch(
     q: Tensor | None,
     k: Tensor,
@@ -151,10 +160,10 @@ def _padded(
         L = beta * decay * _matmul(k, k.mT, dtype)  # the solves read it strictly below the diagonal, as unit triangular
         identity = torch.eye(chunk, dtype=L.dtype, device=L.device).expand_as(L)
         A = torch.linalg.solve_triangular(L.detach(), identity, upper=False, unitriangular=True)
-        A, L = A.unbind(3), L.unbind(3)
+        A, L = _split(A), _split(L)
     k_end = ((G_end - G).exp() * k).mT
-    k_n, v_n, beta_n, k_end, G_exp_n, end_n = (x.unbind(3) for x in (k, v, beta, k_end, G_exp, G_end.exp()))
-    writes_n = writes.unbind(3)
+    k_n, v_n, beta_n, k_end, G_exp_n, end_n = (_split(x) for x in (k, v, beta, k_end, G_exp, G_end.exp()))
+    writes_n = _split(writes)
 
     if state is not None:
         state = state.to(v.dtype).reshape(batch, heads, groups, key_dim, value_dim)
@@ -174,11 +183,11 @@ def _padded(
         return None, final_state
 
     q = _chunks(q, heads, num_chunks, chunk)
-    o = _matmul(scale * decay * _matmul(q, k.mT, dtype), torch.stack(updates, 3), dtype)
+    o = _matmul(scale * decay * _matmul(q, k.mT, dtype), _join(updates), dtype)
     known = [s for s in starts if s is not None]
     if known:
         first = num_chunks - len(known)
-        inter = scale * G_exp[:, :, :, first:] * _matmul(q[:, :, :, first:], torch.stack(known, 3), dtype)
+        inter = scale * G_exp[:, :, :, first:] * _matmul(q[:, :, :, first:], _join(known), dtype)
         o = o + inter if first == 0 else torch.cat([o[:, :, :, :1], o[:, :, :, 1:] + inter], 3)
     o = o.permute(0, 3, 4, 1, 2, 5).reshape(batch, num_chunks * chunk, value_heads, value_dim)
     return o[:, :tokens], final_state

@@ -103,7 +103,9 @@ def sleep_gated_delta_rule(
     Windows are counted from the start of each sequence; a shorter last one is replayed like the others, and without
     `window` the whole sequence is one. The final state is that of the last pass; outputs are those of each window's
     last pass, or of its first (output_pass="first": causal, the state a window starts from has slept). passes=math.inf
-    replays to convergence, (I - P)^-1 R of `Transition.fixed_point`. Other arguments as in `gated_delta_rule`.
+    replays to convergence, (I - P)^-1 R of `Transition.fixed_point`. Other arguments as in `gated_delta_rule`. The host
+    waits for the device once with packed sequences and a window, and per window with math.inf; never under
+    torch.compile, where convergence is not checked.
 
     Raises ValueError as `gated_delta_rule` does, for passes < 1, window < 1 and an unknown output_pass, and for
     passes=math.inf where some window's passes don't converge.

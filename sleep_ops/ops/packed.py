@@ -8,13 +8,14 @@ class PaddedSequences:
     """Index between a packed row of `tokens` tokens and a padded batch whose rows are its sequences.
 
     Rows are as long as the longest sequence, which the host reads from `cu_seqlens` ([num_seqs + 1]) and so waits for
-    the device once; under torch.compile, where values are unknown, they are `tokens` long.
+    the device once; where values can't be read, under torch.compile and CUDA graph capture, they are `tokens` long.
     """
 
     def __init__(self, cu_seqlens: Tensor, tokens: int) -> None:
         borders = cu_seqlens.long()
         self.lengths = borders[1:] - borders[:-1]
-        longest = tokens if torch.compiler.is_compiling() else int(self.lengths.max())
+        unreadable = torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing())
+        longest = tokens if unreadable else int(self.lengths.max())
         place = torch.arange(longest, device=cu_seqlens.device)
         self._token = (borders[:-1, None] + place).clamp(max=tokens - 1)
         self._filler = place >= self.lengths[:, None]
