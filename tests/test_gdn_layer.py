@@ -273,7 +273,8 @@ def test_activation_checkpointing_changes_no_gradient():
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_traces_as_one_graph(impl):
     layer, x = make(impl=impl), tokens()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    # With decompositions, as inductor has them: plain aot_eager mispredicts the strides of softplus_backward.
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
     y, state = compiled(x, state=some_state(layer), return_state=True)
     expected = layer(x, state=some_state(layer), return_state=True)
     close((y, *state), (expected[0], *expected[1]))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sleep_ops.ops.gated_delta_rule import delta_rule_state, gated_delta_rule, sleep_gated_delta_rule
 from sleep_ops.ops.gated_norm import gated_rms_norm
 from sleep_ops.ops.short_conv import carried_tail, short_convolution
+from sleep_ops.ops.step import gated_delta_rule_step
 
 # A raw gate or beta input so low that softplus and sigmoid, and their derivatives, are exactly 0 in every dtype.
 CLOSED = -1e4
@@ -229,6 +230,10 @@ class SleepGDNLayer(nn.Module):
                 q, k, v, a, b, passes=self.passes, window=self.window, output_pass=self.output_pass,
                 initial_state=fast_weights, cu_seqlens=cu_seqlens, **options,
             )  # fmt: skip
+        elif x.shape[1] == 1 and fast_weights is not None and cu_seqlens is None:
+            token = (t[:, 0] for t in (q, k, v, a, b))
+            o, fast_weights = gated_delta_rule_step(*token, fast_weights, **options)
+            o = o[:, None]
         else:
             o, fast_weights = gated_delta_rule(
                 q, k, v, a, b, initial_state=fast_weights, cu_seqlens=cu_seqlens, **options
