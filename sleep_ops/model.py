@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -136,8 +137,8 @@ class SleepOutput(NamedTuple):
 
     logits: `[B, T', vocab_size]`, from first passes only (causal); positions: int64 `[T']`, the columns of input_ids
     they belong to. T' = T with all_logits or with padded or packed input (zero where none was computed), else the
-    tokens of the windows that have loss. loss: mean cross-entropy over the loss tokens, float32, or None. state: what
-    a continuation passes in, or None.
+    tokens of the windows that have loss. loss: mean cross-entropy over the loss tokens, at least float32, or None. state:
+    what a continuation passes in, or None.
     """
 
     logits: Tensor | None
@@ -235,7 +236,8 @@ class SleepHybridModel(nn.Module):
             if targets is not None and any(has_loss(starts, parts)):
                 mask = ragged.take(counted, starts, parts) & rows.real(parts, h.device)
                 target = ragged.take(targets, starts, parts).masked_fill(~mask, -100)
-                losses.append(F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum"))
+                exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                losses.append(F.cross_entropy(exact.flatten(0, 1), target.flatten(), reduction="sum"))
 
         def sleepers(starts: Lengths, parts: Lengths) -> list[bool]:
             return [not labelled for labelled in has_loss(starts, parts)]

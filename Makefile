@@ -1,0 +1,35 @@
+# Everything runs in a virtual environment inside the checkout, made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+
+.PHONY: test demo bench lint format clean
+
+$(VENV)/.installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sleep-ops needs Python 3.10 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,bench,test]'
+	touch $@
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest
+
+demo: $(VENV)/.installed
+	$(BIN)/sleep-ops demo --out $(OUT)
+
+bench: $(VENV)/.installed
+	$(BIN)/sleep-ops bench passes --out runs/bench
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
