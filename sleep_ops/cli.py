@@ -245,7 +245,7 @@ def bench_passes(
     repeats: Annotated[int, option("Timed repeats.")] = 10,
     seed: Seed = 0,
     device: Device = "auto",
-    out: Annotated[Path, option("CSV file.")] = Path("runs/bench/passes.csv"),
+    out: Annotated[Path, option("Folder for passes.csv.")] = Path("runs/bench"),
 ) -> None:
     """Time of N replay passes, operator and layer, forward and with the backward."""
     console = Console()
@@ -266,13 +266,13 @@ def bench_passes(
         )
         with console.status("measuring") as status:
             rows = benchmark.run(lambda r: status.update(f"{r['provider']} {r['mode']} N={r['passes']}"))
-        write_csv(rows, out)
+        write_csv(rows, out / "passes.csv")
     table = Table("provider", "mode", "N", "ms", "p20", "p80", title=f"{rows[0]['device']}, {dtype}")
     for r in rows:
         times = (f"{r[key]:.2f}" for key in ("ms_median", "ms_p20", "ms_p80"))
         table.add_row(r["provider"], r["mode"], str(r["passes"]), *times)
     console.print(table)
-    console.print(f"wrote {out}")
+    console.print(f"wrote {out / 'passes.csv'}")
 
 
 def _print_evaluations(console: Console, found: list[tuple[int, dict]], chance: dict) -> None:

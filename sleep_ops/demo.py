@@ -14,7 +14,7 @@ from sleep_ops.training.logs import read_csv
 from sleep_ops.training.trainer import EVAL_FILE, autocast
 
 LAYERS = ("attn", "gdn", "attn", "gdn")
-FINAL_SAMPLES = 8192
+FINAL_SAMPLES = 4096
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,14 @@ CPU = Scale(
     hidden_size=64,
     num_heads=4,
     train=TrainConfig(
-        steps=600, batch_size=128, lr_muon=5e-3, eval_every=50, eval_samples=1024, checkpoint_every=50, device="cpu"
+        steps=240,
+        batch_size=128,
+        lr_muon=5e-3,
+        lr_adamw=2e-3,
+        eval_every=24,
+        eval_samples=1024,
+        checkpoint_every=24,
+        device="cpu",
     ),
     passes=(1, 2, 4),
 )

@@ -140,10 +140,10 @@ def test_a_run_without_a_whole_checkpoint_fails(tmp_path):
 
 
 def test_bench(tmp_path):
-    out = tmp_path / "deep" / "passes.csv"
+    out = tmp_path / "deep" / "bench"
     run(*"bench passes --passes 1,2 --batch 1 --tokens 16 --heads 1 --head-dim 8 --window 8 --repeats 2".split(),
         "--device", "cpu", "--out", out)  # fmt: skip
-    rows = list(csv.DictReader(out.open()))
+    rows = list(csv.DictReader((out / "passes.csv").open()))
     assert {(r["provider"], r["mode"], r["passes"]) for r in rows} == {
         (p, m, n) for p in ("operator", "layer") for m in ("forward", "forward+backward") for n in "12"
     }
