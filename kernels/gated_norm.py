@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 TILE = 2048  # elements a program holds: rows per block times the padded row length
-NUM_WARPS = 4
 MAX_PARTIALS = 1024
 
 
@@ -65,8 +64,8 @@ def forward(x, gate, weight, eps):
     """y [R, V] in the dtype of x; x, gate [R, V] and weight [V] contiguous."""
     R, V = x.shape
     y = torch.empty_like(x)
-    BR, BV = _tile(V)
-    gated_norm_forward_kernel[(triton.cdiv(R, BR),)](x, gate, weight, y, R, eps, V, BR=BR, BV=BV, num_warps=NUM_WARPS)
+    BR, BV, num_warps = _tile(V)
+    gated_norm_forward_kernel[(triton.cdiv(R, BR),)](x, gate, weight, y, R, eps, V, BR=BR, BV=BV, num_warps=num_warps)
     return y
 
 
@@ -74,15 +73,16 @@ def backward(dy, x, gate, weight, eps):
     """dx, dgate, dweight, each in the dtype of what it belongs to."""
     R, V = x.shape
     dx, dgate = torch.empty_like(x), torch.empty_like(gate)
-    BR, BV = _tile(V)
+    BR, BV, num_warps = _tile(V)
     programs = min(triton.cdiv(R, BR), MAX_PARTIALS)
     partial = torch.empty(programs, V, dtype=torch.float32, device=x.device)
     gated_norm_backward_kernel[(programs,)](
-        dy, x, gate, weight, dx, dgate, partial, R, eps, V, BR=BR, BV=BV, num_warps=NUM_WARPS
+        dy, x, gate, weight, dx, dgate, partial, R, eps, V, BR=BR, BV=BV, num_warps=num_warps
     )
     return dx, dgate, partial.sum(0).to(weight.dtype)
 
 
 def _tile(V):
+    """Rows per block, padded row length and warps, for at most 16 elements a thread up to V = 8192."""
     BV = triton.next_power_of_2(V)
-    return max(TILE // BV, 1), BV
+    return max(TILE // BV, 1), BV, min(max(BV // 512, 4), 16)

@@ -5,14 +5,16 @@
 
 Inputs at positions -1 .. -(W-1) of a sequence are its tail, whose gradient is dx there. Tokens are flattened to rows
 [R, D] with R = B * T; rows of a batch, rows with right padding (`lengths`) and packed sequences (`cu_seqlens`) differ
-only in where a sequence starts and ends. z is recomputed in the backward: it costs W loads from cache.
+only in where a sequence starts and ends. The backward recomputes z and keeps dz, in float32, for the taps to read.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK_T, BLOCK_D, NUM_WARPS = 32, 64, 4
+BLOCK_T, BLOCK_D, NUM_WARPS = 16, 64, 4
+SUM_BLOCK_T = 8  # where weight gradients are summed: fewer rows, for the registers
+PARTIALS = 2048  # programs that sum weight gradients, each over every n-th block of its channels
 
 
 @triton.jit
@@ -67,24 +69,13 @@ def _convolve(x, weight, bias, tail, i_n, start, length, pos, o_d, D, W: tl.cons
 
 
 @triton.jit
-def _z_gradient(dy, x, weight, bias, tail, i_n, start, length, pos, o_d, D, W: tl.constexpr, SILU: tl.constexpr):
-    """dz at positions pos; zero outside the sequence and at padding."""
-    m = ((pos >= 0) & (pos < length))[:, None] & (o_d < D)[None, :]
-    b_dz = tl.load(dy + (start + pos)[:, None] * D + o_d[None, :], mask=m, other=0.0).to(tl.float32)
-    if SILU:
-        b_z = _convolve(x, weight, bias, tail, i_n, start, length, pos, o_d, D, W)
-        b_s = tl.sigmoid(b_z)
-        b_dz *= b_s * (1.0 + b_z * (1.0 - b_s))
-    return b_dz
-
-
-@triton.jit
-def _x_gradient(b_dz, dy, x, weight, bias, tail, i_n, start, length, pos, o_d, D, W: tl.constexpr, SILU: tl.constexpr):
-    """dx at positions pos, given dz there."""
-    b_dx = b_dz * _load_tap(weight, W - 1, o_d, D, W)
-    for j in tl.static_range(1, W):
-        b_next = _z_gradient(dy, x, weight, bias, tail, i_n, start, length, pos + j, o_d, D, W, SILU)
-        b_dx += b_next * _load_tap(weight, W - 1 - j, o_d, D, W)
+def _x_gradient(dz, weight, start, length, pos, o_d, D, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """dx at positions pos."""
+    b_dx = tl.zeros([BT, BD], tl.float32)
+    for j in tl.static_range(0, W):
+        m = ((pos + j >= 0) & (pos + j < length))[:, None] & (o_d < D)[None, :]
+        b_dz = tl.load(dz + (start + pos + j)[:, None] * D + o_d[None, :], mask=m, other=0.0)
+        b_dx += b_dz * _load_tap(weight, W - 1 - j, o_d, D, W)
     return b_dx
 
 
@@ -106,41 +97,60 @@ def short_conv_forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "num_rows"])
-def short_conv_backward_kernel(
-    dy, x, weight, bias, tail, dx, partial, seq_ids, cu_seqlens, lengths, num_rows, T, D,
-    W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr,
+def short_conv_z_backward_kernel(
+    dy, x, weight, bias, tail, dz, partial, seq_ids, cu_seqlens, lengths, num_rows, T, D,
+    W: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """dx, and per row block the sums of dw (rows 0 .. W-1) and dbias (row W) in `partial` [row blocks, W + 1, D].
+    """dz (zero at padding), and a program's sums of dw (rows 0 .. W-1) and dbias (row W) in `partial` [n, W + 1, D].
 
-    Grid (row blocks, channel blocks). Reads dy, x, weight, bias, tail.
+    Grid (n, channel blocks), each over every n-th row block. Reads dy, x, weight, bias, tail. BW > W.
     """
-    i_r = tl.program_id(0).to(tl.int64)
-    o_r = i_r * BT + tl.arange(0, BT)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    o_w = tl.arange(0, BW)
     m_d = o_d < D
+    b_sums = tl.zeros([BW, BD], tl.float32)
+    for i_r in range(tl.program_id(0), tl.cdiv(num_rows, BT), tl.num_programs(0)):
+        o_r = (i_r * BT + tl.arange(0, BT)).to(tl.int64)
+        i_n, start, length, pos = _locate(o_r, num_rows, T, seq_ids, cu_seqlens, lengths)
+        p_rows = o_r[:, None] * D + o_d[None, :]
+        m_y = (pos < length)[:, None] & m_d[None, :]
+        b_dz = tl.load(dy + p_rows, mask=m_y, other=0.0).to(tl.float32)
+        if SILU:
+            b_z = _convolve(x, weight, bias, tail, i_n, start, length, pos, o_d, D, W)
+            b_s = tl.sigmoid(b_z)
+            b_dz *= b_s * (1.0 + b_z * (1.0 - b_s))
+        tl.store(dz + p_rows, b_dz, mask=(o_r < num_rows)[:, None] & m_d[None, :])
+        for j in tl.static_range(0, W):
+            b_x = _load_input(x, tail, i_n, start, length, pos - j, o_d, D, W)
+            b_sums += tl.where((o_w == W - 1 - j)[:, None], tl.sum(b_dz * b_x, 0)[None, :], 0.0)
+        b_sums += tl.where((o_w == W)[:, None], tl.sum(b_dz, 0)[None, :], 0.0)
+    p_partial = partial + (tl.program_id(0).to(tl.int64) * (W + 1) + o_w[:, None]) * D + o_d[None, :]
+    tl.store(p_partial, b_sums, mask=(o_w <= W)[:, None] & m_d[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "num_rows"])
+def short_conv_x_backward_kernel(
+    dz, weight, dx, seq_ids, cu_seqlens, lengths, num_rows, T, D,
+    W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """dx. Grid (row blocks, channel blocks). Reads dz, weight."""
+    o_r = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     i_n, start, length, pos = _locate(o_r, num_rows, T, seq_ids, cu_seqlens, lengths)
-
-    b_dz = _z_gradient(dy, x, weight, bias, tail, i_n, start, length, pos, o_d, D, W, SILU)
-    b_dx = _x_gradient(b_dz, dy, x, weight, bias, tail, i_n, start, length, pos, o_d, D, W, SILU)
-    m_x = (o_r < num_rows)[:, None] & m_d[None, :]
-    tl.store(dx + o_r[:, None] * D + o_d[None, :], b_dx.to(dx.dtype.element_ty), mask=m_x)
-
-    p_partial = partial + i_r * (W + 1) * D + o_d
-    for j in tl.static_range(0, W):
-        b_x = _load_input(x, tail, i_n, start, length, pos - j, o_d, D, W)
-        tl.store(p_partial + (W - 1 - j) * D, tl.sum(b_dz * b_x, 0), mask=m_d)
-    tl.store(p_partial + W * D, tl.sum(b_dz, 0), mask=m_d)
+    b_dx = _x_gradient(dz, weight, start, length, pos, o_d, D, W, BT, BD)
+    m = (o_r < num_rows)[:, None] & (o_d < D)[None, :]
+    tl.store(dx + o_r[:, None] * D + o_d[None, :], b_dx.to(dx.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["T"])
 def short_conv_tail_backward_kernel(
-    dy, x, weight, bias, tail, dtail, cu_seqlens, lengths, T, D,
-    W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr,
+    dz, weight, dtail, cu_seqlens, lengths, T, D,
+    W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dtail: dx at positions -(W-1) .. -1. Grid (sequences, channel blocks); BT >= W - 1."""
     o_t = tl.arange(0, BT)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
-    i_n = tl.program_id(0).to(tl.int64) + o_t * 0
+    i_n = tl.program_id(0).to(tl.int64)
     if cu_seqlens is None:
         start = i_n * T
         length = i_n * 0 + T
@@ -150,8 +160,7 @@ def short_conv_tail_backward_kernel(
         start = tl.load(cu_seqlens + i_n).to(tl.int64)
         length = tl.load(cu_seqlens + i_n + 1).to(tl.int64) - start
     pos = o_t.to(tl.int64) - (W - 1)
-    b_zero = tl.zeros([BT, BD], tl.float32)
-    b_dx = _x_gradient(b_zero, dy, x, weight, bias, tail, i_n, start, length, pos, o_d, D, W, SILU)
+    b_dx = _x_gradient(dz, weight, start, length, pos, o_d, D, W, BT, BD)
     m = (pos < 0)[:, None] & (o_d < D)[None, :]
     o_row = i_n * (W - 1) + o_t
     tl.store(dtail + o_row[:, None] * D + o_d[None, :], b_dx.to(dtail.dtype.element_ty), mask=m)
@@ -175,18 +184,25 @@ def backward(dy, x, weight, bias, tail, lengths, cu_seqlens, silu):
     W = weight.shape[1]
     blocks_d = triton.cdiv(D, BLOCK_D)
     blocks_t = triton.cdiv(B * T, BLOCK_T)
+    programs = min(triton.cdiv(B * T, SUM_BLOCK_T), max(PARTIALS // blocks_d, 1))
+    seq_ids = _sequence_ids(cu_seqlens, T)
+    dz = torch.empty(B, T, D, dtype=torch.float32, device=x.device)
+    partial = torch.empty(programs, W + 1, D, dtype=torch.float32, device=x.device)
+    short_conv_z_backward_kernel[(programs, blocks_d)](
+        dy, x, weight, bias, tail, dz, partial, seq_ids, cu_seqlens, lengths, B * T, T, D,
+        W=W, BW=triton.next_power_of_2(W + 1), BT=SUM_BLOCK_T, BD=BLOCK_D, SILU=silu, num_warps=NUM_WARPS,
+    )  # fmt: skip
     dx = torch.empty_like(x)
-    partial = torch.empty(blocks_t, W + 1, D, dtype=torch.float32, device=x.device)
-    short_conv_backward_kernel[(blocks_t, blocks_d)](
-        dy, x, weight, bias, tail, dx, partial, _sequence_ids(cu_seqlens, T), cu_seqlens, lengths, B * T, T, D,
-        W=W, BT=BLOCK_T, BD=BLOCK_D, SILU=silu, num_warps=NUM_WARPS,
+    short_conv_x_backward_kernel[(blocks_t, blocks_d)](
+        dz, weight, dx, seq_ids, cu_seqlens, lengths, B * T, T, D,
+        W=W, BT=BLOCK_T, BD=BLOCK_D, num_warps=NUM_WARPS,
     )  # fmt: skip
     dtail = None
     if tail is not None:
         dtail = torch.empty_like(tail)
         short_conv_tail_backward_kernel[(tail.shape[0], blocks_d)](
-            dy, x, weight, bias, tail, dtail, cu_seqlens, lengths, T, D,
-            W=W, BT=triton.next_power_of_2(W - 1), BD=BLOCK_D, SILU=silu, num_warps=NUM_WARPS,
+            dz, weight, dtail, cu_seqlens, lengths, T, D,
+            W=W, BT=triton.next_power_of_2(W - 1), BD=BLOCK_D, num_warps=NUM_WARPS,
         )  # fmt: skip
     dweight = partial[:, :W].sum(0).t().to(weight.dtype).contiguous()
     dbias = None if bias is None else partial[:, W].sum(0).to(bias.dtype)

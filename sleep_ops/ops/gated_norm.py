@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sleep_ops.ops.short_conv import use_triton
+from sleep_ops.ops.short_conv import on_device, use_triton
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl: str = "auto") -> Tensor:
@@ -47,7 +47,8 @@ def gated_norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> T
     """The gated norm by `kernels/gated_norm.py`; arguments as in `gated_rms_norm`, already checked."""
     from sleep_ops.kernels import gated_norm
 
-    return gated_norm.forward(_rows(x), _rows(gate), weight.contiguous(), eps).view(x.shape)
+    with on_device(x):
+        return gated_norm.forward(_rows(x), _rows(gate), weight.contiguous(), eps).view(x.shape)
 
 
 @torch.library.custom_op("sleep_ops::gated_norm_backward", mutates_args=())
@@ -57,7 +58,8 @@ def gated_norm_backward(
     """Cotangents of x, gate and weight."""
     from sleep_ops.kernels import gated_norm
 
-    dx, dgate, dweight = gated_norm.backward(_rows(dy), _rows(x), _rows(gate), weight.contiguous(), eps)
+    with on_device(x):
+        dx, dgate, dweight = gated_norm.backward(_rows(dy), _rows(x), _rows(gate), weight.contiguous(), eps)
     return dx.view(x.shape), dgate.view(x.shape), dweight
 
 

@@ -6,6 +6,7 @@ Inputs before the first token come from the tail: the last W-1 inputs of whateve
 nothing. Sequences may be rows of a batch, rows with right padding (`lengths`), or packed in one row (`cu_seqlens`).
 """
 
+import contextlib
 import os
 from typing import NamedTuple
 
@@ -159,7 +160,8 @@ def short_conv_forward(
     """The convolved tokens by `kernels/short_conv.py`; arguments as in `short_convolution`, already checked."""
     from sleep_ops.kernels import short_conv
 
-    return short_conv.forward(*_contiguous(x, weight, bias, tail, lengths, cu_seqlens), silu)
+    with on_device(x):
+        return short_conv.forward(*_contiguous(x, weight, bias, tail, lengths, cu_seqlens), silu)
 
 
 @torch.library.custom_op("sleep_ops::short_conv_backward", mutates_args=())
@@ -177,7 +179,8 @@ def short_conv_backward(
     from sleep_ops.kernels import short_conv
 
     args = _contiguous(dy, x, weight, bias, tail, lengths, cu_seqlens)
-    dx, dweight, dbias, dtail = short_conv.backward(*args, silu)
+    with on_device(x):
+        dx, dweight, dbias, dtail = short_conv.backward(*args, silu)
     empty = [x.new_empty(0) if grad is None else grad for grad in (dbias, dtail)]
     return dx, dweight, *empty
 
@@ -228,6 +231,11 @@ def use_triton(impl: str, x: Tensor) -> bool:
             f"impl: expected CUDA tensors for 'triton' (or TRITON_INTERPRET=1 in the environment), got {x.device}"
         )
     return True
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Makes x's GPU the current one, on which Triton launches; nothing for CPU tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _check(x, weight, bias, tail, lengths, cu_seqlens, activation):
