@@ -64,7 +64,7 @@ def forward(x, gate, weight, eps):
     """y [R, V] in the dtype of x; x, gate [R, V] and weight [V] contiguous."""
     R, V = x.shape
     y = torch.empty_like(x)
-    BR, BV, num_warps = _tile(V)
+    BR, BV, num_warps = tile(V)
     gated_norm_forward_kernel[(triton.cdiv(R, BR),)](x, gate, weight, y, R, eps, V, BR=BR, BV=BV, num_warps=num_warps)
     return y
 
@@ -73,7 +73,7 @@ def backward(dy, x, gate, weight, eps):
     """dx, dgate, dweight, each in the dtype of what it belongs to."""
     R, V = x.shape
     dx, dgate = torch.empty_like(x), torch.empty_like(gate)
-    BR, BV, num_warps = _tile(V)
+    BR, BV, num_warps = tile(V)
     programs = min(triton.cdiv(R, BR), MAX_PARTIALS)
     partial = torch.empty(programs, V, dtype=torch.float32, device=x.device)
     gated_norm_backward_kernel[(programs,)](
@@ -82,7 +82,7 @@ def backward(dy, x, gate, weight, eps):
     return dx, dgate, partial.sum(0).to(weight.dtype)
 
 
-def _tile(V):
+def tile(V):
     """Rows per block, padded row length and warps, for at most 16 elements a thread up to V = 8192."""
     BV = triton.next_power_of_2(V)
     return max(TILE // BV, 1), BV, min(max(BV // 512, 4), 16)

@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sleep_ops.kernels import gated_norm, short_conv
 from sleep_ops.kernels.chunk_grad import chunk_grad_kernel
 from sleep_ops.kernels.chunk_prepare import chunk_prepare_kernel
 from sleep_ops.kernels.chunk_scan import chunk_reverse_kernel, chunk_scan_kernel
@@ -70,12 +71,46 @@ def chunk_cases(K: int, V: int, dtype: str, *, packed: bool = False, l2norm: boo
         yield Case(f"{name}-{label}", kernel, arguments, launch.warps, launch.stages)
 
 
+def short_conv_cases(dtype: str, *, packed: bool = False):
+    """The short convolution over four taps, its weights and sums in float32."""
+    arguments: dict[str, Any] = {name: f"*{dtype}" for name in ("x", "bias", "tail", "y", "dy", "dx", "dtail")}
+    arguments |= {name: "*fp32" for name in ("weight", "dz", "partial")}
+    arguments |= {name: "i32" for name in ("num_rows", "T", "D")}
+    arguments |= {"seq_ids": "*i64" if packed else None, "cu_seqlens": "*i32" if packed else None}
+    arguments |= {"lengths": None if packed else "*i64", "W": 4, "BW": 8, "BD": short_conv.BLOCK_D, "SILU": True}
+    for name, block in (
+        ("forward", short_conv.BLOCK_T),
+        ("z_backward", short_conv.SUM_BLOCK_T),
+        ("x_backward", short_conv.BLOCK_T),
+        ("tail_backward", 4),
+    ):
+        kernel = getattr(short_conv, f"short_conv_{name}_kernel")
+        label = f"short_conv_{name}-{dtype}" + ("-packed" if packed else "")
+        yield Case(label, kernel, arguments | {"BT": block}, short_conv.NUM_WARPS, 3)
+
+
+def gated_norm_cases(dtype: str, V: int):
+    """The gated norm of rows of V elements."""
+    rows, padded, warps = gated_norm.tile(V)
+    arguments: dict[str, Any] = {name: f"*{dtype}" for name in ("x", "gate", "y", "dy", "dx", "dgate")}
+    arguments |= {"weight": "*fp32", "partial": "*fp32", "num_rows": "i32", "eps": "fp32", "V": "i32"}
+    arguments |= {"BR": rows, "BV": padded}
+    for name in ("forward", "backward"):
+        kernel = getattr(gated_norm, f"gated_norm_{name}_kernel")
+        yield Case(f"gated_norm_{name}-{dtype}-V{V}", kernel, arguments, warps, 3)
+
+
 CASES = [
     *chunk_cases(64, 64, "bf16", packed=True),
     *chunk_cases(128, 128, "bf16"),
     *chunk_cases(256, 256, "bf16"),
     *chunk_cases(128, 128, "fp16"),
     *chunk_cases(64, 64, "fp32"),
+    *short_conv_cases("bf16"),
+    *short_conv_cases("fp32", packed=True),
+    *gated_norm_cases("bf16", 128),
+    *gated_norm_cases("fp32", 100),
+    *gated_norm_cases("bf16", 2304),
 ]
 
 
