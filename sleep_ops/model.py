@@ -135,10 +135,10 @@ class HybridConfig:
 class SleepOutput(NamedTuple):
     """What `SleepHybridModel` returns.
 
-    logits: `[B, T', vocab_size]`, from first passes only (causal); positions: int64 `[T']`, the columns of input_ids
-    they belong to. T' = T with all_logits or with padded or packed input (zero where none was computed), else the
-    tokens of the windows that have loss. loss: mean cross-entropy over the loss tokens, at least float32, or None. state:
-    what a continuation passes in, or None.
+    logits: `[B, T', vocab_size]`, from first passes only (causal). positions: int64 `[T']`, the columns of input_ids
+    they belong to: all T with all_logits or with padded or packed input (zero where none was computed), else those of
+    the windows that have loss. loss: mean cross-entropy over the loss tokens, at least float32, or None. state: what a
+    continuation passes in, or None.
     """
 
     logits: Tensor | None

@@ -1,0 +1,221 @@
+"""Sessions: reading in any chunks leaves the same state, generation, and files that are whole or refused."""
+
+import itertools
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sleep_ops import HybridConfig, SleepHybridModel, SleepSession
+from sleep_ops.sampling import sample
+
+VOCAB, WINDOW, LENGTH = 11, 5, 17
+OPTIONS = [
+    pytest.param(eviction, loop, passes, id=f"{eviction}-{'all' if loop is None else 'middle'}-N{passes}")
+    for eviction, loop, passes in itertools.product(("hard", "sliding"), (None, (1, 2)), (1, 2, 3))
+]
+
+
+def tiny(**changes) -> SleepHybridModel:
+    torch.manual_seed(0)
+    settings = dict(vocab_size=VOCAB, hidden_size=16, layers=("attn", "gdn", "attn", "gdn"), window=WINDOW, num_heads=2)
+    return SleepHybridModel(HybridConfig(**(settings | dict(initializer_range=0.3) | changes))).double()
+
+
+def tokens(batch=2, length=LENGTH, seed=1):
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_state(a, b):
+    assert (a.seen, a.live, a.kept) == (b.seen, b.live, b.kept)
+    for s, t in zip(a.blocks + a.start + (a.hidden,), b.blocks + b.start + (b.hidden,), strict=True):
+        torch.testing.assert_close(s, t, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("eviction, loop, passes", OPTIONS)
+def test_token_by_token_chunks_and_at_once_agree(eviction, loop, passes):
+    model, ids = tiny(eviction=eviction, loop=loop, passes=passes), tokens()
+    whole = SleepSession(model)
+    logits = whole.read(ids, all_logits=True)
+    torch.testing.assert_close(logits, model(ids).logits, rtol=1e-9, atol=1e-9)
+    single = SleepSession(model)
+    torch.testing.assert_close(
+        torch.stack([single.step(ids[:, t]) for t in range(LENGTH)], dim=1), logits, rtol=1e-9, atol=1e-9
+    )
+    assert_same_state(single.state, whole.state)
+    for cuts in ((0, 3, 4, 12, LENGTH), (0, 5, 10, LENGTH), (0, 16, LENGTH)):
+        chunked = SleepSession(model)
+        last = [chunked.read(ids[:, a:b]) for a, b in itertools.pairwise(cuts)]
+        torch.testing.assert_close(torch.stack(last, 1), logits[:, [c - 1 for c in cuts[1:]]], rtol=1e-9, atol=1e-9)
+        assert_same_state(chunked.state, whole.state)
+
+
+@pytest.mark.parametrize("eviction, loop, passes", OPTIONS)
+def test_rows_of_different_lengths_stay_independent(eviction, loop, passes):
+    """Padded prompts leave the rows' windows out of phase; every row must still live as if alone."""
+    model = tiny(eviction=eviction, loop=loop, passes=passes)
+    prompts = [tokens(1, n, seed=n) for n in (9, 4, 6)]
+    ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+    for b, prompt in enumerate(prompts):
+        ids[b, 9 - prompt.shape[1] :], mask[b, 9 - prompt.shape[1] :] = prompt[0], 1
+    together, more = SleepSession(model), tokens(3, 8, seed=7)
+    first = together.read(ids, mask)
+    steps = torch.stack([together.step(more[:, t]) for t in range(8)], dim=1)
+    for b, prompt in enumerate(prompts):
+        alone = SleepSession(model)
+        torch.testing.assert_close(first[b : b + 1], alone.read(prompt), rtol=1e-8, atol=1e-8)
+        expected = alone.read(more[b : b + 1], all_logits=True)
+        torch.testing.assert_close(steps[b : b + 1], expected, rtol=1e-8, atol=1e-8)
+
+
+def test_memory_does_not_grow_with_the_text():
+    for eviction in ("hard", "sliding"):
+        session = SleepSession(tiny(eviction=eviction, passes=2))
+        sizes = []
+        for _ in range(8):
+            session.read(tokens(1, 2 * WINDOW))
+            sizes.append(sum(x.numel() for s in session.state.blocks for x in s))
+        assert len(set(sizes[1:])) == 1
+
+
+def test_greedy_generation_equals_the_model_run_anew():
+    model, prompt = tiny(passes=2), tokens(2, 7)
+    text = prompt
+    for _ in range(9):
+        text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], dim=1)
+    session = SleepSession(model)
+    torch.testing.assert_close(session.generate(prompt, 9), text[:, 7:])
+    assert session.seen == (16, 16)
+    seen = []
+    again = SleepSession(model)
+    out = again.generate(prompt, 4, on_token=seen.append)
+    more = again.generate(None, 5)
+    torch.testing.assert_close(torch.cat([out, more], 1), text[:, 7:])
+    torch.testing.assert_close(torch.stack(seen, 1), out)
+
+
+def test_generation_stops_a_row_at_its_end():
+    model, prompt = tiny(passes=2), tokens(3, 7)
+    free = SleepSession(model).generate(prompt, 12)
+    eos = int(free[0, 3])
+    out = SleepSession(model).generate(prompt, 12, eos_token_id=eos, pad_token_id=0)
+    for b in range(3):
+        row = free[b].tolist()
+        end = row.index(eos) + 1 if eos in row else 12
+        assert out[b].tolist()[:end] == row[:end]
+        assert all(t == 0 for t in out[b].tolist()[end:])
+
+
+def test_sampling_keeps_what_it_says():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
+    seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    assert (sample(logits) == 0).all()
+    free = sample(logits, temperature=1.0, generator=seeded())
+    torch.testing.assert_close(free.bincount(minlength=4) / 4000.0, logits[0].softmax(-1), rtol=0, atol=0.03)
+    torch.testing.assert_close(free, sample(logits, temperature=1.0, generator=seeded()))
+    assert set(sample(logits, temperature=1.0, top_k=2, generator=seeded()).tolist()) == {0, 1}
+    assert set(sample(logits, temperature=1.0, top_p=0.5, generator=seeded()).tolist()) == {0}
+    assert set(sample(logits, temperature=1.0, top_p=0.7, generator=seeded()).tolist()) == {0, 1}
+    hot = sample(logits, temperature=50.0, generator=seeded())
+    torch.testing.assert_close(hot.bincount(minlength=4) / 4000.0, torch.full((4,), 0.25), rtol=0, atol=0.04)
+
+
+def test_sleep_on_request():
+    model, ids = tiny(passes=3), tokens(1, 3)
+    session = SleepSession(model)
+    session.sleep()  # nothing read: nothing to do
+    session.read(ids)
+    before = session.state
+    session.sleep()
+    assert session.state.live == (0,) and session.state.seen == (3,)
+    assert session.state.blocks[0].keys.shape[1] == 0
+    assert not torch.allclose(session.state.blocks[1].fast_weights, before.blocks[1].fast_weights)
+    with pytest.raises(ValueError, match="^window:"):
+        SleepSession(tiny(window=None)).sleep()
+
+
+def test_fork_goes_its_own_way():
+    model = tiny(passes=2)
+    session = SleepSession(model)
+    session.read(tokens(1, 7))
+    other = session.fork()
+    expected = session.fork().read(tokens(1, 6, seed=3))
+    other.read(tokens(1, 9, seed=4))
+    assert session.seen == (7,) and other.seen == (16,)
+    torch.testing.assert_close(session.read(tokens(1, 6, seed=3)), expected)
+
+
+@pytest.mark.parametrize("eviction, loop, passes", OPTIONS)
+def test_saved_sessions_go_on_as_if_never_saved(eviction, loop, passes, tmp_path):
+    model = tiny(eviction=eviction, loop=loop, passes=passes)
+    session = SleepSession(model)
+    session.read(tokens(2, 12))
+    session.save(tmp_path / "night.safetensors")
+    loaded = SleepSession.load(tmp_path / "night.safetensors", model)
+    assert loaded.passes == passes
+    assert_same_state(loaded.state, session.state)
+    assert torch.equal(loaded.read(tokens(2, 9, seed=2)), session.read(tokens(2, 9, seed=2)))
+    assert [p.name for p in tmp_path.iterdir()] == ["night.safetensors"]
+
+
+def test_damaged_or_foreign_files_are_refused(tmp_path):
+    model = tiny(passes=2)
+    session = SleepSession(model)
+    with pytest.raises(ValueError, match="empty session"):
+        session.save(tmp_path / "none")
+    session.read(tokens(2, 12))
+    path = tmp_path / "night.safetensors"
+    session.save(path)
+    whole = path.read_bytes()
+
+    def refused(content: bytes, match: str):
+        broken = tmp_path / "broken"
+        broken.write_bytes(content)
+        with pytest.raises(ValueError, match=match):
+            SleepSession.load(broken, model)
+
+    refused(whole[: len(whole) // 2], "^path: .*can't be read")
+    refused(b"", "^path: .*can't be read")
+    refused(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], "^path: .*digest")
+    refused(whole.replace(b'"version":"1"', b'"version":"9"'), "^path: .*version '9'")
+    with safe_open(path, framework="pt") as file:
+        tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors, tmp_path / "other")
+    with pytest.raises(ValueError, match="^path: .*format"):
+        SleepSession.load(tmp_path / "other", model)
+    save_file({k: v for k, v in tensors.items() if k != "logits"}, tmp_path / "less", metadata=header)
+    with pytest.raises(ValueError, match="^path: .*digest"):
+        SleepSession.load(tmp_path / "less", model)
+    with pytest.raises(ValueError, match="window 5"):
+        SleepSession.load(path, tiny(passes=2, window=6))
+    with pytest.raises(FileNotFoundError):
+        SleepSession.load(tmp_path / "missing", model)
+
+
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("passes", lambda s: SleepSession(s.model, passes=0)),
+        ("passes", lambda s: SleepSession(tiny(window=None), passes=2)),
+        ("input_ids", lambda s: s.read(torch.zeros(2, 0, dtype=torch.long))),
+        ("input_ids", lambda s: s.read(torch.zeros(2, 3))),
+        ("input_ids", lambda s: s.read(torch.full((2, 3), VOCAB))),
+        ("input_ids", lambda s: s.read(tokens(3, 2))),
+        ("attention_mask", lambda s: s.read(tokens(2, 3), torch.ones(2, 2))),
+        ("token_ids", lambda s: s.step(tokens(2, 1))),
+        ("max_new_tokens", lambda s: s.generate(None, 0)),
+        ("temperature", lambda s: s.generate(None, 1, temperature=-1.0)),
+        ("temperature", lambda s: s.generate(None, 1, temperature=float("nan"))),
+        ("top_k", lambda s: s.generate(None, 1, top_k=0)),
+        ("top_p", lambda s: s.generate(None, 1, top_p=1.5)),
+        ("input_ids", lambda s: SleepSession(s.model).generate(None, 1)),
+    ],
+)
+def test_bad_input_names_the_argument_and_changes_nothing(name, call):
+    session = SleepSession(tiny(passes=2))
+    session.read(tokens(2, 7))
+    before = session.state
+    with pytest.raises(ValueError, match=f"^{name}:"):
+        call(session)
+    assert session.state is before
