@@ -37,16 +37,16 @@ def gated_norm_forward_kernel(x, gate, weight, y, num_rows, eps, V, BR: tl.const
     _store_rows(y, b_x * b_r * b_w * b_gate * tl.sigmoid(b_gate), o_r, o_v, num_rows, V)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "blocks"])
 def gated_norm_backward_kernel(
-    dy, x, gate, weight, dx, dgate, partial, num_rows, eps, V, BR: tl.constexpr, BV: tl.constexpr
+    dy, x, gate, weight, dx, dgate, partial, num_rows, blocks, eps, V, BR: tl.constexpr, BV: tl.constexpr
 ):
-    """dx, dgate, and a program's sum of dw in `partial` [programs, V]. Grid (programs), each over every n-th block."""
+    """dx, dgate, and a program's sum of dw in `partial` [programs, V]. Grid (programs), each over `blocks` of rows."""
     o_v = tl.arange(0, BV)
     b_w = tl.load(weight + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
     b_dw = tl.zeros([BV], tl.float32)
-    for i_r in range(tl.program_id(0), tl.cdiv(num_rows, BR), tl.num_programs(0)):
-        o_r = (i_r * BR + tl.arange(0, BR)).to(tl.int64)
+    for i in range(0, blocks):
+        o_r = (i * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BR + tl.arange(0, BR)
         b_dy = _load_rows(dy, o_r, o_v, num_rows, V)
         b_x = _load_rows(x, o_r, o_v, num_rows, V)
         b_gate = _load_rows(gate, o_r, o_v, num_rows, V)
@@ -77,7 +77,20 @@ def backward(dy, x, gate, weight, eps):
     programs = min(triton.cdiv(R, BR), MAX_PARTIALS)
     partial = torch.empty(programs, V, dtype=torch.float32, device=x.device)
     gated_norm_backward_kernel[(programs,)](
-        dy, x, gate, weight, dx, dgate, partial, R, eps, V, BR=BR, BV=BV, num_warps=num_warps
+        dy,
+        x,
+        gate,
+        weight,
+        dx,
+        dgate,
+        partial,
+        R,
+        triton.cdiv(triton.cdiv(R, BR), programs),
+        eps,
+        V,
+        BR=BR,
+        BV=BV,
+        num_warps=num_warps,
     )
     return dx, dgate, partial.sum(0).to(weight.dtype)
 

@@ -96,21 +96,21 @@ def short_conv_forward_kernel(
     tl.store(y + o_r[:, None] * D + o_d[None, :], b_y.to(y.dtype.element_ty), mask=m_y)
 
 
-@triton.jit(do_not_specialize=["T", "num_rows"])
+@triton.jit(do_not_specialize=["T", "num_rows", "blocks"])
 def short_conv_z_backward_kernel(
-    dy, x, weight, bias, tail, dz, partial, seq_ids, cu_seqlens, lengths, num_rows, T, D,
+    dy, x, weight, bias, tail, dz, partial, seq_ids, cu_seqlens, lengths, num_rows, blocks, T, D,
     W: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """dz (zero at padding), and a program's sums of dw (rows 0 .. W-1) and dbias (row W) in `partial` [n, W + 1, D].
 
-    Grid (n, channel blocks), each over every n-th row block. Reads dy, x, weight, bias, tail. BW > W.
+    Grid (n, channel blocks), each over `blocks` of rows. Reads dy, x, weight, bias, tail. BW > W.
     """
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     o_w = tl.arange(0, BW)
     m_d = o_d < D
     b_sums = tl.zeros([BW, BD], tl.float32)
-    for i_r in range(tl.program_id(0), tl.cdiv(num_rows, BT), tl.num_programs(0)):
-        o_r = (i_r * BT + tl.arange(0, BT)).to(tl.int64)
+    for i in range(0, blocks):
+        o_r = (i * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BT + tl.arange(0, BT)
         i_n, start, length, pos = _locate(o_r, num_rows, T, seq_ids, cu_seqlens, lengths)
         p_rows = o_r[:, None] * D + o_d[None, :]
         m_y = (pos < length)[:, None] & m_d[None, :]
@@ -184,13 +184,15 @@ def backward(dy, x, weight, bias, tail, lengths, cu_seqlens, silu):
     W = weight.shape[1]
     blocks_d = triton.cdiv(D, BLOCK_D)
     blocks_t = triton.cdiv(B * T, BLOCK_T)
-    programs = min(triton.cdiv(B * T, SUM_BLOCK_T), max(PARTIALS // blocks_d, 1))
+    sum_blocks = triton.cdiv(B * T, SUM_BLOCK_T)
+    programs = min(sum_blocks, max(PARTIALS // blocks_d, 1))
     seq_ids = _sequence_ids(cu_seqlens, T)
     dz = torch.empty(B, T, D, dtype=torch.float32, device=x.device)
     partial = torch.empty(programs, W + 1, D, dtype=torch.float32, device=x.device)
     short_conv_z_backward_kernel[(programs, blocks_d)](
-        dy, x, weight, bias, tail, dz, partial, seq_ids, cu_seqlens, lengths, B * T, T, D,
-        W=W, BW=triton.next_power_of_2(W + 1), BT=SUM_BLOCK_T, BD=BLOCK_D, SILU=silu, num_warps=NUM_WARPS,
+        dy, x, weight, bias, tail, dz, partial, seq_ids, cu_seqlens, lengths, B * T,
+        triton.cdiv(sum_blocks, programs), T, D, W=W, BW=triton.next_power_of_2(W + 1), BT=SUM_BLOCK_T, BD=BLOCK_D, SILU=silu,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     dx = torch.empty_like(x)
     short_conv_x_backward_kernel[(blocks_t, blocks_d)](

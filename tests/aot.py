@@ -2,14 +2,15 @@
 
     python tests/aot.py [--arch 80 90 100] [--only NAME]
 
-One record per kernel, configuration and architecture: registers a thread, bytes of local memory a thread (spills) and
-bytes of shared memory a program. Run without TRITON_INTERPRET, in a process of its own: Triton reads that at import.
+One record per kernel, configuration and architecture: registers a thread, bytes of local memory a thread (spills),
+bytes of shared memory a program, and whether the compiler gave up and left a trap. Run without TRITON_INTERPRET, in a process of its own: Triton reads that at import.
 Other modules' kernels join by adding a `Case` to CASES.
 """
 
 import argparse
 import functools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -40,6 +41,7 @@ class Case(NamedTuple):
     arguments: dict[str, Any]
     warps: int
     stages: int
+    archs: tuple[int, ...] = (80, 90, 100)
 
 
 def _chunk_arguments(dtype: str, packed: bool) -> dict[str, Any]:
@@ -53,7 +55,9 @@ def _chunk_arguments(dtype: str, packed: bool) -> dict[str, Any]:
     return arguments
 
 
-def chunk_cases(K: int, V: int, dtype: str, *, packed: bool = False, l2norm: bool = True, groups: int = 2):
+def chunk_cases(
+    K: int, V: int, dtype: str, *, packed: bool = False, l2norm: bool = True, groups: int = 2, archs=(80, 90, 100)
+):
     """The chunk kernels of a training step, in the configuration the operator would choose."""
     config = chunk_config(K, V, 1 << 15, DTYPES[dtype])
     shape = {"H": 4, "HV": 4 * groups, "K": K, "V": V, "C": config.chunk, "BK": block_size(K)}
@@ -68,14 +72,14 @@ def chunk_cases(K: int, V: int, dtype: str, *, packed: bool = False, l2norm: boo
         ("chunk_grad", chunk_grad_kernel, config.grad, {}),
     ):
         arguments = common | changed | {"BV": launch.block_v}
-        yield Case(f"{name}-{label}", kernel, arguments, launch.warps, launch.stages)
+        yield Case(f"{name}-{label}", kernel, arguments, launch.warps, launch.stages, archs)
 
 
 def short_conv_cases(dtype: str, *, packed: bool = False):
     """The short convolution over four taps, its weights and sums in float32."""
     arguments: dict[str, Any] = {name: f"*{dtype}" for name in ("x", "bias", "tail", "y", "dy", "dx", "dtail")}
     arguments |= {name: "*fp32" for name in ("weight", "dz", "partial")}
-    arguments |= {name: "i32" for name in ("num_rows", "T", "D")}
+    arguments |= {name: "i32" for name in ("num_rows", "blocks", "T", "D")}
     arguments |= {"seq_ids": "*i64" if packed else None, "cu_seqlens": "*i32" if packed else None}
     arguments |= {"lengths": None if packed else "*i64", "W": 4, "BW": 8, "BD": short_conv.BLOCK_D, "SILU": True}
     for name, block in (
@@ -93,7 +97,7 @@ def gated_norm_cases(dtype: str, V: int):
     """The gated norm of rows of V elements."""
     rows, padded, warps = gated_norm.tile(V)
     arguments: dict[str, Any] = {name: f"*{dtype}" for name in ("x", "gate", "y", "dy", "dx", "dgate")}
-    arguments |= {"weight": "*fp32", "partial": "*fp32", "num_rows": "i32", "eps": "fp32", "V": "i32"}
+    arguments |= {"weight": "*fp32", "partial": "*fp32", "num_rows": "i32", "blocks": "i32", "eps": "fp32", "V": "i32"}
     arguments |= {"BR": rows, "BV": padded}
     for name in ("forward", "backward"):
         kernel = getattr(gated_norm, f"gated_norm_{name}_kernel")
@@ -104,8 +108,8 @@ CASES = [
     *chunk_cases(64, 64, "bf16", packed=True),
     *chunk_cases(128, 128, "bf16"),
     *chunk_cases(256, 256, "bf16"),
-    *chunk_cases(128, 128, "fp16"),
-    *chunk_cases(64, 64, "fp32"),
+    *chunk_cases(96, 192, "fp16", archs=(90,)),
+    *chunk_cases(64, 64, "fp32", archs=(80,)),
     *short_conv_cases("bf16"),
     *short_conv_cases("fp32", packed=True),
     *gated_norm_cases("bf16", 128),
@@ -149,8 +153,13 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
         "registers": registers,
         "spill_bytes": spills,
         "shared_bytes": compiled.metadata.shared,
+        "traps": "trap;" in compiled.asm["ptx"],
         "seconds": round(time.perf_counter() - begin, 2),
     }
+
+
+def _compile_numbered(number: int, arch: int) -> dict[str, Any]:
+    return compile_case(CASES[number], arch)
 
 
 def main() -> None:
@@ -158,7 +167,9 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--only", default="", help="compile the cases whose name contains this")
     options = parser.parse_args()
-    records = [compile_case(case, arch) for case in CASES if options.only in case.name for arch in options.arch]
+    jobs = [(case, arch) for case in CASES for arch in case.archs if options.only in case.name and arch in options.arch]
+    with multiprocessing.get_context("fork").Pool(min(2, os.cpu_count() or 1)) as pool:
+        records = pool.starmap(_compile_numbered, [(CASES.index(case), arch) for case, arch in jobs], chunksize=1)
     print(json.dumps(records, indent=1))
 
 
