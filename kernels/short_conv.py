@@ -191,8 +191,8 @@ def backward(dy, x, weight, bias, tail, lengths, cu_seqlens, silu):
     partial = torch.empty(programs, W + 1, D, dtype=torch.float32, device=x.device)
     short_conv_z_backward_kernel[(programs, blocks_d)](
         dy, x, weight, bias, tail, dz, partial, seq_ids, cu_seqlens, lengths, B * T,
-        triton.cdiv(sum_blocks, programs), T, D, W=W, BW=triton.next_power_of_2(W + 1), BT=SUM_BLOCK_T, BD=BLOCK_D, SILU=silu,
-        num_warps=NUM_WARPS,
+        triton.cdiv(sum_blocks, programs), T, D,
+        W=W, BW=triton.next_power_of_2(W + 1), BT=SUM_BLOCK_T, BD=BLOCK_D, SILU=silu, num_warps=NUM_WARPS,
     )  # fmt: skip
     dx = torch.empty_like(x)
     short_conv_x_backward_kernel[(blocks_t, blocks_d)](
