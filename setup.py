@@ -38,7 +38,7 @@ setup(
         "hf": ["transformers>=5.7"],
         "train": ["tensorboard"],
         "bench": ["pytest-benchmark", "pandas"],
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff"],
+        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "transformers", "kernels"],
     },
     entry_points={"console_scripts": ["sleep-ops=sleep_ops.cli:main"]},
 )

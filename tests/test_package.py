@@ -1,0 +1,114 @@
+"""What an installation must and must not contain, and which way the imports point."""
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Every module may import from its own layer and from those before it.
+LAYERS = [
+    ("kernels",),
+    ("reference", "validation", "ragged", "sampling"),
+    ("ops", "affine"),
+    ("layers",),
+    ("rows", "sleep", "model", "session"),
+    ("tasks",),
+    ("training",),
+    ("bench", "demo", "cli", "__main__"),
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def modules():
+    files = [p for p in (ROOT / "sleep_ops").rglob("*.py") if "kernels" not in p.parts and p.parent.name != "kernels"]
+    files += (ROOT / "kernels").glob("*.py")
+    for path in files:
+        part = path.relative_to(ROOT if path.parent.name == "kernels" else ROOT / "sleep_ops").parts[0]
+        if part != "__init__.py":
+            yield path, part.removesuffix(".py")
+
+
+@pytest.mark.parametrize("path, part", list(modules()), ids=lambda x: x.stem if isinstance(x, Path) else x)
+def test_imports_point_one_way(path, part):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sleep_ops":
+            names = [node.module] if node.module != "sleep_ops" else [f"sleep_ops.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names if a.name.split(".")[0] == "sleep_ops"]
+        else:
+            continue
+        for name in names:
+            target = name.split(".")[1]
+            if target in RANK:
+                assert RANK[target] <= RANK[part], f"{path.name} imports {name}"
+
+
+def run(code: str, cwd: Path, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_product_never_imports_what_it_is_compared_with():
+    for path, _ in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            assert not {n.split(".")[0] for n in names} & {"fla", "flash_qla", "tilelang"}, path
+
+
+def test_no_top_level_module_called_kernels(tmp_path):
+    """Hugging Face's package of that name is what programs get, from the repository root too."""
+    pytest.importorskip("kernels", reason="Hugging Face's kernels package is not installed")
+    code = "import sleep_ops, sleep_ops.kernels.chunk_scan, kernels; print(kernels.__file__)"
+    for folder in (ROOT, tmp_path):
+        assert "site-packages" in Path(run(code, folder)).parts
+    without = "import sys; sys.path = [p for p in sys.path if not p.endswith('site-packages')]\n"
+    without += "import importlib.util as u; print(u.find_spec('kernels') is None)"
+    assert run(without, tmp_path) == "True"
+
+
+def test_transformers_sees_the_same_from_the_repository_root(tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    code = "import sleep_ops; from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+    code += "from transformers.utils import is_kernels_available; print(is_kernels_available())"
+    assert run(code, ROOT).splitlines()[-1] == run(code, tmp_path).splitlines()[-1]
+
+
+def test_the_wheel_has_the_kernels_inside_the_package(tmp_path):
+    source = tmp_path / "source"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.splitlines():
+        if name.split("/")[0] in ("kernels", "sleep_ops", "setup.py", "README.md", "pyproject.toml", "LICENSE"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / name).is_file():
+                (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n.split("/")[0] for n in names} == {"sleep_ops", wheel.name.split("-py3")[0] + ".dist-info"}
+    shipped = {n for n in names if n.endswith(".py")}
+    assert {f"sleep_ops/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")} <= shipped
+    packages = {f"sleep_ops/{p.relative_to(ROOT / 'sleep_ops')}" for p in (ROOT / "sleep_ops").rglob("*.py")}
+    assert packages <= shipped
+
+
+def test_the_reference_needs_no_triton():
+    code = "import sys; sys.modules['triton'] = None\n"
+    code += "import torch; from sleep_ops import gated_delta_rule\n"
+    code += "x = torch.randn(1, 5, 2, 4); g = -torch.rand(1, 5, 2)\n"
+    code += "for impl in ('reference', 'torch', 'auto'): out = gated_delta_rule(x, x, x, g, -g, impl=impl)\n"
+    code += "print(out.output.shape[1])"
+    assert run(code, ROOT) == "5"
