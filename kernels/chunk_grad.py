@@ -29,6 +29,7 @@ from sleep_ops.kernels.primitives import (
     load_tile,
     locate_chunk,
     pair_decay,
+    pair_decay_transposed,
     store_tile,
 )
 
@@ -101,16 +102,14 @@ def chunk_grad_kernel(
         b_end = tl.exp2(G_C - b_G)
         b_dG = tl.zeros([C], tl.float32)
         b_dbeta = tl.zeros([C], tl.float32)
-        b_SdS = tl.zeros([BK], tl.float32)
+        b_SdS = tl.zeros([BV], tl.float32)
         dG_C = 0.0
         if A is not None:
             b_A = load_tile(A + o_gate * C, o_i, o_i, HV * C, num_rows, C)
             b_dL = tl.zeros([C, C], tl.float32)
         if d_output is not None:
             b_q = load_key_tile(p_q, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
-            m_ji = o_i[None, :] >= o_i[:, None]
-            b_decayT = tl.exp2(tl.where(m_ji, b_G[None, :] - b_G[:, None], float("-inf")))
-            b_decayT *= scale
+            b_decayT = scale * pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
             b_PT = (b_decayT * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")).to(dtype)
             b_dP = tl.zeros([C, C], tl.float32)
             b_dPT = tl.zeros([C, C], tl.float32)
@@ -121,8 +120,6 @@ def chunk_grad_kernel(
             b_S = load_tile(states + o_state, o_k, o_v, V, K, V)
             b_dS = load_tile(d_states + o_state, o_k, o_v, V, K, V)
             b_v = load_tile(v + start * stride_v + i_hv * V, o_i, o_v, stride_v, num_rows, V).to(tl.float32)
-            b_SdS += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
-
             b_write = b_end[:, None] * tl.dot(b_k, b_dS, input_precision="ieee")
             b_dU = b_write
             if d_output is not None:
@@ -144,17 +141,23 @@ def chunk_grad_kernel(
             dG_C += tl.sum(b_written)
             store_tile(dv + o_gate * V, b_beta[:, None] * b_dX, o_i, o_v, HV * V, num_rows, V)
 
+            # Loaded again, transposed: fewer registers than keeping the tiles until here.
+            m_ST = (o_v[:, None] < V) & (o_k[None, :] < K)
+            o_ST = o_state + o_k[None, :] * V + o_v[:, None]
+            b_ST = tl.load(states + o_ST, mask=m_ST, other=0.0)
+            b_dST = tl.load(d_states + o_ST, mask=m_ST, other=0.0)
+            b_SdS += tl.sum(b_ST.to(tl.float32) * b_dST.to(tl.float32), 1)
             b_UT = tl.trans(b_U.to(dtype))
-            b_dk += tl.dot((b_end[:, None] * b_U).to(dtype), tl.trans(b_dS), input_precision="ieee")
+            b_dk += tl.dot((b_end[:, None] * b_U).to(dtype), b_dST, input_precision="ieee")
             if A is not None:
                 b_dL += tl.dot((-b_dX).to(dtype), b_UT, input_precision="ieee")
                 b_dkS = (-(b_e * b_beta)[:, None] * b_dX).to(dtype)
-                b_dk += tl.dot(b_dkS, tl.trans(b_S), input_precision="ieee")
+                b_dk += tl.dot(b_dkS, b_ST, input_precision="ieee")
             if d_output is not None:
                 b_dP += tl.dot(b_dO.to(dtype), b_UT, input_precision="ieee")
                 b_dPT += tl.dot(b_U.to(dtype), tl.trans(b_dO.to(dtype)), input_precision="ieee")
                 b_dQ = (scale * b_e[:, None] * b_dO.to(tl.float32)).to(dtype)
-                b_dq += tl.dot(b_dQ, tl.trans(b_S), input_precision="ieee")
+                b_dq += tl.dot(b_dQ, b_ST, input_precision="ieee")
 
         dG_C += tl.exp2(G_C) * tl.sum(b_SdS)
         if d_output is not None:

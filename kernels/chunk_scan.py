@@ -29,6 +29,7 @@ from sleep_ops.kernels.primitives import (
     load_rows,
     load_tile,
     pair_decay,
+    pair_decay_transposed,
     sequence_bounds,
     store_tile,
 )
@@ -196,8 +197,7 @@ def chunk_reverse_kernel(
         if A is not None:
             b_dU = tl.exp2(G_C - b_G)[:, None] * tl.dot(b_k, b_dS.to(dtype), input_precision="ieee")
             if d_output is not None:
-                m_ji = o_i[None, :] >= o_i[:, None]
-                b_decay = tl.exp2(tl.where(m_ji, b_G[None, :] - b_G[:, None], float("-inf")))
+                b_decay = pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
                 b_PT = scale * b_decay * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
                 b_dU += tl.dot(b_PT.to(dtype), b_dO.to(dtype), input_precision="ieee")
             b_A = load_tile(A + (row * HV + i_hv) * C, o_i, o_i, HV * C, num_rows, C)

@@ -94,6 +94,12 @@ def pair_decay(b_g, m):
 
 
 @triton.jit
+def pair_decay_transposed(b_g, m):
+    """exp2(G_i - G_j) at [j, i] where m, else 0; m must restrict to i >= j."""
+    return tl.exp2(tl.where(m, b_g[None, :] - b_g[:, None], float("-inf")))
+
+
+@triton.jit
 def inverse_norm(b_x):
     """1 / sqrt(sum x^2 + 1e-6) of each row, float32."""
     b_x = b_x.to(tl.float32)

@@ -3,8 +3,8 @@
     python tests/aot.py [--arch 80 90 100] [--only NAME]
 
 One record per kernel, configuration and architecture: registers a thread, bytes of local memory a thread (spills),
-bytes of shared memory a program, and whether the compiler gave up and left a trap. Run without TRITON_INTERPRET, in a process of its own: Triton reads that at import.
-Other modules' kernels join by adding a `Case` to CASES.
+bytes of shared memory a program, and whether the compiler gave up and left a trap. Run without TRITON_INTERPRET, in a
+process of its own: Triton reads that at import. Other modules' kernels join by adding a `Case` to CASES.
 """
 
 import argparse
