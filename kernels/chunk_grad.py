@@ -4,15 +4,15 @@ Notation of chunk_scan.py; S0 is the state before the chunk, dS1 the cotangent o
 
     dX = A^T dU        dP = tril(dO U^T)        dL = -strict_tril(dX U^T)        W_ij = dL_ij beta_i e^{G_i - G_j}
     dQ = scale e^G dO S0^T + (dP scale e^{G_i - G_j}) K
-    dK = (dP scale e^{G_i - G_j})^T Q + e^{G_C - G} U dS1^T - e^G dY S0^T + W K + W^T K
+    dK = (dP scale e^{G_i - G_j})^T Q + e^{G_C - G} U dS1^T - e^G dY S0^T + (W + W^T) K
     dV = dY = beta dX        dbeta_i = <dX_i, Y_i> + sum_j dL_ij M_ij
     dG = rows - columns of (dP P + dL beta M) + scale e^G <Q, dO S0^T> - e^G <dY, K S0> - e^{G_C - G} <U, K dS1>
     dG_C += e^{G_C} <S0, dS1> + sum e^{G_C - G} <U, K dS1>        dg = reverse cumulative sum of dG
 
 The Hebbian rule has U = beta V, dV = beta dU, dbeta_i = <dU_i, V_i>, and no term in L, W or K S0.
 
-Products that need a transposed accumulator on the left, which Triton 3.4 to 3.7.0 miscompiles on Hopper, are formed as
-transposed results instead: W^T K as the transpose of K^T W.
+Triton 3.4 to 3.7.0 miscompiles products with a transposed accumulator on the left on Hopper. So dP^T is computed beside
+dP, and the terms in W share one product with the symmetric W + W^T.
 """
 
 import torch

@@ -1,8 +1,9 @@
 """Launch settings of the chunk kernels: one small table, read top to bottom; no autotuning at run time.
 
-Chunks of 32 tokens keep every kernel but chunk_grad free of register spills with 16-bit inputs up to K = V = 128 (64
-tokens do not: chunk_grad then spills kilobytes a thread on sm_80, and on sm_100 needs more tensor memory than there
-is). tests/test_aot.py states the bounds that hold. Four warps: eight have raced on Blackwell.
+float32 products use no tensor cores, so their tiles live in registers: the smallest ones. In 16 bits, chunks of 32
+tokens keep every kernel but chunk_grad nearly free of register spills up to K = V = 128. With 64, chunk_grad spills
+kilobytes a thread on sm_80, and on sm_100 compiles to a trap. tests/test_aot.py states the bounds that hold. Four
+warps: eight have raced on Blackwell.
 """
 
 from typing import NamedTuple
@@ -36,9 +37,9 @@ def block_size(dim: int) -> int:
 
 def chunk_config(K: int, V: int, T: int, dtype: torch.dtype) -> ChunkConfig:
     """Settings for head dims K and V, T tokens (of the longest sequence, or all of them) and q/k/v of `dtype`."""
-    BK = block_size(K)
-    chunk = 32 if BK <= 128 else 16
-    block_v = 32 if BK <= 128 else 16
+    large = dtype == torch.float32 or block_size(K) > 128
+    chunk = 16 if large else 32
+    block_v = 16 if large else 32
     stages = 1 if dtype == torch.float32 else 2
     if T <= 16:
         chunk = 16
