@@ -87,6 +87,7 @@ def train_rule110(
     conv_boundary: Annotated[str, option("Convolution tail of later passes: snapshot or zero.", MODEL)] = "snapshot",
     rule: Annotated[str, option("delta or hebbian.", MODEL)] = "delta",
     neg_eigval: Annotated[bool, option("beta in (0, 2).", MODEL)] = False,
+    init_std: Annotated[float | None, option("Of the weights; (3 width) ** -0.5 by default.", MODEL)] = None,
     activation_checkpointing: Annotated[bool, option("Recompute each (window, pass) in the backward.", MODEL)] = False,
     steps: Annotated[int, option("Optimiser steps.", RECIPE)] = 800,
     batch: Annotated[int, option("Sequences per step.", RECIPE)] = 512,
@@ -121,6 +122,8 @@ def train_rule110(
         from sleep_ops.training import RunConfig, TrainConfig, Trainer
 
         task = Rule110(t=t, strings=strings, bits=bits, boundary=boundary, held_out=held_out)
+        if init_std is not None and not 0 < init_std < 10:
+            raise ValueError(f"init_std: expected a number in (0, 10), got {init_std}")
         model = HybridConfig(
             vocab_size=task.vocab_size,
             hidden_size=width,
@@ -135,6 +138,7 @@ def train_rule110(
             conv_boundary=conv_boundary,
             rule=rule,
             allow_neg_eigval=neg_eigval,
+            initializer_range=(3 * max(width, 1)) ** -0.5 if init_std is None else init_std,
             activation_checkpointing=activation_checkpointing,
         )
         recipe = TrainConfig(

@@ -72,13 +72,31 @@ def test_train_eval_and_resume(tmp_path):
 
 def test_every_model_setting_reaches_the_model(tmp_path):
     extra = "--layers gdn-attn-gdn --loop 1:2 --eviction sliding --sleep-on unlabelled --window 5 --head-dim 4".split()
-    extra += "--conv-boundary zero --rule hebbian --neg-eigval --activation-checkpointing --boundary zero".split()
-    run("train", "rule110", *SMALL, *extra, "--held-out", 0, "--steps", 1, "--out", tmp_path)
+    extra += "--conv-boundary zero --rule hebbian --neg-eigval --init-std 0.1 --boundary zero".split()
+    run(
+        "train",
+        "rule110",
+        *SMALL,
+        *extra,
+        "--activation-checkpointing",
+        "--held-out",
+        0,
+        "--steps",
+        1,
+        "--out",
+        tmp_path,
+    )
     config, task, model, step = load_run(tmp_path, device="cpu")
     c = model.config
     assert (c.layers, c.loop, c.eviction, c.sleep_on) == (("gdn", "attn", "gdn"), (1, 2), "sliding", "unlabelled")
     assert (c.window, c.head_dim, c.conv_boundary, c.rule, c.passes) == (5, 4, "zero", "hebbian", 2)
-    assert c.allow_neg_eigval and c.activation_checkpointing and task.boundary == "zero" and step == 1
+    assert (
+        c.initializer_range == 0.1
+        and c.allow_neg_eigval
+        and c.activation_checkpointing
+        and task.boundary == "zero"
+        and step == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,6 +110,7 @@ def test_every_model_setting_reaches_the_model(tmp_path):
         (("--loop", "1"), "loop:"),
         (("--loop", "0:9"), "loop:"),
         (("--eviction", "soft"), "eviction:"),
+        (("--init-std", "0"), "init_std:"),
         (("--width", "17"), "num_heads:"),
         (("--steps", "0"), "steps:"),
         (("--lr-muon", "0"), "lr_muon:"),
