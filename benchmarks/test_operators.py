@@ -1,0 +1,87 @@
+"""pytest-benchmark of the small cases: the operator, replay, the layer and a training step.
+
+    python -m pytest benchmarks                          # the device there is; CUDA in bfloat16, the CPU in float32
+    python -m pytest benchmarks --benchmark-json=out.json
+
+CUDA times include the host and end with a synchronisation: for these sizes launches are part of the cost.
+"""
+
+import pytest
+import torch
+
+from sleep_ops import HybridConfig, SleepGDNLayer, SleepHybridModel, gated_delta_rule, sleep_gated_delta_rule
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+# (B, T, H, HV, K, V)
+CASES = {
+    "rule110": (128, 24, 4, 4, 16, 16) if DEVICE == "cpu" else (512, 24, 4, 4, 64, 64),
+    "depo": (8, 75, 4, 4, 64, 64) if DEVICE == "cpu" else (128, 75, 4, 4, 128, 128),
+    "mid": (1, 512, 4, 4, 64, 64) if DEVICE == "cpu" else (8, 2048, 16, 16, 128, 128),
+}
+
+
+def inputs(case):
+    B, T, H, HV, K, V = CASES[case]
+    torch.manual_seed(0)
+    q, k = torch.randn(2, B, T, H, K, device=DEVICE, dtype=DTYPE).unbind()
+    v = torch.randn(B, T, HV, V, device=DEVICE, dtype=DTYPE)
+    g = torch.nn.functional.logsigmoid(torch.randn(B, T, HV, device=DEVICE) + 3)
+    beta = torch.rand(B, T, HV, device=DEVICE)
+    return [x.requires_grad_() for x in (q, k, v, g, beta)]
+
+
+def measure(benchmark, run, leaves, backward):
+    def once():
+        if backward:
+            torch.autograd.grad(run().float().square().mean(), leaves, allow_unused=True)
+        else:
+            with torch.no_grad():
+                run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    once()
+    benchmark.extra_info.update(device=DEVICE, dtype=str(DTYPE))
+    benchmark(once)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("case", CASES)
+def test_gated_delta_rule(benchmark, case, backward):
+    x = inputs(case)
+    measure(benchmark, lambda: gated_delta_rule(*x, use_qk_l2norm=True).output, x, backward)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4, 8])
+def test_replay(benchmark, passes):
+    x = inputs("mid")
+    measure(benchmark, lambda: sleep_gated_delta_rule(*x, passes=passes, use_qk_l2norm=True).output, x, True)
+
+
+@pytest.mark.parametrize("passes", [1, 4])
+def test_layer(benchmark, passes):
+    torch.manual_seed(0)
+    layer = SleepGDNLayer(256, num_heads=4, head_dim=64, passes=passes, window=64).to(DEVICE, DTYPE)
+    x = torch.randn(2, 256, 256, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    measure(benchmark, lambda: layer(x), [x, *layer.parameters()], True)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_training_step(benchmark, passes):
+    """Forward and backward of the Rule 110 hybrid, four windows of 24 tokens and the answers."""
+    width, batch = (64, 16) if DEVICE == "cpu" else (256, 512)
+    torch.manual_seed(0)
+    model = SleepHybridModel(
+        HybridConfig(vocab_size=3, hidden_size=width, layers=("attn", "gdn") * 2, window=24, passes=passes)
+    ).to(DEVICE)
+    ids = torch.randint(0, 2, (batch, 100), device=DEVICE)
+    labels = ids.masked_fill(torch.arange(100, device=DEVICE) < 96, -100)
+    mask = torch.arange(100).expand(batch, 100) >= 96  # on the CPU: no wait for the device
+
+    def run():
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            return model(ids, labels=labels, loss_mask=mask, return_state=False).loss
+
+    measure(benchmark, run, list(model.parameters()), True)
