@@ -18,16 +18,9 @@ from sleep_ops.kernels.primitives import (
     load_rows,
     locate_chunk,
     pair_decay,
+    softplus,
     store_tile,
 )
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)) without overflow, and with small results exact to rounding."""
-    e = tl.exp(-tl.abs(x))
-    log1p = tl.where(e < 1e-2, e * (1.0 - e * (0.5 - e * (1.0 / 3.0 - e * 0.25))), tl.log(1.0 + e))
-    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What the chunk kernels share: where a chunk lies, tiles with masked edges, decays, and row normalisation.
+"""What the kernels share: where a chunk lies, tiles with masked edges, gates and decays, and row normalisation.
 
 Tokens are flattened to rows: a [B, T, ...] tensor is B sequences of T rows each, and a packed one (B = 1 with
 `cu_seqlens`) is num_seqs sequences of different lengths. Cumulative log decays are kept in base 2, so that kernels
@@ -97,6 +97,14 @@ def pair_decay(b_g, m):
 def pair_decay_transposed(b_g, m):
     """exp2(G_i - G_j) at [j, i] where m, else 0; m must restrict to i >= j."""
     return tl.exp2(tl.where(m, b_g[None, :] - b_g[:, None], float("-inf")))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) without overflow, and with small results exact to rounding."""
+    e = tl.exp(-tl.abs(x))
+    log1p = tl.where(e < 1e-2, e * (1.0 - e * (0.5 - e * (1.0 / 3.0 - e * 0.25))), tl.log(1.0 + e))
+    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit

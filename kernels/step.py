@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sleep_ops.kernels.chunk_prepare import softplus
-from sleep_ops.kernels.primitives import L2_NORM_EPS
+from sleep_ops.kernels.primitives import L2_NORM_EPS, softplus
 
 BLOCK_V = 32
 NUM_WARPS = 4

@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sleep_ops.kernels import gated_norm, short_conv
+from sleep_ops.kernels import gated_norm, short_conv, step
 from sleep_ops.kernels.chunk_grad import chunk_grad_kernel
 from sleep_ops.kernels.chunk_prepare import chunk_prepare_kernel
 from sleep_ops.kernels.chunk_scan import chunk_reverse_kernel, chunk_scan_kernel
@@ -104,7 +104,18 @@ def gated_norm_cases(dtype: str, V: int):
         yield Case(f"gated_norm_{name}-{dtype}-V{V}", kernel, arguments, warps, 3)
 
 
+def step_cases(dtype: str, K: int, V: int, *, archs=(80, 90, 100)):
+    """The one-token step with gate, sigmoid and normalisation, two value heads to a key head."""
+    arguments: dict[str, Any] = {name: f"*{dtype}" for name in ("q", "k", "v", "output")}
+    arguments |= {name: "*fp32" for name in ("g", "beta", "state", "A_log", "dt_bias", "new_state")}
+    arguments |= {"scale": "fp32", "H": 4, "HV": 8, "K": K, "V": V, "BK": block_size(K), "BV": step.BLOCK_V}
+    arguments |= {"BETA_SCALE": 1.0, "IS_DELTA": True, "USE_L2NORM": True}
+    yield Case(f"step-{dtype}-K{K}-V{V}", step.step_kernel, arguments, step.NUM_WARPS, 3, archs)
+
+
 CASES = [
+    *step_cases("bf16", 128, 128),
+    *step_cases("fp32", 256, 100, archs=(90,)),
     *chunk_cases(64, 64, "bf16", packed=True),
     *chunk_cases(128, 128, "bf16"),
     *chunk_cases(256, 256, "bf16"),

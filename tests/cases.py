@@ -58,7 +58,8 @@ class Case:
 CASES = [
     *(Case(f"T{T}", T=T, B=3, heads=(2, 4)) for T in (1, 15)),
     *(Case(f"T{T}", T=T) for T in (63, 64, 65, 75, 100, 1000)),
-    *(Case(f"K{K}-V{V}", T=33, dims=(K, V)) for K, V in ((1, 1), (16, 60), (60, 16), (64, 64), (96, 100), (100, 96))),
+    Case("K1-V1", T=33, dims=(1, 1), B=4, heads=(2, 4)),
+    *(Case(f"K{K}-V{V}", T=33, dims=(K, V)) for K, V in ((16, 60), (60, 16), (64, 64), (96, 100), (100, 96))),
     *(Case(f"K{K}-V{V}", T=20, dims=(K, V)) for K, V in ((128, 128), (192, 16), (16, 256), (256, 192))),
     *(Case(f"T300-K{K}-V{V}", T=300, dims=(K, V), heads=(2, 4)) for K, V in ((64, 64), (128, 128), (192, 256))),
     Case("batch-grouped", T=40, B=2, heads=(2, 6), dims=(16, 24)),
@@ -66,7 +67,7 @@ CASES = [
     Case("gated-negative-eigenvalues", options=GATED | {"allow_neg_eigval": True}),
     Case("normalised-K100", T=40, dims=(100, 20), options={"use_qk_l2norm": True}),
     Case("hebbian", T=40, heads=(1, 2), rule="hebbian"),
-    Case("hebbian-gated", heads=(2, 2), rule="hebbian", options=GATED),
+    Case("hebbian-gated", B=3, heads=(2, 4), rule="hebbian", options=GATED),
     Case("packed", lengths=(15, 0, 64, 1, 33), heads=(1, 2)),
     Case("packed-empty-ends", lengths=(0, 40, 35, 0), dims=(20, 16), options=GATED),
     Case("packed-one", lengths=(70,), initial_state=False),
