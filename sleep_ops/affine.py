@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sleep_ops.ops.dispatch import run_pass
-from sleep_ops.validation import check_delta_rule
+from sleep_ops.validation import check_delta_rule, check_tensor
 
 
 class Transition(NamedTuple):
@@ -23,12 +23,17 @@ class Transition(NamedTuple):
     R: Tensor
 
     def apply(self, state: Tensor) -> Tensor:
-        """The state left by the segment from `state` [N, HV, K, V]."""
+        """The state left by the segment from `state` [N, HV, K, V], of P's dtype. ValueError for any other."""
+        check_tensor("state", state, self.R.shape, "[N, HV, K, V]", self.P.device, (self.P.dtype,))
         with torch.autocast(device_type=self.P.device.type, enabled=False):
             return self.P @ state + self.R
 
     def then(self, later: "Transition") -> "Transition":
-        """This segment, then `later`: (P2 P1, P2 R1 + R2)."""
+        """This segment, then `later`: (P2 P1, P2 R1 + R2). ValueError unless both have the same shapes and dtype."""
+        if not isinstance(later, Transition):
+            raise ValueError(f"later: expected a Transition, got {type(later).__name__}")
+        for mine, other in zip(self, later, strict=True):
+            check_tensor("later", other, mine.shape, "of this Transition", mine.device, (mine.dtype,))
         with torch.autocast(device_type=self.P.device.type, enabled=False):
             return Transition(later.P @ self.P, later.P @ self.R + later.R)
 
@@ -84,6 +89,7 @@ def segment_transition(
     gates = {
         "cu_seqlens": cu_seqlens,
         "rule": rule,
+        "use_qk_l2norm": use_qk_l2norm,
         "A_log": A_log,
         "dt_bias": dt_bias,
         "use_beta_sigmoid": use_beta_sigmoid,
@@ -97,6 +103,6 @@ def segment_transition(
         key_dim, key_dim + v.shape[-1], dtype=torch.promote_types(v.dtype, torch.float32), device=v.device
     )
     start = start.expand(num_states, value_heads, -1, -1).contiguous()
-    options = {**gates, "use_qk_l2norm": use_qk_l2norm, "scale": 1.0, "initial_state": start, "impl": impl}
+    options = {**gates, "scale": 1.0, "initial_state": start, "impl": impl}
     state = run_pass(None, k, widened, g, beta, **options)[1]
     return Transition(state[..., :key_dim], state[..., key_dim:])

@@ -1,7 +1,8 @@
 """Checks of the public operators' arguments: a ValueError names the argument, what was expected and what was got.
 
-Checks read shapes, dtypes and devices, never values of tensors, with one exception: `cu_seqlens` on the CPU, outside
-torch.compile. On a GPU reading it would make the host wait for the device, so there its values are the caller's duty.
+Checks read shapes, dtypes and devices, never values of tensors, with one exception: `cu_seqlens` and `lengths` on the
+CPU, outside torch.compile. On a GPU reading them would make the host wait for the device, so there their values are the
+caller's duty.
 """
 
 import math
@@ -12,6 +13,7 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RULES = ("delta", "hebbian")
 IMPLS = ("auto", "triton", "torch", "reference")
+KERNEL_IMPLS = ("auto", "triton", "torch")  # of operators whose PyTorch form is their specification
 OUTPUT_PASSES = ("first", "last")
 
 
@@ -40,6 +42,33 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_flags(**flags: object) -> None:
+    """Raise unless every flag is True or False: the truth of anything else, as of "no", would be a guess."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise unless value is an int >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+
+def check_eps(name: str, eps: object) -> None:
+    """Raise unless eps is a finite number >= 0."""
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {eps!r}")
+
+
+def check_full(name: str, x: object, ndim: int, dims: str) -> None:
+    """Raise unless x is a float tensor of `ndim` dimensions (described by `dims`), none of them empty."""
+    if not isinstance(x, Tensor) or x.ndim != ndim or 0 in x.shape:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name}: expected a tensor {dims} with no empty dimension, got {got}")
+    check_tensor(name, x, x.shape, dims)
+
+
 def check_scale(scale: object) -> None:
     """Raise unless scale is None or a finite number."""
     if scale is None:
@@ -57,6 +86,7 @@ def check_gates(
     allow_neg_eigval: bool,
 ) -> None:
     """Check the gate parameters: A_log and dt_bias come together, a doubled beta only with the sigmoid."""
+    check_flags(use_beta_sigmoid=use_beta_sigmoid, allow_neg_eigval=allow_neg_eigval)
     if (A_log is None) != (dt_bias is None):
         missing, given = ("A_log", "dt_bias") if A_log is None else ("dt_bias", "A_log")
         raise ValueError(f"{missing}: expected a tensor [HV] together with {given}, got None")
@@ -88,6 +118,17 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int, device: torch.
         raise ValueError(f"cu_seqlens: expected borders rising from 0 to T = {tokens}, got {borders}")
 
 
+def check_lengths(lengths: Tensor, batch: int, tokens: int, device: torch.device) -> None:
+    """Check the real tokens of right-padded rows; their values only on the CPU and outside torch.compile."""
+    check_tensor("lengths", lengths, (batch,), "[B]", device, (torch.int64,))
+    if (
+        not torch.compiler.is_compiling()
+        and device.type == "cpu"
+        and any(not 0 <= n <= tokens for n in lengths.tolist())
+    ):
+        raise ValueError(f"lengths: expected values from 0 to T = {tokens}, got {lengths.tolist()}")
+
+
 def check_heads(key_heads: int, value_heads: int) -> None:
     """Raise unless every key head serves the same number of value heads."""
     if value_heads % key_heads:
@@ -111,6 +152,7 @@ def check_delta_rule(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     rule: str,
+    use_qk_l2norm: bool,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     use_beta_sigmoid: bool,
@@ -118,14 +160,10 @@ def check_delta_rule(
     impl: str,
 ) -> None:
     """Check the arguments of `gated_delta_rule`; q is None where only the state is wanted."""
-    for name, x in (("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.ndim != 4 or 0 in x.shape:
-            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            dims = "[B, T, H, K]" if name == "k" else "[B, T, HV, V]"
-            raise ValueError(f"{name}: expected a tensor {dims} with no empty dimension, got {got}")
+    check_full("k", k, 4, "[B, T, H, K]")
+    check_full("v", v, 4, "[B, T, HV, V]")
     batch, tokens, key_heads, key_dim = k.shape
     value_heads, value_dim = v.shape[2:]
-    check_tensor("k", k, k.shape, "[B, T, H, K]")
     if q is not None:
         check_tensor("q", q, k.shape, "[B, T, H, K] of k", k.device, (k.dtype,))
     check_tensor("v", v, (batch, tokens, value_heads, value_dim), "[B, T, HV, V]", k.device, (k.dtype,))
@@ -134,6 +172,7 @@ def check_delta_rule(
     check_tensor("beta", beta, (batch, tokens, value_heads), "[B, T, HV]", k.device)
     check_scale(scale)
     check_choice("rule", rule, RULES)
+    check_flags(use_qk_l2norm=use_qk_l2norm)
     check_gates(value_heads, k.device, A_log, dt_bias, use_beta_sigmoid, allow_neg_eigval)
     check_choice("impl", impl, IMPLS)
     num_states = batch
@@ -146,8 +185,15 @@ def check_delta_rule(
 
 def check_passes(passes: object, window: object, output_pass: object) -> None:
     """Raise unless passes is an int >= 1 or math.inf, window None or an int >= 1, output_pass "first" or "last"."""
-    if passes != math.inf and (isinstance(passes, bool) or not isinstance(passes, int) or passes < 1):
+    endless = isinstance(passes, float) and passes == math.inf
+    if not endless and (isinstance(passes, bool) or not isinstance(passes, int) or passes < 1):
         raise ValueError(f"passes: expected an integer >= 1 or math.inf, got {passes!r}")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"window: expected None or an integer >= 1, got {window!r}")
+    if window is not None:
+        check_count("window", window)
     check_choice("output_pass", output_pass, OUTPUT_PASSES)
+
+
+def check_first_order(operator: str) -> None:
+    """Called in a written-out backward: refuse a graph of it (create_graph=True), whose derivatives would be wrong."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{operator}: expected one derivative (create_graph=False), got create_graph=True")

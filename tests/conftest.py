@@ -25,3 +25,19 @@ def dtype(request) -> torch.dtype:
     if request.param == "bfloat16" and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
     return getattr(torch, request.param)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Called with kernel modules, makes the buffers their launchers allocate start out full of NaN."""
+
+    def poison(*modules) -> None:
+        allocate = {name: getattr(torch, name) for name in ("empty", "empty_like")}
+        poisoned_torch = type("PoisonedTorch", (), dict(vars(torch)))
+        for name, function in allocate.items():
+            filled = staticmethod(lambda *args, function=function, **kwargs: function(*args, **kwargs).fill_(torch.nan))
+            setattr(poisoned_torch, name, filled)
+        for module in modules:
+            monkeypatch.setattr(module, "torch", poisoned_torch)
+
+    return poison

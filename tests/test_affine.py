@@ -122,6 +122,28 @@ def test_power_of_a_wrong_number(n):
         Transition(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 3)).power(n)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [None, torch.zeros(2, 2, 3), torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 2, 3).half()],
+    ids=["none", "no_batch", "shape", "dtype"],
+)
+def test_state_of_a_transition_is_checked(state):
+    with pytest.raises(ValueError, match="^state: expected .* got"):
+        Transition(torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 3)).apply(state)
+
+
+def test_only_transitions_alike_compose():
+    transition = Transition(torch.zeros(2, 2, 2, 2), torch.zeros(2, 2, 2, 3))
+    for later in (
+        3,
+        tuple(transition),
+        Transition(*(x[:1] for x in transition)),
+        Transition(*(x.double() for x in transition)),
+    ):
+        with pytest.raises(ValueError, match="^later: expected .* got"):
+            transition.then(later)
+
+
 def test_float32_from_half_inputs():
     inputs, _ = make_inputs()
     half = {name: x.detach().half() for name, x in inputs.items()}

@@ -37,16 +37,11 @@ def test_state_only(case, device):
 
 
 @pytest.mark.parametrize("case", [GATED, PACKED], ids=str)
-def test_everything_is_written(case, device, monkeypatch):
+def test_everything_is_written(case, device, poisoned):
     """With every buffer full of NaN before its kernel starts, no NaN comes out."""
     inputs = make_inputs(case, torch.float32, device)
     expected = evaluate(chunk_gated_delta_rule_triton, case, inputs)
-    empty, empty_like = torch.empty, torch.empty_like
-    for module in (chunk_prepare, chunk_scan, chunk_grad):
-        torch_module = type("PoisonedTorch", (), dict(vars(torch)))
-        torch_module.empty = staticmethod(lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
-        torch_module.empty_like = staticmethod(lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(float("nan")))
-        monkeypatch.setattr(module, "torch", torch_module)
+    poisoned(chunk_prepare, chunk_scan, chunk_grad)
     for name, value in evaluate(chunk_gated_delta_rule_triton, case, inputs).items():
         assert torch.equal(value, expected[name]), name
 

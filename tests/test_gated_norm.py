@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sleep_ops.ops.gated_norm import gated_norm_forward, gated_rms_norm
+from sleep_ops.kernels import gated_norm
+from sleep_ops.ops.gated_norm import gated_norm_backward, gated_norm_forward, gated_rms_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -69,9 +70,18 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *a: gated_rms_norm(*a, eps=EPS, impl="torch"), leaves)
 
 
+def test_everything_is_written(poisoned):
+    inputs = build((33, 100), torch.float32)
+    expected = run("triton", *inputs)
+    poisoned(gated_norm)
+    for name, value in run("triton", *inputs).items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_opcheck():
-    leaves = [t.requires_grad_() for t in build((3, 2, 5), torch.float32)[:3]]
-    torch.library.opcheck(gated_norm_forward, (*leaves, EPS))
+    *inputs, dy = build((3, 2, 5), torch.float32)
+    torch.library.opcheck(gated_norm_backward, (dy, *inputs, EPS))
+    torch.library.opcheck(gated_norm_forward, (*(t.requires_grad_() for t in inputs), EPS))
 
 
 @pytest.mark.parametrize(
@@ -81,11 +91,17 @@ def test_opcheck():
         (dict(gate=torch.zeros(2, 7)), "gate"),
         (dict(weight=torch.zeros(7)), "weight"),
         (dict(weight=torch.zeros(8, device="meta")), "weight"),
+        (dict(weight=torch.ones(8, dtype=torch.int64)), "weight"),
+        (dict(weight=None), "weight"),
+        (dict(x=None), "x"),
+        (dict(x=torch.tensor(1.0)), "x"),
         (dict(eps=-1.0), "eps"),
+        (dict(eps=float("nan")), "eps"),
+        (dict(eps="1e-5"), "eps"),
         (dict(impl="fast"), "impl"),
     ],
 )
 def test_bad_inputs_name_the_argument(change, name):
     args = dict(x=torch.zeros(2, 8), gate=torch.zeros(2, 8), weight=torch.ones(8), eps=EPS)
-    with pytest.raises(ValueError, match=f"^{name}: expected"):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
         gated_rms_norm(**(args | change))

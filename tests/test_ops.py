@@ -241,6 +241,47 @@ def test_autocast_has_no_effect():
     assert torch.equal(got.output, want.output) and torch.equal(got.final_state, want.final_state)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_second_derivatives_are_refused(impl):
+    """The written-out backwards are no functions of the inputs to autograd: an error, not a wrong number."""
+    inputs = make_inputs(1, 20, 1, 1, 16, 16, gates=False, dtype=torch.float32)
+    output = gated_delta_rule(**inputs, impl=impl).output
+    with pytest.raises(RuntimeError, match="create_graph|no autograd formula"):
+        torch.autograd.grad(output.sum(), inputs["k"], create_graph=True)[0].sum().backward()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+def test_without_gradients(impl, mode):
+    inputs = make_inputs(1, 20, 1, 1, 16, 16, dtype=torch.float32)
+    want = sleep_gated_delta_rule(**inputs, impl=impl, passes=2, window=8, **ACTIVATED)
+    with mode():
+        got = sleep_gated_delta_rule(**inputs, impl=impl, passes=2, window=8, **ACTIVATED)
+    assert not got.output.requires_grad
+    assert torch.equal(got.output, want.output) and torch.equal(got.final_state, want.final_state)
+
+
+def test_a_result_used_twice():
+    inputs = make_inputs(1, 20, 1, 2, 8, 6)
+    output, state = gated_delta_rule(**inputs, **ACTIVATED)
+    leaves = list(inputs.values())
+    (output.square().sum() + output.sum() + (state * state).sum()).backward()
+    output, state = gated_delta_rule_reference(**inputs, **ACTIVATED)
+    want = torch.autograd.grad(output.square().sum() + output.sum() + (state * state).sum(), leaves)
+    for leaf, gradient in zip(leaves, want, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient, **EXACT)
+
+
+def test_large_half_precision_inputs_stay_finite():
+    inputs = make_inputs(1, 40, 1, 1, 16, 16, dtype=torch.float32)
+    large = {name: (x.detach() * 2000).half() if name in "qkv" else x.detach() for name, x in inputs.items()}
+    exact = gated_delta_rule_reference(**{name: x.double() for name, x in large.items()}, **ACTIVATED)
+    for impl in ("torch", "triton"):
+        got = gated_delta_rule(**large, impl=impl, **ACTIVATED)
+        for a, b in zip(got, exact, strict=True):
+            assert (a.double() - b).norm() < 1e-2 * b.norm()
+
+
 def test_inputs_are_not_written_to():
     inputs = {name: x.detach() for name, x in make_inputs(1, 20, 1, 1, 8, 8).items()}
     before = {name: x.clone() for name, x in inputs.items()}
@@ -286,6 +327,9 @@ BAD = {
     "passes_zero": ("passes", {"passes": 0}),
     "passes_float": ("passes", {"passes": 2.5}),
     "passes_nan": ("passes", {"passes": math.nan}),
+    "passes_tensor": ("passes", {"passes": torch.tensor([2, 3])}),
+    "flag": ("use_qk_l2norm", {"use_qk_l2norm": "no"}),
+    "sigmoid_flag": ("use_beta_sigmoid", {"use_beta_sigmoid": 1}),
     "window_zero": ("window", {"window": 0}),
     "window_nan": ("window", {"window": math.nan}),
     "window_float": ("window", {"window": 4.0}),
@@ -302,7 +346,7 @@ def test_bad_argument_is_named(case):
     sleep_only = name in ("passes", "window", "output_pass")
     for function in (sleep_gated_delta_rule,) if sleep_only else (gated_delta_rule, sleep_gated_delta_rule):
         options = {"passes": 2} if function is sleep_gated_delta_rule else {}
-        with pytest.raises(ValueError, match=rf"^{name}:"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected .*got "):
             function(**{**good, **options, **bad})
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sleep_ops.kernels import step as step_kernel_module
 from sleep_ops.ops import step as step_module
 from sleep_ops.ops.step import gated_delta_rule_step
 from sleep_ops.reference import gated_delta_rule_reference
@@ -126,6 +127,14 @@ def test_state_is_not_written_to():
     assert torch.equal(inputs["state"], before)
 
 
+def test_everything_is_written(poisoned):
+    inputs = {name: x.detach() for name, x in make_inputs(SHAPES["grouped"], torch.float32, False).items()}
+    want = gated_delta_rule_step(**inputs, impl="triton")
+    poisoned(step_kernel_module)
+    got = gated_delta_rule_step(**inputs, impl="triton")
+    assert torch.equal(got.output, want.output) and torch.equal(got.final_state, want.final_state)
+
+
 def test_strided_inputs():
     inputs = {name: x.detach() for name, x in make_inputs(SHAPES["grouped"], torch.float32, False).items()}
     strided = {name: x.repeat_interleave(2, -1)[..., ::2] for name, x in inputs.items()}
@@ -164,6 +173,7 @@ BAD = {
     "scale": {"scale": float("nan")},
     "rule": {"rule": "oja"},
     "impl": {"impl": "cuda"},
+    "use_qk_l2norm": {"use_qk_l2norm": 1},
     "dt_bias": {"A_log": torch.zeros(2)},
     "allow_neg_eigval": {"allow_neg_eigval": True},
 }
@@ -173,5 +183,5 @@ BAD = {
 def test_bad_argument_is_named(name):
     inputs = {key: x.detach() for key, x in make_inputs(SHAPES["square"], torch.float32, False).items()}
     bad = {key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for key, x in BAD[name].items()}
-    with pytest.raises(ValueError, match=rf"^{name}:"):
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*got "):
         gated_delta_rule_step(**{**inputs, **bad})

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sleep_ops.ops.packed import PaddedSequences
 from sleep_ops.reference import l2_normalise, log_decay, state_dtype, write_strength
+from sleep_ops.validation import check_first_order
 
 MAX_CHUNK = 64
 
@@ -36,6 +37,7 @@ class _RoundedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        check_first_order("gated_delta_rule")
         x, y = ctx.saved_tensors
         grad = grad.to(x.dtype).float()
         return (grad @ y.float().mT).sum_to_size(x.shape), (x.float().mT @ grad).sum_to_size(y.shape), None
@@ -53,6 +55,7 @@ class _UnitLowerSolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        check_first_order("gated_delta_rule")
         A, u = ctx.saved_tensors
         dx = _product(A.mT, grad, ctx.dtype)
         return -_product(dx, u.mT, ctx.dtype).tril(-1), None, dx, None

@@ -5,8 +5,6 @@ Forward: gates and triangular inverse of every chunk (chunk_prepare), then one s
 Between the two only the inputs, the gates and the inverse are kept, no states.
 """
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +13,8 @@ from sleep_ops.kernels.chunk_grad import chunk_grad
 from sleep_ops.kernels.chunk_prepare import chunk_prepare
 from sleep_ops.kernels.chunk_scan import chunk_reverse, chunk_scan
 from sleep_ops.kernels.configs import chunk_config
+from sleep_ops.ops.dispatch import on_device
+from sleep_ops.ops.gates import beta_scale, log_decay_gradient
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -34,15 +34,6 @@ def _chunk_counts(k: Tensor, cu_seqlens: Tensor | None, chunk: int) -> tuple[int
         return B * ((T + chunk - 1) // chunk), None
     counts = (cu_seqlens.diff().long() + (chunk - 1)) // chunk
     return T // chunk + counts.shape[0], F.pad(counts.cumsum(0), (1, 0))
-
-
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def _beta_scale(use_beta_sigmoid: bool, allow_neg_eigval: bool) -> float:
-    """Factor of beta's sigmoid; 0 for a beta that needs none."""
-    return (2.0 if allow_neg_eigval else 1.0) if use_beta_sigmoid else 0.0
 
 
 @torch.library.custom_op("sleep_ops::chunk_gated_delta_rule", mutates_args=())
@@ -66,7 +57,7 @@ def _forward(
     num_chunks, chunk_offsets = _chunk_counts(k, cu_seqlens, config.chunk)
     (k, stride_k), (v, stride_v) = _rows(k), _rows(v)
     q, stride_q = (None, 0) if q is None else _rows(q)
-    with _on_device(k):
+    with on_device(k):
         G, beta, A = chunk_prepare(
             k,
             stride_k,
@@ -145,7 +136,7 @@ def _backward(
     A = A if rule == "delta" else None
     d_output = None if d_output is None else d_output.contiguous()
     common = {"scale": scale, "use_qk_l2norm": use_qk_l2norm, "config": config}
-    with _on_device(k):
+    with on_device(k):
         start = None if initial_state is None else initial_state.contiguous()
         _, states = chunk_scan(
             None, k, v, strides, G, beta, A, start, cu_seqlens, chunk_offsets, num_chunks=num_chunks, **common
@@ -185,11 +176,7 @@ def _backward(
 
     dA_log = d_dt_bias = None
     if A_log is not None:
-        gate_input = g.float() + dt_bias.float()
-        rate = A_log.float().exp()
-        dA_log = (dg * -rate * F.softplus(gate_input)).sum((0, 1)).to(A_log.dtype)
-        dg = dg * -rate * gate_input.sigmoid()
-        d_dt_bias = dg.sum((0, 1)).to(dt_bias.dtype)
+        dg, dA_log, d_dt_bias = log_decay_gradient(dg, g, A_log, dt_bias)
     gradients = (dq, dk, dv, dg.to(g.dtype), dbeta.to(beta_dtype), d_initial_state, dA_log, d_dt_bias)
     return tuple(k.new_empty(0) if x is None else x for x in gradients)
 
@@ -298,8 +285,8 @@ def chunk_gated_delta_rule_triton(
     Runs on CUDA tensors, and on CPU tensors under TRITON_INTERPRET=1 (not in bfloat16, which the interpreter
     multiplies wrongly). Deterministic. Source: arXiv 2412.06464, section 3.3; sleep_ops/reference.py.
     """
-    beta_scale = _beta_scale(use_beta_sigmoid, allow_neg_eigval)
+    factor = beta_scale(use_beta_sigmoid, allow_neg_eigval)
     output, final_state, *_ = _forward(
-        q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, scale, rule, use_qk_l2norm, beta_scale
+        q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, scale, rule, use_qk_l2norm, factor
     )
     return None if q is None else output, final_state

@@ -1,5 +1,6 @@
-"""One pass of the gated delta rule by the implementation that suits the tensors, arguments already checked."""
+"""Which implementation suits the tensors, and one pass of the gated delta rule by it, arguments already checked."""
 
+import contextlib
 import importlib.util
 import os
 
@@ -16,24 +17,35 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def choose_impl(impl: str, x: Tensor) -> str:
     """Name of the implementation "auto" stands for: Triton for CUDA tensors, PyTorch for others and for float64.
 
-    Raises ValueError where Triton can't run on tensors like x ([..., K]), ImportError where it isn't installed.
+    Raises ValueError where Triton can't run on tensors like x, ImportError where it isn't installed.
     """
     if impl == "auto":
         impl = "triton" if x.is_cuda and x.dtype != torch.float64 else "torch"
     if impl == "triton":
         if x.dtype == torch.float64:
-            raise ValueError("impl: expected 'torch' or 'reference' for float64 inputs, got 'triton'")
+            raise ValueError("impl: expected another than 'triton' for float64 inputs, such as 'torch', got 'triton'")
         if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
                 f"impl: expected CUDA tensors for 'triton' (or TRITON_INTERPRET=1 in the environment), got {x.device}"
             )
         if not HAS_TRITON:
             raise ImportError("impl: Triton is not installed (pip install triton); impl='torch' needs none")
-        if x.shape[-1] > MAX_TRITON_KEY_DIM:
-            raise ValueError(
-                f"k: expected K <= {MAX_TRITON_KEY_DIM} for Triton, got K = {x.shape[-1]}; impl='torch' has no limit"
-            )
     return impl
+
+
+def choose_rule_impl(impl: str, k: Tensor) -> str:
+    """`choose_impl` for the gated delta rule over keys k [..., K], whose kernels hold a whole key."""
+    impl = choose_impl(impl, k)
+    if impl == "triton" and k.shape[-1] > MAX_TRITON_KEY_DIM:
+        raise ValueError(
+            f"k: expected K <= {MAX_TRITON_KEY_DIM} for Triton, got K = {k.shape[-1]}; impl='torch' has no limit"
+        )
+    return impl
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Makes x's GPU the current one, on which Triton launches; nothing for CPU tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def run_pass(
@@ -43,7 +55,7 @@ def run_pass(
 
     `options` are the keywords of `chunk_gated_delta_rule_torch`.
     """
-    impl = choose_impl(impl, k)
+    impl = choose_rule_impl(impl, k)
     with torch.autocast(device_type=k.device.type, enabled=False):
         if impl == "torch":
             return chunk_gated_delta_rule_torch(q, k, v, g, beta, **options)

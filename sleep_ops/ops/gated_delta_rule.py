@@ -11,12 +11,10 @@ from torch import Tensor
 
 from sleep_ops.affine import Transition, segment_transition
 from sleep_ops.ops.dispatch import run_pass
+from sleep_ops.ops.gates import CLOSED
 from sleep_ops.ops.packed import PaddedSequences
 from sleep_ops.reference import DeltaRuleOutput
 from sleep_ops.validation import check_delta_rule, check_passes
-
-# A raw gate input this low makes the decay's softplus, and the sigmoid of beta, exactly 0.
-RAW_GATE_OFF = -1e4
 
 
 def gated_delta_rule(
@@ -45,8 +43,8 @@ def gated_delta_rule(
     Args:
         q, k: [B, T, H, K], float16, bfloat16, float32 or float64.
         v: [B, T, HV, V] in the same dtype; HV a multiple of H.
-        g: natural-log decay <= 0, finite, [B, T, HV], any float dtype. With `A_log` and `dt_bias` ([HV]) it is the raw
-            gate input and the decay is -exp(A_log) * softplus(g + dt_bias).
+        g: natural-log decay <= 0, finite (values are not checked), [B, T, HV], any float dtype. With `A_log` and
+            `dt_bias` ([HV]) it is the raw gate input and the decay is -exp(A_log) * softplus(g + dt_bias).
         beta: write strength in [0, 2], [B, T, HV], any float dtype; with `use_beta_sigmoid` a logit, its sigmoid
             doubled by `allow_neg_eigval` (an error without the sigmoid).
         scale: factor on the outputs, K ** -0.5 when None.
@@ -57,14 +55,16 @@ def gated_delta_rule(
         impl: "auto" (Triton for CUDA tensors of up to 32 bits, PyTorch otherwise), "triton", "torch" (chunked, for
             every dtype), or "reference" (the token recurrence in float32/float64). float64 is not for Triton.
 
-    Returns output [B, T, HV, V] in v's dtype and the final state. Differentiable in every float tensor; autocast has
-    no effect inside. Raises ValueError for a wrong shape, dtype, device or option.
+    Returns output [B, T, HV, V] in v's dtype and the final state. Differentiable in every float tensor, once (with
+    impl="reference" more often); autocast has no effect inside. Raises ValueError for a wrong shape, dtype, device or
+    option.
     """
     options = {
         "scale": scale,
         "initial_state": initial_state,
         "cu_seqlens": cu_seqlens,
         "rule": rule,
+        "use_qk_l2norm": use_qk_l2norm,
         "A_log": A_log,
         "dt_bias": dt_bias,
         "use_beta_sigmoid": use_beta_sigmoid,
@@ -74,7 +74,7 @@ def gated_delta_rule(
     _check_query(q)
     check_delta_rule(q, k, v, g, beta, **options)
     options["scale"] = k.shape[-1] ** -0.5 if scale is None else float(scale)
-    return DeltaRuleOutput(*run_pass(q, k, v, g, beta, use_qk_l2norm=use_qk_l2norm, **options))
+    return DeltaRuleOutput(*run_pass(q, k, v, g, beta, **options))
 
 
 def sleep_gated_delta_rule(
@@ -121,11 +121,11 @@ def sleep_gated_delta_rule(
             passes,
             window,
             output_pass,
-            use_qk_l2norm,
             scale=scale,
             initial_state=initial_state,
             cu_seqlens=cu_seqlens,
             rule=rule,
+            use_qk_l2norm=use_qk_l2norm,
             A_log=A_log,
             dt_bias=dt_bias,
             use_beta_sigmoid=use_beta_sigmoid,
@@ -163,11 +163,11 @@ def delta_rule_state(
         passes,
         window,
         "last",
-        use_qk_l2norm,
         scale=None,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         rule=rule,
+        use_qk_l2norm=use_qk_l2norm,
         A_log=A_log,
         dt_bias=dt_bias,
         use_beta_sigmoid=use_beta_sigmoid,
@@ -181,10 +181,9 @@ def _check_query(q: object) -> None:
         raise ValueError(f"q: expected a tensor [B, T, H, K], got {type(q).__name__}")
 
 
-def _sleep(q, k, v, g, beta, passes, window, output_pass, use_qk_l2norm, **options) -> tuple[Tensor | None, Tensor]:
+def _sleep(q, k, v, g, beta, passes, window, output_pass, **options) -> tuple[Tensor | None, Tensor]:
     check_passes(passes, window, output_pass)
     check_delta_rule(q, k, v, g, beta, **options)
-    options["use_qk_l2norm"] = use_qk_l2norm
     options["scale"] = k.shape[-1] ** -0.5 if options["scale"] is None else float(options["scale"])
     state, cu_seqlens = options.pop("initial_state"), options.pop("cu_seqlens")
     tokens = v.shape[1]
@@ -197,8 +196,8 @@ def _sleep(q, k, v, g, beta, passes, window, output_pass, use_qk_l2norm, **optio
         # A window of packed sequences is one slice of them laid out side by side, filled up with tokens that change
         # nothing.
         sequences = PaddedSequences(cu_seqlens, tokens)
-        g_off = RAW_GATE_OFF if options["A_log"] is not None else 0.0
-        beta_off = RAW_GATE_OFF if options["use_beta_sigmoid"] else 0.0
+        g_off = CLOSED if options["A_log"] is not None else 0.0
+        beta_off = CLOSED if options["use_beta_sigmoid"] else 0.0
         k, v, g, beta = sequences.pad(k), sequences.pad(v), sequences.pad(g, g_off), sequences.pad(beta, beta_off)
         q = None if q is None else sequences.pad(q)
         tokens = v.shape[1]

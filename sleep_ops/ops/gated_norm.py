@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sleep_ops.ops.short_conv import on_device, use_triton
+from sleep_ops.ops.dispatch import choose_impl, on_device
+from sleep_ops.validation import KERNEL_IMPLS, check_choice, check_eps, check_tensor
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl: str = "auto") -> Tensor:
@@ -20,18 +21,15 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl:
     Returns [..., V] in the dtype of x; computed in float32 (float64 for float64 inputs). Differentiable in x, gate and
     weight. Raises ValueError for a wrong shape, dtype or device, or an unknown option.
     """
-    if x.ndim < 1 or not x.is_floating_point():
-        raise ValueError(f"x: expected floating-point [..., V], got {x.dtype} {list(x.shape)}")
-    if gate.shape != x.shape or not gate.is_floating_point():
-        raise ValueError(f"gate: expected floating-point {list(x.shape)}, got {gate.dtype} {list(gate.shape)}")
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight: expected {list(x.shape[-1:])}, got {list(weight.shape)}")
-    if eps < 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps}")
-    for name, tensor in (("gate", gate), ("weight", weight)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} (that of x), got {tensor.device}")
-    if use_triton(impl, x):
+    if not isinstance(x, Tensor) or x.ndim < 1:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x: expected a tensor [..., V], got {got}")
+    check_tensor("x", x, x.shape, "[..., V]")
+    check_tensor("gate", gate, x.shape, "[..., V] of x", x.device)
+    check_tensor("weight", weight, x.shape[-1:], "[V]", x.device)
+    check_eps("eps", eps)
+    check_choice("impl", impl, KERNEL_IMPLS)
+    if choose_impl(impl, x) == "triton":
         return gated_norm_forward(x, gate, weight, eps)
     return _gated_norm_torch(x, gate, weight, eps)
 

@@ -6,13 +6,22 @@ Inputs before the first token come from the tail: the last W-1 inputs of whateve
 nothing. Sequences may be rows of a batch, rows with right padding (`lengths`), or packed in one row (`cu_seqlens`).
 """
 
-import contextlib
-import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sleep_ops.ops.dispatch import choose_impl, on_device
+from sleep_ops.validation import (
+    KERNEL_IMPLS,
+    check_choice,
+    check_cu_seqlens,
+    check_first_order,
+    check_full,
+    check_lengths,
+    check_tensor,
+)
 
 
 class ShortConvOutput(NamedTuple):
@@ -47,15 +56,15 @@ def short_convolution(
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "torch".
 
     Returns the output and the last W-1 inputs of tail ++ x[:length] per sequence. Sums run in float32 (float64 for
-    float64 inputs). Differentiable in x, weight, bias and tail, through both results.
+    float64 inputs). Differentiable once in x, weight, bias and tail, through both results.
 
     Raises ValueError for a wrong shape, dtype or device, or an unknown option.
     """
-    _check(x, weight, bias, tail, lengths, cu_seqlens, activation)
+    _check(x, weight, bias, tail, lengths, cu_seqlens, activation, impl)
     if tail is not None:
         tail = tail.to(x.dtype)
     silu = activation == "silu"
-    if use_triton(impl, x):
+    if choose_impl(impl, x) == "triton":
         output = short_conv_forward(x, weight, bias, tail if weight.shape[1] > 1 else None, lengths, cu_seqlens, silu)
     else:
         output = _short_conv_torch(x, weight, bias, tail, lengths, cu_seqlens, silu)
@@ -136,6 +145,7 @@ class _DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        check_first_order("short_convolution")
         x, taps, z = ctx.saved_tensors
         W = taps.shape[0]
         T = dy.shape[1]
@@ -215,56 +225,23 @@ def _contiguous(*tensors):
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def use_triton(impl: str, x: Tensor) -> bool:
-    """Whether `impl` means Triton for tensors like x: "auto" does on CUDA, but for float64.
-
-    Raises ValueError for an unknown impl and for "triton" where it can't run.
-    """
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f"impl: expected 'auto', 'triton' or 'torch', got {impl!r}")
-    if impl != "triton":
-        return impl == "auto" and x.is_cuda and x.dtype != torch.float64
-    if x.dtype == torch.float64:
-        raise ValueError("impl: expected 'torch' for float64 inputs, got 'triton'")
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"impl: expected CUDA tensors for 'triton' (or TRITON_INTERPRET=1 in the environment), got {x.device}"
-        )
-    return True
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Makes x's GPU the current one, on which Triton launches; nothing for CPU tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def _check(x, weight, bias, tail, lengths, cu_seqlens, activation):
-    if x.ndim != 3 or x.shape[1] < 1:
-        raise ValueError(f"x: expected [B, T, D] with T >= 1, got {list(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x: expected a floating-point tensor, got {x.dtype}")
-    B, _, D = x.shape
-    if weight.ndim != 2 or weight.shape[0] != D or weight.shape[1] < 1:
-        raise ValueError(f"weight: expected [D, W] with D = {D}, got {list(weight.shape)}")
-    if activation not in ("silu", None):
+def _check(x, weight, bias, tail, lengths, cu_seqlens, activation, impl):
+    check_full("x", x, 3, "[B, T, D]")
+    B, T, D = x.shape
+    check_full("weight", weight, 2, "[D, W]")
+    check_tensor("weight", weight, (D, weight.shape[1]), "[D, W]", x.device)
+    if activation is not None and activation != "silu":
         raise ValueError(f"activation: expected 'silu' or None, got {activation!r}")
-    if lengths is not None and cu_seqlens is not None:
-        raise ValueError("lengths: expected None together with cu_seqlens, got both")
+    check_choice("impl", impl, KERNEL_IMPLS)
+    num_seqs = B
     if cu_seqlens is not None:
-        if B != 1:
-            raise ValueError(f"cu_seqlens: expected x with B = 1, got B = {B}")
-        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"cu_seqlens: expected int32 or int64 [num_seqs + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-            )
-    if lengths is not None and (lengths.shape != (B,) or lengths.dtype != torch.int64):
-        raise ValueError(f"lengths: expected int64 [{B}], got {lengths.dtype} {list(lengths.shape)}")
-    num_seqs = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    if bias is not None and bias.shape != (D,):
-        raise ValueError(f"bias: expected [{D}], got {list(bias.shape)}")
-    if tail is not None and tail.shape != (num_seqs, weight.shape[1] - 1, D):
-        raise ValueError(f"tail: expected {[num_seqs, weight.shape[1] - 1, D]}, got {list(tail.shape)}")
-    named = {"weight": weight, "bias": bias, "tail": tail, "lengths": lengths, "cu_seqlens": cu_seqlens}
-    for name, tensor in named.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} (that of x), got {tensor.device}")
+        if lengths is not None:
+            raise ValueError("lengths: expected None together with cu_seqlens, got both")
+        check_cu_seqlens(cu_seqlens, B, T, x.device)
+        num_seqs = cu_seqlens.shape[0] - 1
+    elif lengths is not None:
+        check_lengths(lengths, B, T, x.device)
+    if bias is not None:
+        check_tensor("bias", bias, (D,), "[D]", x.device)
+    if tail is not None:
+        check_tensor("tail", tail, (num_seqs, weight.shape[1] - 1, D), "[N, W-1, D]", x.device)

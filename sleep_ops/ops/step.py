@@ -1,11 +1,10 @@
 """One token of the gated delta rule: the operator that reads and writes a memory token by token."""
 
-import contextlib
-
 import torch
 from torch import Tensor
 
-from sleep_ops.ops.dispatch import choose_impl
+from sleep_ops.ops.dispatch import choose_rule_impl, on_device
+from sleep_ops.ops.gates import beta_scale, log_decay_gradient
 from sleep_ops.reference import (
     L2_NORM_EPS,
     DeltaRuleOutput,
@@ -19,6 +18,8 @@ from sleep_ops.validation import (
     IMPLS,
     RULES,
     check_choice,
+    check_flags,
+    check_full,
     check_gates,
     check_heads,
     check_scale,
@@ -49,14 +50,10 @@ def gated_delta_rule_step(
     Returns output [B, HV, V] in v's dtype and a new state, float32 (float64 for float64 inputs); sums are float32 too.
     Options, dtypes, errors and "auto" are those of `gated_delta_rule`. Differentiable in every tensor.
     """
-    for name, x in (("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.ndim != 3 or 0 in x.shape:
-            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            dims = "[B, H, K]" if name == "k" else "[B, HV, V]"
-            raise ValueError(f"{name}: expected a tensor {dims} with no empty dimension, got {got}")
+    check_full("k", k, 3, "[B, H, K]")
+    check_full("v", v, 3, "[B, HV, V]")
     batch, key_heads, key_dim = k.shape
     value_heads, value_dim = v.shape[1:]
-    check_tensor("k", k, k.shape, "[B, H, K]")
     check_tensor("q", q, k.shape, "[B, H, K] of k", k.device, (k.dtype,))
     check_tensor("v", v, (batch, value_heads, value_dim), "[B, HV, V]", k.device, (k.dtype,))
     check_heads(key_heads, value_heads)
@@ -66,8 +63,9 @@ def gated_delta_rule_step(
     check_scale(scale)
     check_choice("rule", rule, RULES)
     check_choice("impl", impl, IMPLS)
+    check_flags(use_qk_l2norm=use_qk_l2norm)
     check_gates(value_heads, k.device, A_log, dt_bias, use_beta_sigmoid, allow_neg_eigval)
-    impl = choose_impl(impl, k)
+    impl = choose_rule_impl(impl, k)
     scale = key_dim**-0.5 if scale is None else float(scale)
     gates = {"A_log": A_log, "dt_bias": dt_bias}
     betas = {"use_beta_sigmoid": use_beta_sigmoid, "allow_neg_eigval": allow_neg_eigval}
@@ -122,9 +120,9 @@ def _step(
     from sleep_ops.kernels.step import step
 
     q, k, v, g, beta, state = (x.contiguous() for x in (q, k, v, g, beta, state))
-    beta_scale = 0.0 if not use_beta_sigmoid else 2.0 if allow_neg_eigval else 1.0
-    options = {"scale": scale, "rule": rule, "use_qk_l2norm": use_qk_l2norm, "beta_scale": beta_scale}
-    with torch.cuda.device(k.device) if k.is_cuda else contextlib.nullcontext():
+    factor = beta_scale(use_beta_sigmoid, allow_neg_eigval)
+    options = {"scale": scale, "rule": rule, "use_qk_l2norm": use_qk_l2norm, "beta_scale": factor}
+    with on_device(k):
         return step(q, k, v, g, beta, state, A_log, dt_bias, **options)
 
 
@@ -196,9 +194,7 @@ def _step_backward(
         dbeta = dbeta * active_beta[..., 0] * (1 - active_beta[..., 0] / top)
     dA_log, d_dt_bias = k.new_empty(0), k.new_empty(0)
     if A_log is not None:
-        dA_log = (dg * log_g).sum(0).to(A_log.dtype)
-        dg = dg * -A_log.float().exp() * torch.sigmoid(g.float() + dt_bias.float())
-        d_dt_bias = dg.sum(0).to(dt_bias.dtype)
+        dg, dA_log, d_dt_bias = log_decay_gradient(dg, g, A_log, dt_bias)
     dq, dk = dx.to(q.dtype).unbind()
     return dq.clone(), dk.clone(), dv.to(v.dtype), dg.to(g.dtype), dbeta.to(beta.dtype), d_start, dA_log, d_dt_bias
 
