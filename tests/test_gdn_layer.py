@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -283,6 +285,28 @@ def test_traces_as_one_graph(impl):
     close(*grads, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deep", "pickle"]
+)
+def test_copies_are_alike(copied):
+    layer, x = make(passes=2, window=4), tokens()
+    other = copied(layer)
+    assert torch.equal(other(x), layer(x))
+    assert [n for n, p in other.named_parameters() if getattr(p, "_no_weight_decay", False)] == ["A_log", "dt_bias"]
+    fresh = make(seed=5, passes=2, window=4)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x), layer(x))
+
+
+def test_endless_passes_are_very_many():
+    x, results = tokens(dtype=torch.float64), []
+    for passes in (60, math.inf):
+        layer = make(dtype=torch.float64, passes=passes, window=4)
+        torch.nn.init.constant_(layer.dt_bias, 1)  # decays fast enough for 60 passes to converge
+        results.append(layer(x, return_state=True))
+    close(*results, rtol=1e-6, atol=1e-6)
+
+
 class TinyTransformer(nn.Module):
     """Two pre-norm blocks whose mixers take [B, T, width] and return the same shape."""
 
@@ -331,6 +355,9 @@ def test_trains_in_place_of_an_attention_mixer(options):
         (dict(head_v_dim=-1), "head_v_dim"),
         (dict(conv_size=0), "conv_size"),
         (dict(passes=0), "passes"),
+        (dict(passes=True), "passes"),
+        (dict(passes=1.5), "passes"),
+        (dict(allow_neg_eigval="no"), "allow_neg_eigval"),
         (dict(window=0), "window"),
         (dict(window=float("nan")), "window"),
         (dict(norm_eps=float("nan")), "norm_eps"),
@@ -340,7 +367,7 @@ def test_trains_in_place_of_an_attention_mixer(options):
     ],
 )
 def test_bad_settings_name_the_argument(change, name):
-    with pytest.raises(ValueError, match=f"^{name}: expected"):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
         SleepGDNLayer(**(dict(hidden_size=20, num_heads=2, head_dim=8) | change))
 
 
@@ -359,7 +386,22 @@ def test_unknown_setting_is_a_type_error():
         (dict(attention_mask=torch.ones(3, 4), lengths=torch.ones(3, dtype=torch.int64)), "lengths"),
         (dict(lengths=torch.ones(3)), "lengths"),
         (dict(lengths=torch.ones(2, dtype=torch.int64)), "lengths"),
+        (dict(lengths=torch.tensor([4, 5, 0])), "lengths"),
+        (dict(attention_mask=torch.ones(3, 4, dtype=torch.complex64)), "attention_mask"),
+        (dict(attention_mask=[[1] * 4] * 3), "attention_mask"),
+        (dict(attention_mask=torch.ones(3, 4, device="meta")), "attention_mask"),
         (dict(cu_seqlens=torch.tensor([0, 4])), "cu_seqlens"),
+        (dict(x=torch.zeros(1, 4, 20), cu_seqlens=torch.tensor([0, 3])), "cu_seqlens"),
+        (dict(x=torch.zeros(1, 4, 20), cu_seqlens=torch.tensor([0, 3, 2, 4])), "cu_seqlens"),
+        (dict(x=torch.zeros(1, 4, 20), cu_seqlens=torch.tensor([0.0, 4.0])), "cu_seqlens"),
+        (dict(x=torch.zeros(0, 4, 20)), "x"),
+        (dict(x=torch.zeros(3, 4, 20).long()), "x"),
+        (dict(x=torch.zeros(3, 4, 20).double()), "x"),
+        (dict(x=torch.zeros(3, 4, 20, device="meta")), "x"),
+        (dict(x=None), "x"),
+        (dict(state=(torch.zeros(3, 4, 8, 6).half(), torch.zeros(3, 3, 56))), "state.fast_weights"),
+        (dict(state=(torch.zeros(3, 4, 8, 6), None)), "state.conv_tail"),
+        (dict(state=(torch.zeros(3, 4, 8, 6), torch.zeros(3, 3, 56, device="meta"))), "state.conv_tail"),
         (dict(state=torch.zeros(3, 4, 8, 6)), "state"),
         (dict(state=(torch.zeros(3, 4, 6, 8), torch.zeros(3, 3, 56))), "state.fast_weights"),
         (dict(state=(torch.zeros(3, 4, 8, 6), torch.zeros(3, 4, 56))), "state.conv_tail"),
@@ -367,5 +409,5 @@ def test_unknown_setting_is_a_type_error():
 )
 def test_bad_inputs_name_the_argument(change, name):
     layer = make().cpu()
-    with pytest.raises(ValueError, match=f"^{name}: expected"):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
         layer(**(dict(x=torch.zeros(3, 4, 20)) | change))

@@ -12,11 +12,26 @@ from torch import Tensor, nn
 
 from sleep_ops.ops.gated_delta_rule import delta_rule_state, gated_delta_rule, sleep_gated_delta_rule
 from sleep_ops.ops.gated_norm import gated_rms_norm
+from sleep_ops.ops.gates import CLOSED
 from sleep_ops.ops.short_conv import carried_tail, short_convolution
 from sleep_ops.ops.step import gated_delta_rule_step
+from sleep_ops.validation import (
+    FLOAT_DTYPES,
+    IMPLS,
+    RULES,
+    check_choice,
+    check_count,
+    check_cu_seqlens,
+    check_eps,
+    check_flags,
+    check_full,
+    check_lengths,
+    check_passes,
+    check_state,
+    check_tensor,
+)
 
-# A raw gate or beta input so low that softplus and sigmoid, and their derivatives, are exactly 0 in every dtype.
-CLOSED = -1e4
+MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOAT_DTYPES)
 
 
 class GDNState(NamedTuple):
@@ -66,7 +81,7 @@ class SleepGDNLayer(nn.Module):
         conv_size: taps of the short convolution over q, k and v.
         allow_neg_eigval: beta in (0, 2) instead of (0, 1).
         norm_eps: of the output norm.
-        passes: replay passes over each window; 1 is plain Gated DeltaNet.
+        passes: replay passes over each window; 1 is plain Gated DeltaNet, math.inf replays to convergence.
         window: tokens per window, counted from the first token of each call; None makes every call one window.
         output_pass: "first" (causal) or "last" (outputs see their whole window).
         rule: "delta" or "hebbian".
@@ -86,7 +101,7 @@ class SleepGDNLayer(nn.Module):
         conv_size: int = 4,
         allow_neg_eigval: bool = False,
         norm_eps: float = 1e-5,
-        passes: int = 1,
+        passes: int | float = 1,
         window: int | None = None,
         output_pass: str = "first",
         rule: str = "delta",
@@ -96,19 +111,16 @@ class SleepGDNLayer(nn.Module):
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
         head_v_dim = head_dim if head_v_dim is None else head_v_dim
         counts = dict(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim, num_v_heads=num_v_heads)
-        counts |= dict(head_v_dim=head_v_dim, conv_size=conv_size, passes=passes)
-        if window is not None:
-            counts["window"] = window
+        counts |= dict(head_v_dim=head_v_dim, conv_size=conv_size)
         for name, value in counts.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+            check_count(name, value)
         if num_v_heads % num_heads:
             raise ValueError(f"num_v_heads: expected a multiple of num_heads = {num_heads}, got {num_v_heads}")
-        if not 0 <= norm_eps < math.inf:
-            raise ValueError(f"norm_eps: expected a number >= 0, got {norm_eps!r}")
-        _check_choice("output_pass", output_pass, ("first", "last"))
-        _check_choice("rule", rule, ("delta", "hebbian"))
-        _check_choice("impl", impl, ("auto", "triton", "torch", "reference"))
+        check_flags(allow_neg_eigval=allow_neg_eigval)
+        check_eps("norm_eps", norm_eps)
+        check_passes(passes, window, output_pass)
+        check_choice("rule", rule, RULES)
+        check_choice("impl", impl, IMPLS)
 
         self.hidden_size, self.conv_size = hidden_size, conv_size
         self.num_heads, self.head_dim = num_heads, head_dim
@@ -135,8 +147,15 @@ class SleepGDNLayer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(num_v_heads).uniform_(0, 16).clamp_(min=1e-4).log())
         dt = torch.empty(num_v_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp_(min=1e-4)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.A_log._no_weight_decay = True
-        self.dt_bias._no_weight_decay = True
+        self._mark_parameters()
+
+    def _mark_parameters(self) -> None:
+        for parameter in (self.A_log, self.dt_bias):
+            parameter._no_weight_decay = True
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._mark_parameters()  # a copied parameter has lost the mark
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> GDNState:
         """A state of zeros: fast weights in float32 (float64 in a float64 layer), the tail in `dtype`."""
@@ -269,31 +288,33 @@ class SleepGDNLayer(nn.Module):
         return fast_weights, tail.split([self.key_channels, self.key_channels, self.value_channels], dim=-1)
 
     def _check(self, x, state, attention_mask, lengths, cu_seqlens):
-        if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.hidden_size:
-            raise ValueError(f"x: expected [B, T, {self.hidden_size}] with T >= 1, got {list(x.shape)}")
+        check_full("x", x, 3, "[B, T, hidden_size]")
+        batch, tokens, _ = x.shape
+        check_tensor("x", x, (batch, tokens, self.hidden_size), "[B, T, hidden_size]", self.A_log.device)
+        dtype = self.k_proj.weight.dtype  # not a float's where the projection is quantised: then x is its affair
+        if dtype in FLOAT_DTYPES and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"x: expected dtype {dtype} of the layer, got {x.dtype}")
         given = dict(attention_mask=attention_mask, lengths=lengths, cu_seqlens=cu_seqlens)
         given = [name for name, value in given.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{given[1]}: expected None together with {given[0]}, got both")
-        if attention_mask is not None and attention_mask.shape != x.shape[:2]:
-            raise ValueError(f"attention_mask: expected {list(x.shape[:2])}, got {list(attention_mask.shape)}")
-        if lengths is not None and (lengths.shape != x.shape[:1] or lengths.dtype != torch.int64):
-            raise ValueError(f"lengths: expected int64 [{x.shape[0]}], got {lengths.dtype} {list(lengths.shape)}")
-        if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2):
-            raise ValueError(f"cu_seqlens: expected [num_seqs + 1], got {list(cu_seqlens.shape)}")
+        num_seqs = batch
+        if attention_mask is not None:
+            check_tensor("attention_mask", attention_mask, (batch, tokens), "[B, T]", x.device, MASK_DTYPES)
+        elif lengths is not None:
+            check_lengths(lengths, batch, tokens, x.device)
+        elif cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, batch, tokens, x.device)
+            num_seqs = cu_seqlens.shape[0] - 1
         if state is None:
             return
         if not isinstance(state, tuple) or len(state) != 2:
             raise ValueError(f"state: expected GDNState(fast_weights, conv_tail), got {type(state).__name__}")
-        num_seqs = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        channels = 2 * self.key_channels + self.value_channels
-        shapes = {
-            "fast_weights": (num_seqs, self.num_v_heads, self.head_dim, self.head_v_dim),
-            "conv_tail": (num_seqs, self.conv_size - 1, channels),
-        }
-        for (name, shape), tensor in zip(shapes.items(), state, strict=True):
-            if tensor.shape != shape:
-                raise ValueError(f"state.{name}: expected {list(shape)}, got {list(tensor.shape)}")
+        fast_weights, tail = state
+        shape = (num_seqs, self.num_v_heads, self.head_dim, self.head_v_dim)
+        check_state("state.fast_weights", fast_weights, shape, x)
+        shape = (num_seqs, self.conv_size - 1, 2 * self.key_channels + self.value_channels)
+        check_tensor("state.conv_tail", tail, shape, "[N, conv_size - 1, channels]", x.device)
 
 
 def _left_places(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,8 +327,3 @@ def _left_places(mask: Tensor) -> tuple[Tensor, Tensor]:
 def _padded(x: Tensor, lengths: Tensor) -> Tensor:
     """True at the right padding of x [B, T, .]: [B, T, 1]."""
     return (torch.arange(x.shape[1], device=x.device) >= lengths[:, None])[..., None]
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
