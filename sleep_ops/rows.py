@@ -13,12 +13,11 @@ class Rows:
     """Where each row's real tokens stand in the input.
 
     lengths: real tokens of every row. index: int64 `[rows, max(lengths)]` into the flattened input, or None where the
-    input is already left-aligned and full. `marked`: how many real tokens `marks` found marked.
+    input is already left-aligned and full.
     """
 
     def __init__(self, shape: tuple[int, int], lengths: Lengths, index: Tensor | None, device: torch.device):
         self.shape, self.lengths, self.index, self.device = shape, lengths, index, device
-        self.marked = 0
 
     @classmethod
     def of(cls, input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> "Rows":
@@ -40,10 +39,11 @@ class Rows:
             order, lengths = ragged.left_align(attention_mask.to(device))
             index = order + width * torch.arange(batch, device=device)[:, None]
         else:
+            if batch != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype.is_floating_point:
+                got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)} with B = {batch}"
+                raise ValueError(f"cu_seqlens: expected integers [num_seqs + 1] with B = 1, got {got}")
             bounds = cu_seqlens.tolist()
             lengths = tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
-            if batch != 1 or cu_seqlens.dim() != 1 or len(lengths) == 0:
-                raise ValueError(f"cu_seqlens: expected [num_seqs + 1] with B = 1, got {bounds} with B = {batch}")
             if bounds[0] != 0 or bounds[-1] != width or min(lengths) < 0:
                 raise ValueError(f"cu_seqlens: expected to ascend from 0 to {width}, got {bounds}")
             column = torch.arange(max(lengths), device=device)
@@ -55,8 +55,10 @@ class Rows:
         return cls((batch, width), lengths, index[:, : max(lengths)], device)
 
     def pack(self, x: Tensor) -> Tensor:
-        """x `[B, T]` -> left-aligned `[rows, max(lengths)]`."""
-        return x if self.index is None else x.flatten()[self.index]
+        """x `[B, T]` -> left-aligned `[rows, max(lengths)]`, zero beyond the real entries."""
+        if self.index is None:
+            return x
+        return x.flatten()[self.index].masked_fill(~self.real(self.lengths, x.device), 0)
 
     def real(self, lengths: Lengths, device: torch.device) -> Tensor:
         """Mask `[rows, max(lengths)]` of the real entries; `[1, width]` where all are."""
@@ -65,19 +67,21 @@ class Rows:
             return (column < lengths[0])[None]
         return column < torch.tensor(lengths, device=device)[:, None]
 
-    def marks(self, mask: Tensor | None) -> Callable[[Lengths, Lengths], list[bool]]:
-        """A host function of (starts, parts): which rows have a token marked in mask `[B, T]` in that stretch."""
+    def marks(self, mask: Tensor | None) -> tuple[Callable[[Lengths, Lengths], list[bool]], int]:
+        """(A host function of (starts, parts): which rows have a token marked in mask `[B, T]` there; how many are.)
+
+        Waits for the device once if the mask is on one.
+        """
         if mask is None:
-            return lambda starts, parts: [False] * len(parts)
+            return lambda starts, parts: [False] * len(parts), 0
         rows = self.pack(mask.to(self.device)).cpu() if self.index is not None else mask.cpu()
         rows = rows.bool() & self.real(self.lengths, rows.device)
         before = torch.nn.functional.pad(rows.cumsum(1), (1, 0)).tolist()
-        self.marked = sum(row[-1] for row in before)
 
         def marked(starts: Lengths, parts: Lengths) -> list[bool]:
             return [row[s + n] > row[s] for row, s, n in zip(before, starts, parts, strict=True)]
 
-        return marked
+        return marked, sum(row[-1] for row in before)
 
     def unpack(self, pieces: list[tuple[Lengths, Lengths, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
         """(starts, parts, values `[rows, max(parts), D]`) of some stretches -> (values `[B, T', D]`, columns `[T']`).

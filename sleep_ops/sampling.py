@@ -19,9 +19,10 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = (logits.float() - logits.float().amax(-1, keepdim=True)) / temperature  # so that no quotient is +inf
     if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        values, places = logits.topk(top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, places, values)
     if top_p is not None:
         ranked, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
         drop = ranked.cumsum(-1) - ranked >= top_p  # the token that crosses top_p stays
@@ -29,13 +30,26 @@ def sample(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    eos_token_id: int | None,
+    vocab: int,
+) -> None:
     """Raises ValueError naming the argument that can't be."""
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+
+    def number(x: object) -> bool:
+        return isinstance(x, int | float) and not isinstance(x, bool)
+
+    if not number(max_new_tokens) or max_new_tokens != int(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected an integer >= 1, got {max_new_tokens!r}")
-    if not 0 <= temperature < float("inf"):
+    if not number(temperature) or not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
         raise ValueError(f"top_k: expected an integer >= 1, got {top_k!r}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and (not number(top_p) or not 0 < top_p <= 1):
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+    if eos_token_id is not None and (not isinstance(eos_token_id, int) or not 0 <= eos_token_id < vocab):
+        raise ValueError(f"eos_token_id: expected an integer from 0 to {vocab - 1}, got {eos_token_id!r}")

@@ -14,7 +14,6 @@ from torch import Tensor
 from sleep_ops import ragged
 from sleep_ops.model import SleepHybridModel
 from sleep_ops.ragged import Lengths
-from sleep_ops.rows import Rows
 from sleep_ops.sampling import check_sampling, sample
 from sleep_ops.sleep import SleepState
 
@@ -37,9 +36,14 @@ class SleepSession:
             raise ValueError(f"passes: expected an integer >= 1, got {passes!r}")
         if passes > 1 and model.config.window is None:
             raise ValueError(f"passes: expected 1 where the model's window is None, got {passes}")
-        self.model, self.passes = model, passes
+        self.model, self._passes = model, passes
         self.state: SleepState | None = None
         self.logits: Tensor | None = None
+
+    @property
+    def passes(self) -> int:
+        """N, the sleep duration; fixed, since a live window is begun for it."""
+        return self._passes
 
     @property
     def seen(self) -> Lengths:
@@ -54,9 +58,10 @@ class SleepSession:
         Returns the logits after each row's last real token `[B, vocab_size]`; with all_logits those after every token,
         `[B, T, vocab_size]`, zero at padding. Raises ValueError naming the argument; the session is then as before.
         """
-        input_ids = self._ids(input_ids)
-        rows = Rows.of(input_ids, attention_mask, None)
-        ids, lengths = rows.pack(input_ids), rows.lengths
+        if isinstance(input_ids, Tensor) and input_ids.dim() == 1:
+            input_ids = input_ids[None]
+        rows, ids = self.model.rows(input_ids, attention_mask)
+        lengths = rows.lengths
         state = self.model.init_state(len(lengths)) if self.state is None else self.state
         if len(state.seen) != len(lengths):
             raise ValueError(f"input_ids: expected {len(state.seen)} rows as before, got {len(lengths)}")
@@ -91,8 +96,9 @@ class SleepSession:
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Reads one token per row. token_ids: integer `[B]` -> logits `[B, vocab_size]`."""
-        if token_ids.dim() != 1:
-            raise ValueError(f"token_ids: expected [B], got shape {tuple(token_ids.shape)}")
+        if not isinstance(token_ids, Tensor) or token_ids.dim() != 1:
+            got = tuple(token_ids.shape) if isinstance(token_ids, Tensor) else type(token_ids).__name__
+            raise ValueError(f"token_ids: expected a tensor [B], got {got}")
         return self.read(token_ids[:, None])
 
     @torch.no_grad()
@@ -125,15 +131,15 @@ class SleepSession:
 
         temperature 0 is greedy; otherwise logits are divided by it and sampled, from the top_k likeliest tokens and the
         smallest set whose probability reaches top_p. A row that has produced eos_token_id stops, and is filled with
-        pad_token_id (default: eos_token_id). on_token receives every new `[B]` as it appears. Every token returned has
-        been read by the session. Returns the new tokens only, int64 `[B, <= max_new_tokens]`. Raises ValueError naming
-        the argument.
+        pad_token_id (default: eos_token_id). on_token receives every new `[B]` as it appears. The session has then read
+        every token returned but this filling. Returns the new tokens only, int64 `[B, <= max_new_tokens]`. Raises
+        ValueError naming the argument.
         """
-        check_sampling(max_new_tokens, temperature, top_k, top_p)
+        check_sampling(max_new_tokens, temperature, top_k, top_p, eos_token_id, self.model.config.vocab_size)
         if input_ids is not None:
             self.read(input_ids, attention_mask)
-        if self.logits is None:
-            raise ValueError("input_ids: expected a prompt, since nothing has been read yet; got None")
+        if self.logits is None or 0 in self.seen:
+            raise ValueError(f"input_ids: expected a prompt for every row, got {self.seen or None} tokens read so far")
         pad = eos_token_id if pad_token_id is None else pad_token_id
         alive = torch.ones(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
         tokens = []
@@ -164,19 +170,21 @@ class SleepSession:
         The header holds the format's version, the configuration it belongs to and a digest of the tensors. Raises
         ValueError where nothing has been read yet.
         """
-        if self.state is None:
+        if self.state is None or self.logits is None:
             raise ValueError("session: expected something to have been read before saving, got an empty session")
+        path = Path(path)
+        if not path.parent.is_dir() or path.is_dir():
+            raise ValueError(f"path: expected a file in an existing folder, got {path}")
         named = _named(self.state) | {"logits": self.logits}
         tensors = {name: x.detach().cpu().contiguous().clone() for name, x in named.items()}
         header = {
             "format": FORMAT,
             "version": str(VERSION),
             "config": json.dumps(_identity(self.model), sort_keys=True),
-            "lengths": json.dumps([self.state.seen, self.state.live, self.state.kept]),
+            "rows": json.dumps([self.state.seen, self.state.live, self.state.kept, self.state.labelled]),
             "passes": str(self.passes),
         }
         header["digest"] = _digest(tensors, header)
-        path = Path(path)
         partial = path.with_name(path.name + ".partial")
         try:
             save_file(tensors, partial, metadata=header)
@@ -186,8 +194,9 @@ class SleepSession:
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: SleepHybridModel) -> "SleepSession":
-        """Reads what `save` wrote, onto the model's device.
+        """Reads what `save` wrote, onto the model's device and no wider than its dtype.
 
+        The configuration must be the model's; that its weights are those the session was read with is up to the caller.
         Raises FileNotFoundError, and ValueError for a file that is damaged, of another format or version, or of a model
         with another configuration.
         """
@@ -210,9 +219,8 @@ class SleepSession:
             got = ", ".join(f"{k} {saved.get(k)!r} (model: {own.get(k)!r})" for k in different)
             raise ValueError(f"path: expected a session of this model's configuration, got {got}")
         session = cls(model, int(header["passes"]))
-        tensors = {name: x.to(model.embed.weight.device) for name, x in tensors.items()}
-        seen, live, kept = (tuple(x) for x in json.loads(header["lengths"]))
-        empty = model.init_state(len(seen))
+        rows = tuple(tuple(x) for x in json.loads(header["rows"]))
+        empty = model.init_state(len(rows[0]))
 
         def fill(part: str) -> tuple:
             return tuple(
@@ -220,20 +228,12 @@ class SleepSession:
                 for i, s in enumerate(getattr(empty, part))
             )
 
-        session.state = SleepState(fill("blocks"), fill("start"), tensors.get("hidden"), seen, live, kept)
-        session.logits = tensors["logits"]
+        state = SleepState(fill("blocks"), fill("start"), tensors.get("hidden"), *rows)
+        weight = model.embed.weight
+        widest = max(x.element_size() for x in (*fill("blocks")[0], tensors["logits"]))
+        session.state = state.to(weight.device, weight.dtype if widest > weight.element_size() else None)
+        session.logits = tensors["logits"].to(weight.device)
         return session
-
-    def _ids(self, input_ids: Tensor) -> Tensor:
-        if input_ids.dim() == 1:
-            input_ids = input_ids[None]
-        if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.dtype.is_floating_point:
-            got = f"{input_ids.dtype} {tuple(input_ids.shape)}"
-            raise ValueError(f"input_ids: expected integers [B, T] or [T], not empty, got {got}")
-        vocab = self.model.config.vocab_size
-        if input_ids.device.type == "cpu" and not (0 <= input_ids.min() and input_ids.max() < vocab):
-            raise ValueError(f"input_ids: expected 0 to {vocab - 1}, got {input_ids.min()} to {input_ids.max()}")
-        return input_ids
 
 
 def _named(state: SleepState) -> dict[str, Tensor]:
@@ -250,7 +250,8 @@ def _named(state: SleepState) -> dict[str, Tensor]:
 def _identity(model: SleepHybridModel) -> dict:
     """The configuration without what changes neither the state's meaning nor its shape."""
     free = ("passes", "sleep_on", "attention_backend", "impl", "activation_checkpointing", "initializer_range")
-    return {k: v for k, v in model.config.to_dict().items() if k not in free}
+    identity = {k: v for k, v in model.config.to_dict().items() if k not in free}
+    return identity | {"loop": model.config.loop_range}
 
 
 def _digest(tensors: dict[str, Tensor], header: dict[str, str]) -> str:

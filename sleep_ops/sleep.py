@@ -35,6 +35,7 @@ class SleepState(NamedTuple):
     start: the GDN blocks' states when the live window began (None for attention).
     hidden: `[B, live, hidden_size]`, what the looped blocks put out awake for the live window; None with one pass.
     seen: tokens read so far; live: those in the unfinished window; kept: keys kept from earlier windows.
+    labelled: whether the live window has had a loss token (counted for `sleep_on="unlabelled"` alone).
     """
 
     blocks: tuple[BlockState, ...]
@@ -43,6 +44,22 @@ class SleepState(NamedTuple):
     seen: Lengths
     live: Lengths
     kept: Lengths
+    labelled: tuple[bool, ...]
+
+    def to(self, device=None, dtype: torch.dtype | None = None) -> "SleepState":
+        """The same state elsewhere, or in another dtype; fast weights stay float32, or float64 for dtype float64."""
+
+        def move(state: BlockState | None) -> BlockState | None:
+            if state is None:
+                return None
+            moved = type(state)(*(x.to(device=device, dtype=dtype) for x in state))
+            if isinstance(state, GDNState):
+                wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
+                moved = moved._replace(fast_weights=state.fast_weights.to(device=device, dtype=wide))
+            return moved
+
+        hidden = None if self.hidden is None else self.hidden.to(device=device, dtype=dtype)
+        return self._replace(blocks=tuple(map(move, self.blocks)), start=tuple(map(move, self.start)), hidden=hidden)
 
     def detach(self) -> "SleepState":
         """The same state, cut from the autograd graph (truncated backpropagation)."""
@@ -87,7 +104,17 @@ class SleepStack:
         """The state before the first token."""
         blocks = tuple(block.init_state(batch_size, device=device, dtype=dtype) for block in self.blocks)
         none = (0,) * batch_size
-        return SleepState(blocks, self._fast_states(blocks), None, none, none, none)
+        return SleepState(blocks, self._fast_states(blocks), None, none, none, none, (False,) * batch_size)
+
+    def check(self, state: SleepState, batch_size: int) -> None:
+        """Raises ValueError where `state` can't be one of this stack's, for batch_size rows."""
+        if not isinstance(state, SleepState):
+            raise ValueError(f"state: expected a SleepState, got {type(state).__name__}")
+        kinds = [GDNState if b.fast_weights else AttentionState for b in self.blocks]
+        if [type(s) for s in state.blocks] != kinds:
+            raise ValueError(f"state: expected one of these blocks, got {[type(s).__name__ for s in state.blocks]}")
+        if len(state.seen) != batch_size:
+            raise ValueError(f"state: expected {batch_size} rows, got {len(state.seen)}")
 
     def read(
         self,
@@ -98,27 +125,32 @@ class SleepStack:
         passes: int,
         wants: Callable[[Lengths, Lengths], bool],
         emit: Callable[[Lengths, Lengths, Tensor], None],
-        sleepers: Callable[[Lengths, Lengths], Sequence[bool]] | None = None,
+        labelled: Callable[[Lengths, Lengths], Sequence[bool]] | None = None,
         close: bool = True,
     ) -> SleepState:
         """Reads `lengths[b]` further tokens of every row, sleeping whenever a row's window is full.
 
         The text is cut into segments, none of which crosses a window's end; of each, row b's part starts at `starts[b]`
         and has `parts[b]` tokens. `embed(starts, parts)` gives its embeddings, left-aligned `[B, max(parts), hidden]`;
-        where `wants(starts, parts)`, `emit(starts, parts, h)` receives the first-pass outputs. `sleepers(starts,
-        parts)` says which rows may sleep should their window be full after it (default: all). close=False leaves out
-        the last sleep and eviction, which nothing in this text can see.
+        where `wants(starts, parts)`, `emit(starts, parts, h)` receives the first-pass outputs. With `labelled`, which
+        says what rows have a loss token there, windows that have one do not sleep. close=False ends with the last
+        output wanted: no later token is read, and no sleep that nothing wanted can see.
         """
         starts = (0,) * len(lengths)
         while starts != lengths:
             left = tuple(n - s for n, s in zip(lengths, starts, strict=True))
+            if not close and not wants(starts, left):
+                break
             parts = left
             if self.window is not None:
                 parts = tuple(min(n, self.window - m) for n, m in zip(left, state.live, strict=True))
             full = tuple(m + n == self.window for m, n in zip(state.live, parts, strict=True))
-            asleep = full if sleepers is None else tuple(map(all, zip(full, sleepers(starts, parts), strict=True)))
+            if labelled is not None:
+                marks = tuple(a or b for a, b in zip(state.labelled, labelled(starts, parts), strict=True))
+                state = state._replace(labelled=marks)
+            asleep = full if labelled is None else tuple(f and not m for f, m in zip(full, marks, strict=True))
             end = ragged.add(starts, parts)
-            last = end == lengths and not close
+            last = not close and not wants(end, tuple(n - e for n, e in zip(lengths, end, strict=True)))
             wanted = wants(starts, parts)
             h, state = self.wake(embed(starts, parts), state, parts, output=wanted, passes=passes, asleep=asleep)
             if wanted:
@@ -143,12 +175,10 @@ class SleepStack:
         blocks, hidden, end = state.blocks, None, len(self.blocks)
         begin = 0
         if passes > 1:
-            hidden = state.hidden
-            if hidden is None and max(state.live) > 0:
-                raise ValueError("passes: expected 1, since the live window was begun with 1 pass; got more")
+            hidden = self._begun(state, passes)
             begin = self.loop[1] + 1
             h, blocks = self._run(range(begin), h, blocks, segment, output=True, closed=closed)
-            hidden = h if hidden is None else ragged.append(hidden, state.live, h, lengths)
+            hidden = h if hidden is None else ragged.append(hidden.to(h.dtype), state.live, h, lengths)
         rerun = passes > 1 and len(asleep) > 0 and all(asleep)
         if output or not rerun:
             h, blocks = self._run(range(begin, end), h, blocks, segment, output=output, closed=closed)
@@ -157,10 +187,10 @@ class SleepStack:
 
     def sleep(self, state: SleepState, *, passes: int, rows: Sequence[bool]) -> SleepState:
         """Passes 2..N over the live window of the rows marked True; nothing is evicted yet."""
-        if passes == 1 or not any(rows):
-            return state
         first, last = self.loop
-        h, blocks = state.hidden, list(state.blocks)
+        if passes == 1 or not any(rows) or not any(self._lasts(i, True) for i in range(first, len(self.blocks))):
+            return state
+        h, blocks = self._begun(state, passes), list(state.blocks)
         begun = tuple(n - m for n, m in zip(state.seen, state.live, strict=True))
         segment = Segment(state.live, state.kept, begun, self.window, h.device)
         after = range(last + 1, len(self.blocks))
@@ -199,7 +229,8 @@ class SleepStack:
         hidden = state.hidden
         if hidden is not None:
             hidden = ragged.take_last(hidden, state.live, live) if max(live) else None
-        return SleepState(blocks, start, hidden, state.seen, live, kept)
+        labelled = tuple(m and not r for r, m in zip(rows, state.labelled, strict=True))
+        return SleepState(blocks, start, hidden, state.seen, live, kept, labelled)
 
     def _run(
         self, indices: range, h: Tensor, blocks: tuple, segment: Segment, *, output: bool, closed: bool
@@ -226,6 +257,12 @@ class SleepStack:
         else:
             h, states = run(h, states)
         return h, blocks[: indices.start] + states + blocks[indices.stop :]
+
+    def _begun(self, state: SleepState, passes: int) -> Tensor | None:
+        """What the looped blocks put out for the live window so far, None before its first token."""
+        if state.hidden is None and max(state.live) > 0:
+            raise ValueError(f"passes: expected 1, with which the live window was begun, got {passes}")
+        return state.hidden
 
     def _lasts(self, i: int, closed: bool) -> bool:
         """Whether later tokens see block i's state once this run is over (`closed`: the run ends the window)."""

@@ -56,11 +56,12 @@ def test_the_newest_flash_attention_is_called_with_an_exact_window(monkeypatch):
         calls.append(options)
         return q, None
 
-    monkeypatch.setattr(module, "_FLASH_MODULES", (("missing_flash", 9), ("fake_flash", 8)))
+    monkeypatch.setattr(module, "_FLASH_MODULES", (("missing_flash", (9, 9), 256), ("fake_flash", (8, 9), 64)))
     monkeypatch.setitem(sys.modules, "fake_flash", types.SimpleNamespace(flash_attn_func=fake))
     module.flash_function.cache_clear()
-    assert module.flash_function(7) is None
-    assert module.flash_function(9) is fake
+    assert module.flash_function(7, 64) is None and module.flash_function(10, 64) is None
+    assert module.flash_function(9, 65) is None
+    assert module.flash_function(9, 64) is fake and module.flash_function(8, 64) is fake
     monkeypatch.setattr(module, "_flash_for", lambda q, backend: fake)
     x = torch.randn(1, 4, 2, 8)
     assert causal_attention(x, x, x, window=3) is x
@@ -80,7 +81,7 @@ def test_refusals():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("window", [None, 96])
 def test_flash_attention_agrees_with_torch(window):
-    if module.flash_function(torch.cuda.get_device_capability()[0]) is None:
+    if module.flash_function(torch.cuda.get_device_capability()[0], 64) is None:
         pytest.skip("flash-attn is not installed")
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 256, 4, 64, device="cuda", dtype=torch.bfloat16)

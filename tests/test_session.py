@@ -27,8 +27,12 @@ def tokens(batch=2, length=LENGTH, seed=1):
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def _one_row():
+    return torch.tensor([[1, 1, 1], [0, 0, 0]])
+
+
 def assert_same_state(a, b):
-    assert (a.seen, a.live, a.kept) == (b.seen, b.live, b.kept)
+    assert (a.seen, a.live, a.kept, a.labelled) == (b.seen, b.live, b.kept, b.labelled)
     for s, t in zip(a.blocks + a.start + (a.hidden,), b.blocks + b.start + (b.hidden,), strict=True):
         torch.testing.assert_close(s, t, rtol=1e-9, atol=1e-9)
 
@@ -99,12 +103,12 @@ def test_generation_stops_a_row_at_its_end():
     model, prompt = tiny(passes=2), tokens(3, 7)
     free = SleepSession(model).generate(prompt, 12)
     eos = int(free[0, 3])
-    out = SleepSession(model).generate(prompt, 12, eos_token_id=eos, pad_token_id=0)
+    out = SleepSession(model).generate(prompt, 12, eos_token_id=eos, pad_token_id=-1)
     for b in range(3):
         row = free[b].tolist()
         end = row.index(eos) + 1 if eos in row else 12
         assert out[b].tolist()[:end] == row[:end]
-        assert all(t == 0 for t in out[b].tolist()[end:])
+        assert all(t == -1 for t in out[b].tolist()[end:])
 
 
 def test_sampling_keeps_what_it_says():
@@ -193,6 +197,36 @@ def test_damaged_or_foreign_files_are_refused(tmp_path):
         SleepSession.load(tmp_path / "missing", model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_session_goes_on_in_a_narrower_model(dtype, tmp_path):
+    session = SleepSession(tiny(passes=2))
+    session.read(tokens(1, 13))
+    session.save(tmp_path / "night")
+    expected = session.read(tokens(1, 9, seed=2))
+    loaded = SleepSession.load(tmp_path / "night", tiny(passes=2).to(dtype))
+    assert loaded.state.blocks[1].fast_weights.dtype == torch.float32
+    assert loaded.state.blocks[0].keys.dtype == dtype
+    logits = loaded.read(tokens(1, 9, seed=2)).double()
+    assert (logits - expected).norm() < (0.2 if dtype == torch.bfloat16 else 1e-4) * expected.norm()
+
+
+def test_options_that_change_no_state_do_not_keep_a_session_from_loading(tmp_path):
+    session = SleepSession(tiny(passes=2))
+    session.read(tokens(1, 7))
+    session.save(tmp_path / "night")
+    other = tiny(passes=1, loop=(0, 3), activation_checkpointing=True)
+    assert SleepSession.load(tmp_path / "night", other).passes == 2
+
+
+def test_sampling_at_the_edges():
+    flat = torch.zeros(200, 4)
+    assert len(set(sample(flat, temperature=1.0, top_k=1).tolist())) == 1
+    assert (sample(torch.tensor([[1.0, 2.0]]), temperature=1e-40) == 1).all()
+    seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    both = (sample(flat, temperature=1.0, top_k=9, top_p=1.0, generator=g) for g in (seeded(), seeded()))
+    assert torch.equal(*both)
+
+
 @pytest.mark.parametrize(
     "name, call",
     [
@@ -207,7 +241,13 @@ def test_damaged_or_foreign_files_are_refused(tmp_path):
         ("max_new_tokens", lambda s: s.generate(None, 0)),
         ("temperature", lambda s: s.generate(None, 1, temperature=-1.0)),
         ("temperature", lambda s: s.generate(None, 1, temperature=float("nan"))),
+        ("temperature", lambda s: s.generate(None, 1, temperature=None)),
         ("top_k", lambda s: s.generate(None, 1, top_k=0)),
+        ("eos_token_id", lambda s: s.generate(None, 1, eos_token_id=VOCAB)),
+        ("token_ids", lambda s: s.step(3)),
+        ("input_ids", lambda s: s.read([1, 2])),
+        ("path", lambda s: s.save("no/such/folder/night")),
+        ("input_ids", lambda s: SleepSession(s.model).generate(tokens(2, 3), 1, attention_mask=_one_row())),
         ("top_p", lambda s: s.generate(None, 1, top_p=1.5)),
         ("input_ids", lambda s: SleepSession(s.model).generate(None, 1)),
     ],

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from sleep_ops import HybridConfig, SleepHybridModel
+from sleep_ops import HybridConfig, SleepHybridModel, SleepSession
 from sleep_ops.layers.attention import rotate
 
 VOCAB, WINDOW = 11, 5
@@ -176,10 +176,21 @@ def test_logits_of_windows_with_loss_only():
     torch.testing.assert_close(everything.loss, out.loss)
 
 
-@pytest.mark.parametrize("sleep_on", ["every", "unlabelled"])
-@pytest.mark.parametrize("eviction, loop, passes", OPTIONS)
-def test_no_logit_depends_on_a_later_token(eviction, loop, passes, sleep_on):
-    model = tiny(eviction=eviction, loop=loop, passes=passes, sleep_on=sleep_on)
+CAUSAL = [
+    pytest.param(dict(eviction=e, loop=p, passes=n, sleep_on=s), id=f"{e}-{p}-{n}-{s}")
+    for e, p, n, s in itertools.product(("hard", "sliding"), (None, (1, 2)), (1, 3), ("every", "unlabelled"))
+]
+CAUSAL += [
+    pytest.param(dict(passes=2, conv_boundary="zero"), id="conv-zero"),
+    pytest.param(dict(passes=2, rule="hebbian"), id="hebbian"),
+    pytest.param(dict(passes=2, allow_neg_eigval=True, conv_size=1), id="negative-eigenvalues"),
+    pytest.param(dict(passes=2, gdn_num_v_heads=4, gdn_head_v_dim=6), id="grouped-values"),
+]
+
+
+@pytest.mark.parametrize("options", CAUSAL)
+def test_no_logit_depends_on_a_later_token(options):
+    model = tiny(**options)
     ids = tokens(batch=1)
     labels = torch.full_like(ids, -100)
     labels[:, 10:] = 1
@@ -312,6 +323,80 @@ def test_state_of_a_last_full_window_only_on_request():
     torch.testing.assert_close(kept.loss, dropped.loss)
 
 
+def test_an_unlabelled_window_may_be_read_in_two_calls():
+    model = tiny(passes=3, sleep_on="unlabelled")
+    ids = tokens(batch=1)
+    labels = torch.full_like(ids, -100)
+    labels[:, 1] = 1  # window 0 stays awake although its second half has no loss
+    whole = model(ids, labels=labels, all_logits=True)
+    first = model(ids[:, :3], labels=labels[:, :3])
+    second = model(ids[:, 3:], state=first.state, loss_mask=torch.zeros(1, 15, dtype=torch.bool), all_logits=True)
+    torch.testing.assert_close(second.logits, whole.logits[:, 3:], rtol=1e-9, atol=1e-9)
+
+
+def test_nothing_is_read_that_no_loss_can_see():
+    model = tiny(passes=3)
+    ids = tokens(batch=1)
+    labels = torch.full_like(ids, -100)
+    labels[:, 6] = 1
+    calls = []
+    model.blocks[0].register_forward_hook(lambda *a: calls.append(1))
+    out = model(ids, labels=labels, return_state=False)
+    assert len(calls) == 4  # window 0 awake and twice asleep, window 1 awake
+    torch.testing.assert_close(out.loss, model(ids, labels=labels).loss)
+
+
+def test_gradients_go_through_the_state_of_an_earlier_call():
+    model = tiny(passes=2)
+    ids, labels = tokens(length=13), tokens(length=13, seed=4).masked_fill(torch.arange(13) < 8, -100)
+    model(ids, labels=labels).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    state = model(ids[:, :8]).state
+    model(ids[:, 8:], labels=labels[:, 8:], state=state).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-8, atol=1e-10)
+    model.zero_grad()
+    model(ids[:, 8:], labels=labels[:, 8:], state=state.detach()).loss.backward()
+    assert not torch.allclose(model.embed.weight.grad, expected["embed.weight"])
+
+
+def test_padding_may_hold_any_token():
+    model = tiny(passes=2)
+    ids = tokens(1, 8)
+    padded = torch.cat([torch.full((1, 3), -100), ids], dim=1)
+    out = model(padded, attention_mask=padded >= 0)
+    torch.testing.assert_close(out.logits[:, 3:], model(ids).logits)
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_trains_and_reads_on_the_device_in_low_precision(eviction, device):
+    """bfloat16 autocast against the same model in float32: losses, gradients and a session's logits."""
+    torch.manual_seed(0)
+    config = dict(vocab_size=VOCAB, hidden_size=64, layers=("attn", "gdn") * 2, window=24, num_heads=2, passes=3)
+    model = SleepHybridModel(HybridConfig(**config, eviction=eviction)).to(device)
+    generator = torch.Generator().manual_seed(1)
+    ids, labels = (torch.randint(0, VOCAB, (4, 60), generator=generator).to(device) for _ in range(2))
+    mask = (torch.arange(60) >= 50).expand(4, 60)  # stays on the CPU
+
+    def run(low: bool):
+        model.zero_grad()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=low):
+            loss = model(ids, labels=labels, loss_mask=mask).loss
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    exact, gradient = run(low=False)
+    loss, low_gradient = run(low=True)
+    assert abs(loss - exact) < 0.02 * exact
+    assert (low_gradient - gradient).norm() < 0.1 * gradient.norm()
+    session = SleepSession(model)
+    logits = torch.cat([session.read(ids[:, :31], all_logits=True), session.read(ids[:, 31:], all_logits=True)], dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(ids).logits, rtol=2e-3, atol=2e-3)
+    assert session.generate(None, 5).device.type == device
+
+
 @pytest.mark.parametrize(
     "name, arguments",
     [
@@ -320,6 +405,15 @@ def test_state_of_a_last_full_window_only_on_request():
         ("input_ids", dict(input_ids=torch.zeros(3, dtype=torch.long))),
         ("labels", dict(labels=torch.zeros(2, 4, dtype=torch.long))),
         ("labels", dict(labels=torch.full((2, 6), -100))),
+        ("labels", dict(labels=torch.full((2, 6), VOCAB))),
+        ("labels", dict(labels=torch.ones(2, 6))),
+        ("labels", dict(labels=[[1] * 6] * 2)),
+        ("input_ids", dict(input_ids=[[1, 2]])),
+        ("input_ids", dict(input_ids=torch.ones(2, 6, dtype=torch.bool))),
+        ("input_ids", dict(input_ids=torch.ones(2, 6, dtype=torch.long, device="meta"))),
+        ("cu_seqlens", dict(input_ids=torch.ones(1, 6, dtype=torch.long), cu_seqlens=torch.tensor(3.0))),
+        ("state", dict(state=3)),
+        ("state", dict(state=tiny(layers=("gdn", "attn")).init_state(2))),
         ("loss_mask", dict(loss_mask=torch.ones(1, 6))),
         ("attention_mask", dict(attention_mask=torch.ones(2, 5))),
         ("attention_mask", dict(attention_mask=torch.zeros(2, 6))),
@@ -332,7 +426,7 @@ def test_state_of_a_last_full_window_only_on_request():
 def test_bad_input_names_the_argument(name, arguments):
     model = tiny()
     given = dict(input_ids=tokens(2, 6))
-    if name == "state":
+    if name == "state" and "state" not in arguments:
         given["state"] = model(tokens(2, 6)).state
     if name == "cu_seqlens":
         given["input_ids"] = tokens(1, 6)
@@ -354,6 +448,15 @@ def test_bad_input_names_the_argument(name, arguments):
         ("conv_boundary", "none"),
         ("layers", ("attn", "mamba")),
         ("layers", ()),
+        ("layers", 3),
+        ("loop", 3),
+        ("gdn_num_heads", 0),
+        ("gdn_num_v_heads", 3),
+        ("rope_theta", float("nan")),
+        ("initializer_range", -1.0),
+        ("allow_neg_eigval", "yes"),
+        ("rule", "gamma"),
+        ("impl", "cuda"),
         ("num_kv_heads", 3),
         ("num_heads", 3),
         ("attention_backend", "fast"),

@@ -30,7 +30,7 @@ class Segment:
         ragged_rows = not ragged.uniform(lengths)
         self.length_tensor = torch.tensor(lengths, device=device) if ragged_rows else None
         self.mask = None
-        if ragged_rows or not ragged.uniform(held):
+        if ragged_rows or not ragged.uniform(held):  # otherwise one offset serves all, and attention masks by itself
             keys = max(ragged.add(held, lengths))
             offset, real = torch.tensor(held, device=device), torch.tensor(lengths, device=device)
             self.mask = visible_keys(self.width, keys, offset, real, window)

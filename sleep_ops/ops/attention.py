@@ -18,15 +18,20 @@ from torch import Tensor
 
 BACKENDS = ("auto", "flash", "torch")
 
-# Newest generation first: flash-attn 3, 4 and 2. Generations 3 and 4 have no kernels for chips before Hopper.
-_FLASH_MODULES = (("flash_attn_interface", 9), ("flash_attn.cute", 9), ("flash_attn", 8))
+# Preferred first: flash-attn 3 (Hopper alone), 4 (Hopper and later), 2. With the compute capabilities and the largest
+# head dim each is asked for.
+_FLASH_MODULES = (
+    ("flash_attn_interface", (9, 9), 256),
+    ("flash_attn.cute", (9, 10), 128),
+    ("flash_attn", (8, 12), 256),
+)
 
 
 @cache
-def flash_function(capability_major: int) -> Callable | None:
-    """`flash_attn_func` of the newest installed flash-attn that serves this compute capability, or None."""
-    for module, lowest in _FLASH_MODULES:
-        if capability_major >= lowest:
+def flash_function(capability_major: int, head_dim: int) -> Callable | None:
+    """`flash_attn_func` of the preferred installed flash-attn that serves this chip and head dim, or None."""
+    for module, (lowest, highest), widest in _FLASH_MODULES:
+        if lowest <= capability_major <= highest and head_dim <= widest:
             try:
                 return import_module(module).flash_attn_func
             except (ImportError, AttributeError):
@@ -75,9 +80,10 @@ def _flash_for(q: Tensor, backend: str) -> Callable | None:
     fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     if backend == "flash" and not fits:
         raise ValueError(f"backend: 'flash' expects float16 or bfloat16 CUDA tensors, got {q.dtype} on {q.device}")
-    flash = flash_function(torch.cuda.get_device_capability(q.device)[0]) if fits else None
+    flash = flash_function(torch.cuda.get_device_capability(q.device)[0], q.shape[-1]) if fits else None
     if backend == "flash" and flash is None:
-        raise ValueError("backend: 'flash' expects flash-attn to be installed (extra: sleep-ops[flash]), found none")
+        got = f"found none for head dim {q.shape[-1]}"
+        raise ValueError(f"backend: 'flash' expects flash-attn to be installed (extra: sleep-ops[flash]), {got}")
     return flash
 
 

@@ -1,0 +1,143 @@
+"""Everything that defines a hybrid model that sleeps, checked once."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from sleep_ops.ops.attention import BACKENDS
+from sleep_ops.sleep import CONV_BOUNDARIES, EVICTIONS
+from sleep_ops.validation import IMPLS, RULES
+
+LAYERS = ("attn", "gdn")
+SLEEP_ON = ("every", "unlabelled")
+_GDN_SIZES = ("gdn_num_heads", "gdn_num_v_heads", "gdn_head_dim", "gdn_head_v_dim")
+_CHOICES = {
+    "eviction": EVICTIONS,
+    "sleep_on": SLEEP_ON,
+    "conv_boundary": CONV_BOUNDARIES,
+    "attention_backend": BACKENDS,
+    "rule": RULES,
+    "impl": IMPLS,
+}
+
+
+def expect(condition: bool, name: str, expected: str, got: object) -> None:
+    """ValueError in this project's words unless `condition`."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def is_count(x: object) -> bool:
+    """Whether x is an integer >= 1."""
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig:
+    """Everything that defines a `SleepHybridModel`. Raises ValueError, naming the field, for values that can't be.
+
+    vocab_size, hidden_size: tokens and width. layers: one of "attn", "gdn" per block, first block first.
+    window: tokens read before the attention caches are evicted (L); None for neither eviction nor sleep.
+    passes: sleep duration N; 1 is the ordinary hybrid, and the only choice where window is None.
+    loop: first and last block of the looped range, both included (the middle 14 of 28 are `(7, 20)`); None for all.
+    eviction: "hard" empties the caches after every window; "sliding" keeps the last L - 1 tokens' keys and values.
+    sleep_on: "every" full window sleeps before it is evicted; "unlabelled": only those without a loss token (the
+        paper's Algorithm 1 to the letter).
+    conv_boundary: convolution tail that passes 2..N start from: "snapshot" (as when the window began) or "zero".
+    num_heads, num_kv_heads, head_dim: attention's query heads, key/value heads (default num_heads) and head dim
+        (default hidden_size / num_heads).
+    gdn_num_heads, gdn_num_v_heads, gdn_head_dim, gdn_head_v_dim, conv_size, allow_neg_eigval, rule: see
+        `SleepGDNLayer`; heads and head dim default to attention's.
+    intermediate_size: SwiGLU width, default 8/3 hidden_size rounded up to a multiple of 16. rope_theta: base of the
+        rotary positions. norm_eps: of every RMSNorm. tie_embeddings: the head shares the embedding's weight.
+        initializer_range: standard deviation of the weights.
+    attention_backend: "auto", "flash" or "torch" (see `causal_attention`); impl: kernels (see `gated_delta_rule`).
+    activation_checkpointing: recompute each (window, pass) in the backward pass instead of storing it.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[str, ...]
+    window: int | None
+    passes: int = 1
+    loop: tuple[int, int] | None = None
+    eviction: str = "hard"
+    sleep_on: str = "every"
+    conv_boundary: str = "snapshot"
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    gdn_num_heads: int | None = None
+    gdn_num_v_heads: int | None = None
+    gdn_head_dim: int | None = None
+    gdn_head_v_dim: int | None = None
+    conv_size: int = 4
+    allow_neg_eigval: bool = False
+    rule: str = "delta"
+    intermediate_size: int | None = None
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+    attention_backend: str = "auto"
+    impl: str = "auto"
+    activation_checkpointing: bool = False
+
+    def __post_init__(self):
+        listed = isinstance(self.layers, tuple | list) and len(self.layers) > 0
+        expect(listed, "layers", "at least one block", self.layers)
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.loop, list):
+            object.__setattr__(self, "loop", tuple(self.loop))
+        for name in ("vocab_size", "hidden_size", "passes", "num_heads", "conv_size"):
+            expect(is_count(getattr(self, name)), name, "an integer >= 1", getattr(self, name))
+        for name in ("window", "num_kv_heads", "head_dim", "intermediate_size", *_GDN_SIZES):
+            value = getattr(self, name)
+            expect(value is None or is_count(value), name, "an integer >= 1 or None", value)
+        for name in ("rope_theta", "norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            expect(type(value) in (int, float) and 0 < value < math.inf, name, "a number > 0", value)
+        for name in ("allow_neg_eigval", "tie_embeddings", "activation_checkpointing"):
+            expect(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        for name, allowed in _CHOICES.items():
+            expect(getattr(self, name) in allowed, name, f"one of {allowed}", getattr(self, name))
+        for layer in self.layers:
+            expect(layer in LAYERS, "layers", f"each one of {LAYERS}", layer)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """What one field asks of another."""
+        if self.loop is not None:
+            pair = isinstance(self.loop, tuple) and len(self.loop) == 2 and all(type(i) is int for i in self.loop)
+            inside = pair and 0 <= self.loop[0] <= self.loop[1] < len(self.layers)
+            expect(inside, "loop", f"(first, last) with 0 <= first <= last < {len(self.layers)}", self.loop)
+        if self.window is None:
+            expect(self.passes == 1, "passes", "1 where window is None (nothing is evicted or sleeps)", self.passes)
+        if self.head_dim is None and ("attn" in self.layers or self.gdn_head_dim is None):
+            expected = f"a divisor of hidden_size {self.hidden_size} where head_dim is None"
+            expect(self.hidden_size % self.num_heads == 0, "num_heads", expected, self.num_heads)
+        if "attn" in self.layers:
+            groups = self.num_kv_heads or self.num_heads
+            expect(self.num_heads % groups == 0, "num_kv_heads", f"a divisor of num_heads {self.num_heads}", groups)
+            head_dim = self.head_dim or self.hidden_size // self.num_heads
+            expect(head_dim % 2 == 0, "head_dim", "an even number (rotary)", head_dim)
+        if "gdn" in self.layers:
+            heads = self.gdn_num_heads or self.num_heads
+            value_heads = self.gdn_num_v_heads or heads
+            expect(value_heads % heads == 0, "gdn_num_v_heads", f"a multiple of {heads} heads", value_heads)
+
+    @property
+    def loop_range(self) -> tuple[int, int]:
+        """First and last looped block, both included."""
+        return self.loop or (0, len(self.layers) - 1)
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "HybridConfig":
+        """The inverse of `to_dict`; an unknown key is a ValueError."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        expect(not unknown, "values", "known configuration keys", unknown)
+        return cls(**values)
