@@ -15,13 +15,14 @@ $(VENV)/.installed: setup.py constraints.txt
 	touch $@
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 5
 
 demo: $(VENV)/.installed
 	$(BIN)/sleep-ops demo --out $(OUT)
 
 bench: $(VENV)/.installed
 	$(BIN)/sleep-ops bench passes --out runs/bench
+	$(BIN)/python -m pytest benchmarks --benchmark-json runs/bench/operators.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

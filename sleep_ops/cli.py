@@ -109,7 +109,6 @@ def train_rule110(
     keep_checkpoints: Annotated[int, option("Newest checkpoints kept.", RUN)] = 2,
     eval_every: Annotated[int, option("Steps between evaluations (0: only the last).", RUN)] = 100,
     eval_samples: Annotated[int, option("Sequences per evaluation.", RUN)] = 2048,
-    compile: Annotated[bool, option("Run the model through torch.compile.", RUN)] = False,
     until: Annotated[
         int | None, option("Stop (and save) at this step; the schedule stays that of --steps.", RUN)
     ] = None,
@@ -160,7 +159,6 @@ def train_rule110(
             checkpoint_every=checkpoint_every,
             keep_checkpoints=keep_checkpoints,
             device=device,
-            compile=compile,
         )
         if until is not None and until < 1:
             raise ValueError(f"until: expected an integer >= 1, got {until}")

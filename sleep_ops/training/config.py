@@ -13,7 +13,7 @@ PRECISIONS = ("auto", "bf16", "float32")
 CONFIG_FILE = "config.json"
 _VERSION = 1
 # What may change when a run is taken up again: none of it enters the mathematics of a step.
-_FREE_ON_RESUME = {"device", "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "compile"}
+_FREE_ON_RESUME = {"device", "checkpoint_every", "keep_checkpoints", "activation_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class TrainConfig:
     eval_every            steps between evaluations (0: only at the end), of `eval_samples` sequences.
     checkpoint_every      steps between checkpoints (0: only at the end); the newest `keep_checkpoints` are kept.
     device                "auto", "cpu", "cuda" or "cuda:i".
-    compile               run the model through torch.compile.
     """
 
     steps: int = 800
@@ -55,7 +54,6 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     device: str = "auto"
-    compile: bool = False
 
     def __post_init__(self):
         for name, low in (

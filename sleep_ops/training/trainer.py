@@ -1,5 +1,6 @@
 """The training loop: one recipe for every task, stopped and taken up again without a trace."""
 
+import os
 import shutil
 import signal
 import time
@@ -65,6 +66,24 @@ def autocast(precision: str, device: torch.device):
     return nullcontext()
 
 
+@contextmanager
+def deterministic(device: torch.device):
+    """The same seed gives the same bits: PyTorch's deterministic algorithms while a CUDA run trains.
+
+    Where an operation has none, PyTorch warns. The CPU needs nothing.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; read when it is first used
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 class Trainer:
     """Trains `config` in the folder `out`.
 
@@ -112,7 +131,6 @@ class Trainer:
         """
         t = self.config.train
         last = t.steps if until is None else min(until, t.steps)
-        forward = torch.compile(self.model) if t.compile else self.model
         evaluation = None
         columns = ["step", "tokens", "loss", "grad_norm", "lr_muon", "lr_adamw", "skipped", "tokens_per_second"]
         metrics = CsvLog(self.out / METRICS_FILE, columns, self.step)
@@ -126,6 +144,7 @@ class Trainer:
         self.model.train()
         with (
             self._signals(),
+            deterministic(self.device),
             ProgressBar(self.console, self.label, self.step, t.steps) as bar,
             ThreadPoolExecutor(1, thread_name_prefix="data") as pool,
         ):
@@ -134,7 +153,7 @@ class Trainer:
             while self.step < last and self._signal is None:
                 batch = coming.result()
                 coming = pool.submit(self._make_batch, self.step + 1)
-                row = self._train_step(forward, batch.to(self.device))
+                row = self._train_step(batch.to(self.device))
                 now = time.perf_counter()
                 self.seconds += now - mark
                 row["tokens_per_second"] = self._tokens(self.step - mark_step) / (now - mark)
@@ -204,13 +223,13 @@ class Trainer:
             self.out / CHECKPOINTS, self.step, self.model.state_dict(), state, keep=self.config.train.keep_checkpoints
         )
 
-    def _train_step(self, forward, batch) -> dict:
+    def _train_step(self, batch) -> dict:
         """One optimiser step. Skipped, but counted, where the loss or the gradient norm is not finite."""
         t = self.config.train
         factor = t.learning_rate_factor(self.step)
         rates = {"muon": t.lr_muon * factor, "adamw": t.lr_adamw * factor}
         with autocast(t.precision, self.device):
-            out = forward(batch.input_ids, labels=batch.labels, loss_mask=batch.loss_mask, return_state=False)
+            out = self.model(batch.input_ids, labels=batch.labels, loss_mask=batch.loss_mask, return_state=False)
         out.loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, t.grad_clip)
         # The only wait for the device in a step: whether to take it must be known before the weights change.
