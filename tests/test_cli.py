@@ -173,7 +173,7 @@ def miniature(passes=(1, 2)):
     train = TrainConfig(
         steps=4, batch_size=8, eval_every=2, eval_samples=16, checkpoint_every=2, device="cpu", lr_muon=5e-3
     )
-    return Scale(Rule110(t=2, strings=2, bits=10, held_out=0.125), 16, 2, train, passes)
+    return Scale(Rule110(t=2, strings=2, bits=10, held_out=0.125), 16, 2, 0.1, train, passes)
 
 
 def test_demo(tmp_path, monkeypatch):
