@@ -151,6 +151,31 @@ def environment(device: torch.device) -> dict:
     }
 
 
+def plot(rows: list[dict], path: Path) -> None:
+    """Time against N, one line per provider and mode, with the 20th to 80th percentile as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for provider, mode in dict.fromkeys((r["provider"], r["mode"]) for r in rows):
+        line = [r for r in rows if (r["provider"], r["mode"]) == (provider, mode)]
+        median = [r["ms_median"] for r in line]
+        spread = [[abs(r[key] - r["ms_median"]) for r in line] for key in ("ms_p20", "ms_p80")]
+        passes = [r["passes"] for r in line]
+        axes.errorbar(passes, median, spread, marker="o", markersize=3, capsize=2, label=f"{provider}, {mode}")
+    first = rows[0]
+    title = f"{first['batch']} x {first['tokens']} tokens, windows of {first['window']}, {first['dtype']}"
+    axes.set(xlabel="passes N", ylabel="milliseconds", title=f"{title}\n{first['device']}")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def write_csv(rows: list[dict], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -247,12 +247,12 @@ def bench_passes(
     repeats: Annotated[int, option("Timed repeats.")] = 10,
     seed: Seed = 0,
     device: Device = "auto",
-    out: Annotated[Path, option("Folder for passes.csv.")] = Path("runs/bench"),
+    out: Annotated[Path, option("Folder for passes.csv and passes.png.")] = Path("runs/bench"),
 ) -> None:
     """Time of N replay passes, operator and layer, forward and with the backward."""
     console = Console()
     with _refusals(console):
-        from sleep_ops.bench import PassesBenchmark, write_csv
+        from sleep_ops.bench import PassesBenchmark, plot, write_csv
 
         benchmark = PassesBenchmark(
             passes=_integers("passes", passes),
@@ -269,12 +269,13 @@ def bench_passes(
         with console.status("measuring") as status:
             rows = benchmark.run(lambda r: status.update(f"{r['provider']} {r['mode']} N={r['passes']}"))
         write_csv(rows, out / "passes.csv")
+        plot(rows, out / "passes.png")
     table = Table("provider", "mode", "N", "ms", "p20", "p80", title=f"{rows[0]['device']}, {dtype}")
     for r in rows:
         times = (f"{r[key]:.2f}" for key in ("ms_median", "ms_p20", "ms_p80"))
         table.add_row(r["provider"], r["mode"], str(r["passes"]), *times)
     console.print(table)
-    console.print(f"wrote {out / 'passes.csv'}")
+    console.print(f"wrote {out / 'passes.csv'} and {out / 'passes.png'}")
 
 
 def _print_evaluations(console: Console, found: list[tuple[int, dict]], chance: dict) -> None:

@@ -166,6 +166,7 @@ def test_bench(tmp_path):
     assert {(r["provider"], r["mode"], r["passes"]) for r in rows} == {
         (p, m, n) for p in ("operator", "layer") for m in ("forward", "forward+backward") for n in "12"
     }
+    assert (out / "passes.png").read_bytes()[1:4] == b"PNG"
     assert all(float(r["ms_median"]) > 0 and r["torch"] == torch.__version__ and r["device"] for r in rows)
 
 
