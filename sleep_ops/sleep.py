@@ -188,13 +188,13 @@ class SleepStack:
     def sleep(self, state: SleepState, *, passes: int, rows: Sequence[bool]) -> SleepState:
         """Passes 2..N over the live window of the rows marked True; nothing is evicted yet."""
         first, last = self.loop
-        if passes == 1 or not any(rows) or not any(self._lasts(i, True) for i in range(first, len(self.blocks))):
+        if passes == 1 or not any(rows) or not any(self._outlives(i, True) for i in range(first, len(self.blocks))):
             return state
         h, blocks = self._begun(state, passes), list(state.blocks)
         begun = tuple(n - m for n, m in zip(state.seen, state.live, strict=True))
         segment = Segment(state.live, state.kept, begun, self.window, h.device)
         after = range(last + 1, len(self.blocks))
-        refine_after = any(self._lasts(i, True) for i in after)
+        refine_after = any(self._outlives(i, True) for i in after)
         for n in range(2, passes + 1):
             for i in range(first, last + 1):
                 blocks[i] = self._pass_start(i, blocks[i], state)
@@ -208,7 +208,7 @@ class SleepStack:
             _, run = self._run(after, h, tuple(blocks), segment, output=False, closed=True)
             blocks = list(run)
         for i, old in enumerate(state.blocks):
-            blocks[i] = _select(rows, blocks[i], old) if self._lasts(i, True) else old
+            blocks[i] = _select(rows, blocks[i], old) if self._outlives(i, True) else old
         return state._replace(blocks=tuple(blocks))
 
     def evict(self, state: SleepState, *, rows: Sequence[bool]) -> SleepState:
@@ -237,8 +237,8 @@ class SleepStack:
     ) -> tuple[Tensor | None, tuple]:
         """Runs the blocks at `indices`, and without `output` only as far as a later token can see it."""
         if not output:
-            lasting = [i for i in indices if self._lasts(i, closed)]
-            indices = range(indices.start, lasting[-1] + 1) if lasting else range(0)
+            outliving = [i for i in indices if self._outlives(i, closed)]
+            indices = range(indices.start, outliving[-1] + 1) if outliving else range(0)
         if len(indices) == 0:
             return h, blocks
 
@@ -264,7 +264,7 @@ class SleepStack:
             raise ValueError(f"passes: expected 1, with which the live window was begun, got {passes}")
         return state.hidden
 
-    def _lasts(self, i: int, closed: bool) -> bool:
+    def _outlives(self, i: int, closed: bool) -> bool:
         """Whether later tokens see block i's state once this run is over (`closed`: the run ends the window)."""
         return self.blocks[i].fast_weights or not closed or self.eviction == "sliding"
 
