@@ -2,17 +2,19 @@
 
 from sleep_ops.affine import Transition, segment_transition
 from sleep_ops.config import HybridConfig
-from sleep_ops.layers.gdn import SleepGDNLayer
-from sleep_ops.model import SleepHybridModel
+from sleep_ops.layers.gdn import GDNState, SleepGDNLayer
+from sleep_ops.model import SleepHybridModel, SleepOutput
 from sleep_ops.ops.gated_delta_rule import DeltaRuleOutput, gated_delta_rule, sleep_gated_delta_rule
 from sleep_ops.ops.step import gated_delta_rule_step
 from sleep_ops.session import SleepSession
 
 __all__ = [
     "DeltaRuleOutput",
+    "GDNState",
     "HybridConfig",
     "SleepGDNLayer",
     "SleepHybridModel",
+    "SleepOutput",
     "SleepSession",
     "Transition",
     "gated_delta_rule",

@@ -44,7 +44,7 @@ def _refusals(console: Console):
     except ValueError as error:
         console.print(f"[red]error[/red] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
-    except (CheckpointError, TrainingDiverged) as error:
+    except (CheckpointError, TrainingDiverged, OSError) as error:
         console.print(f"[red]failed[/red] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
@@ -164,6 +164,9 @@ def train_rule110(
             raise ValueError(f"until: expected an integer >= 1, got {until}")
         config = RunConfig(task.to_dict(), model.to_dict(), recipe)
         trainer = Trainer(config, out, resume=resume, label=f"rule110 N={passes}", console=console)
+        if trainer.step and trainer.step >= min(until or steps, steps):
+            console.print(f"{out}: already at step {trainer.step}, nothing to do")
+            return
         if trainer.step:
             console.print(f"{out}: going on from step {trainer.step}")
         result = trainer.fit(until)
@@ -171,7 +174,7 @@ def train_rule110(
         console.print(f"stopped by signal {result.signal} at step {result.step}, saved; the same command goes on")
         raise typer.Exit(128 + result.signal)
     if result.evaluation:
-        _print_evaluations(console, [(passes, result.evaluation)], task.chance())
+        _print_evaluations(console, task, [(passes, result.evaluation)])
     state = "finished" if result.finished else f"at step {result.step} of {steps}"
     console.print(f"{out}: {state}, {result.seconds:.0f} s of training, {result.skipped} steps skipped")
 
@@ -180,13 +183,13 @@ def train_rule110(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, as written by train.")],
     passes: Annotated[str | None, option("N, or several separated by commas; the run's own by default.")] = None,
-    samples: Annotated[int, option("Held-out sequences.")] = 8192,
+    samples: Annotated[int, option("Sequences.")] = 8192,
     batch: Annotated[int, option("Sequences per batch.")] = 512,
-    seed: Annotated[int, option("Seed of the evaluation stream, which never meets the training data.")] = 1,
+    seed: Annotated[int, option("Seed of the evaluation sequences, drawn apart from the training ones.")] = 1,
     device: Device = "auto",
-    out: Annotated[Path | None, option("CSV file to write the table to.")] = None,
+    out: Annotated[Path | None, option("CSV file (not a folder) to write the table to.")] = None,
 ) -> None:
-    """Accuracy of a saved run on held-out data, with any number of passes."""
+    """Accuracy of a saved run on fresh sequences, of held-out strings if it has any, with any number of passes."""
     console = Console()
     with _refusals(console):
         from sleep_ops.training import load_run
@@ -197,6 +200,8 @@ def evaluate(
             raise ValueError(f"passes: expected integers >= 1, got {passes!r}")
         if samples < 1 or batch < 1 or seed < 0:
             raise ValueError(f"samples, batch, seed: expected >= 1, >= 1, >= 0, got {samples}, {batch}, {seed}")
+        if out is not None and out.is_dir():
+            raise ValueError(f"out: expected a CSV file, got the folder {out}")
         config, task, model, step = load_run(run, device=device, warn=console.print)
         chosen = (config.model["passes"],) if chosen is None else chosen
         where = next(model.parameters()).device
@@ -208,7 +213,7 @@ def evaluate(
         console.print(
             f"{run}: {task.to_dict()}, trained with N={config.model['passes']} to step {step}", highlight=False
         )
-        _print_evaluations(console, found, task.chance())
+        _print_evaluations(console, task, found)
         if out is not None:
             _write_csv(out, [{"run": str(run), "step": step, "passes": n, "seed": seed, **r} for n, r in found])
 
@@ -278,8 +283,9 @@ def bench_passes(
     console.print(f"wrote {out / 'passes.csv'} and {out / 'passes.png'}")
 
 
-def _print_evaluations(console: Console, found: list[tuple[int, dict]], chance: dict) -> None:
-    table = Table("N", "exact", "+/-", "per label", "loss", "sequences", title="held-out accuracy")
+def _print_evaluations(console: Console, task, found: list[tuple[int, dict]]) -> None:
+    title, chance = "held-out strings" if task.held_out else "fresh sequences", task.chance()
+    table = Table("N", "exact", "+/-", "per label", "loss", "sequences", title=f"accuracy on {title}")
     percent: Callable[[float], str] = "{:.2%}".format
     for n, r in found:
         cells = (percent(r["exact"]), percent(r["exact_stderr"]), percent(r["per_label"]), f"{r['loss']:.4f}")
@@ -300,3 +306,7 @@ def _write_csv(path: Path, rows: list[dict]) -> None:
 
 def main() -> None:
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -85,7 +85,7 @@ class HybridConfig:
 
     def __post_init__(self):
         listed = isinstance(self.layers, tuple | list) and len(self.layers) > 0
-        expect(listed, "layers", "at least one block", self.layers)
+        expect(listed, "layers", "a tuple of at least one block, such as ('attn', 'gdn')", self.layers)
         object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.loop, list):
             object.__setattr__(self, "loop", tuple(self.loop))

@@ -118,7 +118,10 @@ class SleepHybridModel(nn.Module):
         window (default: only when there is neither a label nor a loss mask). return_state=False saves what only a
         continuation would see: the sleep on a last full window, and any window after the last loss.
 
-        Raises ValueError naming the argument for wrong shapes, dtypes or values.
+        Returns a SleepOutput: logits of the windows with loss alone (or of all, see all_logits), the columns they
+        belong to in `positions`, the mean loss, and the state.
+
+        Raises ValueError naming the argument for wrong shapes, dtypes or values, and for labels without a loss token.
         """
         rows, ids = self.rows(input_ids, attention_mask, cu_seqlens)
         passes = self._check(tuple(input_ids.shape), labels, loss_mask, passes)

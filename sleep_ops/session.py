@@ -139,7 +139,8 @@ class SleepSession:
         if input_ids is not None:
             self.read(input_ids, attention_mask)
         if self.logits is None or 0 in self.seen:
-            raise ValueError(f"input_ids: expected a prompt for every row, got {self.seen or None} tokens read so far")
+            got = f"tokens read so far: {self.seen}" if self.seen else "None, and nothing has been read yet"
+            raise ValueError(f"input_ids: expected a prompt for every row, got {got}")
         pad = eos_token_id if pad_token_id is None else pad_token_id
         alive = torch.ones(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
         tokens = []

@@ -202,3 +202,27 @@ def test_demo_scales():
     assert choose_scale("cpu", 5, (1, 3), 7).train.seed == 5
     assert (CUDA.task.seq_len, CUDA.task.window, CUDA.task.t, CUDA.hidden_size) == (100, 24, 8, 256)
     assert CUDA.train.steps * CUDA.train.batch_size * CUDA.task.seq_len == 40_960_000
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "precious").write_text("mine")
+    (tmp_path / "metrics.csv").write_text("mine")
+    message = run("train", "rule110", *SMALL, "--steps", 1, "--out", tmp_path, code=2)
+    assert "checkpoints or metrics.csv" in message and "--fresh" in message
+    assert (tmp_path / "checkpoints" / "precious").read_text() == (tmp_path / "metrics.csv").read_text() == "mine"
+    (tmp_path / "file").touch()
+    assert "expected a folder" in run("train", "rule110", *SMALL, "--steps", 1, "--out", tmp_path / "file", code=2)
+
+
+def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path):
+    fcntl = pytest.importorskip("fcntl", reason="no file locks on this system")
+    run("train", "rule110", *SMALL, "--steps", 2, "--until", 1, "--out", tmp_path)
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another process" in run("train", "rule110", *SMALL, "--steps", 2, "--out", tmp_path, code=2)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+    run("train", "rule110", *SMALL, "--steps", 2, "--out", tmp_path)
+    assert "nothing to do" in run("train", "rule110", *SMALL, "--steps", 2, "--out", tmp_path)
+    assert "expected a CSV file" in run("eval", tmp_path, "--out", tmp_path, code=2)

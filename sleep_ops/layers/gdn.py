@@ -187,7 +187,7 @@ class SleepGDNLayer(nn.Module):
 
         Args:
             x: [B, T, hidden_size].
-            state: what the tokens before left behind; None for none.
+            state: what the tokens before left behind; None for none. With passes > 1 every call begins a new window.
             attention_mask: [B, T], nonzero at real tokens. Padding may lie anywhere in a row: its output is zero,
                 windows count real tokens only, and a row of padding keeps its state.
             lengths: int64 [B], real tokens per row, padding at the right: the same without moving tokens.

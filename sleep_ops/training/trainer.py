@@ -9,17 +9,23 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 import torch
 from rich.console import Console
 from torch import nn
 
 from sleep_ops.tasks import Task, build_task
-from sleep_ops.training.checkpoint import list_checkpoints, load_newest, save_checkpoint
+from sleep_ops.training.checkpoint import load_newest, save_checkpoint
 from sleep_ops.training.config import CONFIG_FILE, RunConfig, resolve_device
 from sleep_ops.training.logs import CsvLog, ProgressBar, tensorboard_writer
 from sleep_ops.training.optim import build_optimizers, set_learning_rates
 
 METRICS_FILE, EVAL_FILE, CHECKPOINTS = "metrics.csv", "eval.csv", "checkpoints"
+_OWN = (CHECKPOINTS, "tensorboard", METRICS_FILE, EVAL_FILE)  # what a run writes beside its configuration
 _EVAL_SEED = 0
 
 
@@ -117,8 +123,10 @@ class Trainer:
         self.step, self.skipped, self.skipped_in_row, self.seconds = 0, 0, 0, 0.0
         if checkpoint is not None:
             self._restore(checkpoint)
-        elif self.out.exists():
-            self._clear()
+        if self.out.exists():
+            with self._alone():
+                if checkpoint is None:
+                    self._clear()
         self.out.mkdir(parents=True, exist_ok=True)
         config.save(self.out)
         self._signal: int | None = None
@@ -143,6 +151,7 @@ class Trainer:
         saved = self.step
         self.model.train()
         with (
+            self._alone(),
             self._signals(),
             deterministic(self.device),
             ProgressBar(self.console, self.label, self.step, t.steps) as bar,
@@ -262,9 +271,15 @@ class Trainer:
         return steps * self.config.train.batch_size * self.task.seq_len
 
     def _take_up(self):
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"{self.out}: expected a folder, got a file")
         if not (self.out / CONFIG_FILE).exists():
-            if list_checkpoints(self.out / CHECKPOINTS):
-                raise ValueError(f"{self.out}: holds checkpoints but no {CONFIG_FILE}, so it cannot be resumed")
+            found = [name for name in _OWN if (self.out / name).exists()]
+            if found:
+                raise ValueError(
+                    f"{self.out}: expected a run or a folder without {' or '.join(found)}, got no {CONFIG_FILE}; it "
+                    "cannot be resumed. Choose another folder, or let them be deleted (resume=False, --fresh)."
+                )
             return None
         different = RunConfig.load(self.out).differences(self.config)
         if different:
@@ -288,10 +303,26 @@ class Trainer:
 
     def _clear(self) -> None:
         """Delete a run's own files in `out`, and nothing else."""
-        for name in (CHECKPOINTS, "tensorboard"):
-            shutil.rmtree(self.out / name, ignore_errors=True)
-        for name in (CONFIG_FILE, METRICS_FILE, EVAL_FILE):
-            (self.out / name).unlink(missing_ok=True)
+        for path in (self.out / name for name in (CONFIG_FILE, *_OWN)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _alone(self):
+        """Hold the run folder against a second trainer, which would overwrite this one's records."""
+        if fcntl is None:
+            yield
+            return
+        with (self.out / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError(
+                    f"{self.out}: expected a folder of its own, got one another process trains in"
+                ) from error
+            yield
 
     @contextmanager
     def _signals(self):
