@@ -1,6 +1,5 @@
 """Time of N replay passes, of the operator and of the layer, as a long-format CSV."""
 
-import csv
 import platform
 import statistics
 import subprocess
@@ -60,7 +59,8 @@ class PassesBenchmark:
                 forward = getattr(self, f"_{provider}")(passes, device)
                 for mode in ("forward", "forward+backward"):
                     figures = self._time(forward, mode != "forward", device)
-                    rows.append({**common, "provider": provider, "mode": mode, "passes": passes, **figures})
+                    row = {**common, "provider": provider, "mode": mode, "passes": passes, **figures}
+                    rows.append({column: row[column] for column in COLUMNS})
                     if told:
                         told(rows[-1])
         return rows
@@ -174,11 +174,3 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def write_csv(rows: list[dict], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

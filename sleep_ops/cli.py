@@ -193,6 +193,7 @@ def evaluate(
     console = Console()
     with _refusals(console):
         from sleep_ops.training import load_run
+        from sleep_ops.training.logs import write_csv
         from sleep_ops.training.trainer import autocast
 
         chosen = None if passes is None else _integers("passes", passes)
@@ -215,7 +216,7 @@ def evaluate(
         )
         _print_evaluations(console, task, found)
         if out is not None:
-            _write_csv(out, [{"run": str(run), "step": step, "passes": n, "seed": seed, **r} for n, r in found])
+            write_csv(out, [{"run": str(run), "step": step, "passes": n, "seed": seed, **r} for n, r in found])
 
 
 @app.command()
@@ -257,7 +258,8 @@ def bench_passes(
     """Time of N replay passes, operator and layer, forward and with the backward."""
     console = Console()
     with _refusals(console):
-        from sleep_ops.bench import PassesBenchmark, plot, write_csv
+        from sleep_ops.bench import PassesBenchmark, plot
+        from sleep_ops.training.logs import write_csv
 
         benchmark = PassesBenchmark(
             passes=_integers("passes", passes),
@@ -273,7 +275,7 @@ def bench_passes(
         )
         with console.status("measuring") as status:
             rows = benchmark.run(lambda r: status.update(f"{r['provider']} {r['mode']} N={r['passes']}"))
-        write_csv(rows, out / "passes.csv")
+        write_csv(out / "passes.csv", rows)
         plot(rows, out / "passes.png")
     table = Table("provider", "mode", "N", "ms", "p20", "p80", title=f"{rows[0]['device']}, {dtype}")
     for r in rows:
@@ -292,16 +294,6 @@ def _print_evaluations(console: Console, task, found: list[tuple[int, dict]]) ->
         table.add_row(str(n), *cells, f"{r['samples']:.0f}")
     table.add_row("chance", percent(chance["majority"]), "", percent(max(chance["ones"], 1 - chance["ones"])), "", "")
     console.print(table)
-
-
-def _write_csv(path: Path, rows: list[dict]) -> None:
-    import csv
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sleep_ops.ops.attention import BACKENDS
 from sleep_ops.sleep import CONV_BOUNDARIES, EVICTIONS
-from sleep_ops.validation import IMPLS, RULES
+from sleep_ops.validation import IMPLS, RULES, check_choice, check_count, check_flags
 
 LAYERS = ("attn", "gdn")
 SLEEP_ON = ("every", "unlabelled")
@@ -25,11 +25,6 @@ def expect(condition: bool, name: str, expected: str, got: object) -> None:
     """ValueError in this project's words unless `condition`."""
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-
-def is_count(x: object) -> bool:
-    """Whether x is an integer >= 1."""
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +85,17 @@ class HybridConfig:
         if isinstance(self.loop, list):
             object.__setattr__(self, "loop", tuple(self.loop))
         for name in ("vocab_size", "hidden_size", "passes", "num_heads", "conv_size"):
-            expect(is_count(getattr(self, name)), name, "an integer >= 1", getattr(self, name))
+            check_count(name, getattr(self, name))
         for name in ("window", "num_kv_heads", "head_dim", "intermediate_size", *_GDN_SIZES):
-            value = getattr(self, name)
-            expect(value is None or is_count(value), name, "an integer >= 1 or None", value)
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         for name in ("rope_theta", "norm_eps", "initializer_range"):
             value = getattr(self, name)
             expect(type(value) in (int, float) and 0 < value < math.inf, name, "a number > 0", value)
         for name in ("allow_neg_eigval", "tie_embeddings", "activation_checkpointing"):
-            expect(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+            check_flags(**{name: getattr(self, name)})
         for name, allowed in _CHOICES.items():
-            expect(getattr(self, name) in allowed, name, f"one of {allowed}", getattr(self, name))
+            check_choice(name, getattr(self, name), allowed)
         for layer in self.layers:
             expect(layer in LAYERS, "layers", f"each one of {LAYERS}", layer)
         self._check_together()
@@ -111,8 +106,7 @@ class HybridConfig:
             pair = isinstance(self.loop, tuple) and len(self.loop) == 2 and all(type(i) is int for i in self.loop)
             inside = pair and 0 <= self.loop[0] <= self.loop[1] < len(self.layers)
             expect(inside, "loop", f"(first, last) with 0 <= first <= last < {len(self.layers)}", self.loop)
-        if self.window is None:
-            expect(self.passes == 1, "passes", "1 where window is None (nothing is evicted or sleeps)", self.passes)
+        self.resolve_passes(self.passes)
         if self.head_dim is None and ("attn" in self.layers or self.gdn_head_dim is None):
             expected = f"a divisor of hidden_size {self.hidden_size} where head_dim is None"
             expect(self.hidden_size % self.num_heads == 0, "num_heads", expected, self.num_heads)
@@ -130,6 +124,14 @@ class HybridConfig:
     def loop_range(self) -> tuple[int, int]:
         """First and last looped block, both included."""
         return self.loop or (0, len(self.layers) - 1)
+
+    def resolve_passes(self, passes: int | None) -> int:
+        """N for a call that asks for `passes` (None: this configuration's). ValueError where it can't be."""
+        passes = self.passes if passes is None else passes
+        check_count("passes", passes)
+        if self.window is None:
+            expect(passes == 1, "passes", "1 where window is None (nothing is evicted or sleeps)", passes)
+        return passes
 
     def to_dict(self) -> dict:
         """Plain values, for JSON."""

@@ -1,6 +1,5 @@
 """The demo: the same hybrid, the same data in the same order, with N = 1 and with more passes over evicted context."""
 
-import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from rich.table import Table
 from sleep_ops.model import HybridConfig
 from sleep_ops.tasks import Rule110
 from sleep_ops.training import RunConfig, TrainConfig, Trainer, load_run, resolve_device
-from sleep_ops.training.logs import read_csv
+from sleep_ops.training.logs import read_csv, write_csv
 from sleep_ops.training.trainer import EVAL_FILE, autocast
 
 LAYERS = ("attn", "gdn", "attn", "gdn")
@@ -115,9 +114,9 @@ def run_demo(scale: Scale, out: Path, *, resume: bool = True, console: Console |
             return result.signal
         rows.append({"passes": passes, "steps": result.step, "tokens": tokens, "train_seconds": result.seconds})
         rows[-1] |= _final(trainer.out, scale, console)
-    _write_csv(out / "demo.csv", rows)
+    write_csv(out / "demo.csv", rows)
     curves = {n: read_csv(out / f"passes-{n}" / EVAL_FILE) for n in scale.passes}
-    _write_csv(out / "curves.csv", [{"passes": n, **row} for n, curve in curves.items() for row in curve])
+    write_csv(out / "curves.csv", [{"passes": n, **row} for n, curve in curves.items() for row in curve])
     plot(curves, chance["majority"], scale, out / "demo.png")
     console.print(_table(rows, chance))
     console.print(
@@ -182,10 +181,3 @@ def plot(curves: dict[int, list[dict]], chance: float, scale: Scale, path: Path)
     axes.legend(title="passes per sleep")
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def _write_csv(path: Path, rows: list[dict]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sleep_ops import ragged
-from sleep_ops.config import HybridConfig, expect, is_count
+from sleep_ops.config import HybridConfig, expect
 from sleep_ops.layers.attention import Attention
 from sleep_ops.layers.block import Block
 from sleep_ops.layers.gdn import SleepGDNLayer
@@ -124,7 +124,8 @@ class SleepHybridModel(nn.Module):
         Raises ValueError naming the argument for wrong shapes, dtypes or values, and for labels without a loss token.
         """
         rows, ids = self.rows(input_ids, attention_mask, cu_seqlens)
-        passes = self._check(tuple(input_ids.shape), labels, loss_mask, passes)
+        self._check(tuple(input_ids.shape), labels, loss_mask)
+        passes = self.config.resolve_passes(passes)
         if state is None:
             state = self.init_state(len(rows.lengths))
         self.stack.check(state, len(rows.lengths))
@@ -168,7 +169,7 @@ class SleepHybridModel(nn.Module):
             loss = sum(losses) / total
         return SleepOutput(logits, loss, state if return_state else None, positions)
 
-    def _check(self, shape: tuple, labels: Tensor | None, loss_mask: Tensor | None, passes: int | None) -> int:
+    def _check(self, shape: tuple, labels: Tensor | None, loss_mask: Tensor | None) -> None:
         for name, x in (("labels", labels), ("loss_mask", loss_mask)):
             if x is not None:
                 expect(isinstance(x, Tensor), name, "a tensor", type(x).__name__)
@@ -177,10 +178,6 @@ class SleepHybridModel(nn.Module):
             expect(labels.dtype in (torch.int32, torch.int64), "labels", "int32 or int64", labels.dtype)
             device = self.embed.weight.device
             expect(labels.device == device, "labels", f"a tensor on {device}", str(labels.device))
-        passes = self.config.passes if passes is None else passes
-        expect(is_count(passes), "passes", "an integer >= 1", passes)
-        expect(passes == 1 or self.config.window is not None, "passes", "1 where window is None", passes)
-        return passes
 
 
 def _mixer(c: HybridConfig, kind: str) -> nn.Module:

@@ -31,12 +31,7 @@ class SleepSession:
     """
 
     def __init__(self, model: SleepHybridModel, passes: int | None = None):
-        passes = model.config.passes if passes is None else passes
-        if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
-            raise ValueError(f"passes: expected an integer >= 1, got {passes!r}")
-        if passes > 1 and model.config.window is None:
-            raise ValueError(f"passes: expected 1 where the model's window is None, got {passes}")
-        self.model, self._passes = model, passes
+        self.model, self._passes = model, model.config.resolve_passes(passes)
         self.state: SleepState | None = None
         self.logits: Tensor | None = None
 

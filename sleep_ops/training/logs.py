@@ -11,6 +11,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sleep_ops.training.checkpoint import write_atomically
 
 
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Rows with the same keys as one CSV file, whole or not at all; its folder is made if need be."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.getvalue().encode())
+
+
 class CsvLog:
     """Rows of `path`, appended. Opened at `step`, it first drops rows of later steps (a stopped run's surplus)."""
 
