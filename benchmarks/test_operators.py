@@ -9,7 +9,7 @@ CUDA times include the host and end with a synchronisation: for these sizes laun
 import pytest
 import torch
 
-from sleep_ops import HybridConfig, SleepGDNLayer, SleepHybridModel, gated_delta_rule, sleep_gated_delta_rule
+from sleep_ops import HybridConfig, SleepGDNLayer, SleepHybridModel, bench, gated_delta_rule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -54,10 +54,16 @@ def test_gated_delta_rule(benchmark, case, backward):
     measure(benchmark, lambda: gated_delta_rule(*x, use_qk_l2norm=True).output, x, backward)
 
 
-@pytest.mark.parametrize("passes", [1, 2, 4, 8])
-def test_replay(benchmark, passes):
-    x = inputs("mid")
-    measure(benchmark, lambda: sleep_gated_delta_rule(*x, passes=passes, use_qk_l2norm=True).output, x, True)
+@pytest.mark.parametrize(
+    ("provider", "passes"),
+    [("ours", n) for n in (1, 2, 3, 4, 8, 64)] + [("ours-chained", n) for n in (1, 2, 3, 4)],
+    ids=lambda x: x if isinstance(x, str) else f"N{x}",
+)
+def test_replay(benchmark, provider, passes):
+    """`sleep-ops bench passes` in small: the sleep operator, and as many calls of the one-pass operator."""
+    device, case = torch.device(DEVICE), bench.CASES[DEVICE]["mid"]
+    problem = bench.operator_problem(bench.replay_of(provider, case, device), case, bench.make_inputs(case, 0, device))
+    measure(benchmark, lambda: problem.run(passes)[0], problem.leaves, True)
 
 
 @pytest.mark.parametrize("passes", [1, 4])

@@ -243,46 +243,88 @@ def demo(
 
 @bench_app.command("passes")
 def bench_passes(
-    passes: Annotated[str, option("Values of N, separated by commas.")] = "1,2,4,8",
-    batch: Annotated[int, option("Sequences.")] = 4,
-    tokens: Annotated[int, option("Tokens per sequence.")] = 512,
-    heads: Annotated[int, option("Heads.")] = 4,
-    head_dim: Annotated[int, option("Key and value dim of a head.")] = 64,
-    window: Annotated[int, option("Tokens per window.")] = 128,
-    dtype: Annotated[str, option("float32, bfloat16 or float16.")] = "float32",
-    repeats: Annotated[int, option("Timed repeats.")] = 10,
+    passes: Annotated[str, option("Values of N, separated by commas.")] = "1,2,3,4,8,16,64,256",
+    case: Annotated[str, option("mid (one window), windows (a long sequence in several), or both.")] = "mid,windows",
+    providers: Annotated[
+        str, option("What to measure; fla and flash-qla where installed.")
+    ] = "ours,ours-chained,layer,fla,flash-qla",
+    batch: Annotated[int | None, option("Sequences; like the other sizes, the case's own by default.")] = None,
+    tokens: Annotated[int | None, option("Tokens per sequence.")] = None,
+    heads: Annotated[int | None, option("Heads.")] = None,
+    head_dim: Annotated[int | None, option("Key and value dim of a head.")] = None,
+    window: Annotated[int | None, option("Tokens per window.")] = None,
+    dtype: Annotated[
+        str | None, option("float32, bfloat16 or float16; by default bfloat16 on CUDA, float32 on the CPU.")
+    ] = None,
+    max_chained: Annotated[int, option("Largest N of the providers that call a one-pass operator N times.")] = 16,
+    repeats: Annotated[int | None, option("Timed repeats; 20 on CUDA, 5 on the CPU by default.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
     out: Annotated[Path, option("Folder for passes.csv and passes.png.")] = Path("runs/bench"),
 ) -> None:
-    """Time of N replay passes, operator and layer, forward and with the backward."""
+    """Time and memory of N replay passes: ours, passes chained by hand, the layer, and other libraries."""
     console = Console()
     with _refusals(console):
+        from rich.progress import Progress
+
         from sleep_ops.bench import PassesBenchmark, plot
         from sleep_ops.training.logs import write_csv
 
         benchmark = PassesBenchmark(
             passes=_integers("passes", passes),
+            cases=tuple(case.split(",")),
+            providers=tuple(providers.split(",")),
             batch=batch,
             tokens=tokens,
             heads=heads,
             head_dim=head_dim,
             window=window,
             dtype=dtype,
+            max_chained=max_chained,
             repeats=repeats,
             seed=seed,
             device=device,
         )
-        with console.status("measuring") as status:
-            rows = benchmark.run(lambda r: status.update(f"{r['provider']} {r['mode']} N={r['passes']}"))
-        write_csv(out / "passes.csv", rows)
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"out: expected a folder, got the file {out}")
+        rows = []
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=benchmark.steps)
+
+            def note(text: str) -> None:
+                bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+            for found in benchmark.run(note, lambda label: bar.update(task, description=label)):
+                rows += found
+                if found:
+                    write_csv(out / "passes.csv", rows)  # whole after every step, however the command ends
+                bar.advance(task)
+        if not rows:
+            console.print("nothing was timed")
+            raise typer.Exit(1)
         plot(rows, out / "passes.png")
-    table = Table("provider", "mode", "N", "ms", "p20", "p80", title=f"{rows[0]['device']}, {dtype}")
-    for r in rows:
-        times = (f"{r[key]:.2f}" for key in ("ms_median", "ms_p20", "ms_p80"))
-        table.add_row(r["provider"], r["mode"], str(r["passes"]), *times)
-    console.print(table)
+    for name in dict.fromkeys(row["case"] for row in rows):
+        console.print(_timings([row for row in rows if row["case"] == name]))
     console.print(f"wrote {out / 'passes.csv'} and {out / 'passes.png'}")
+
+
+def _timings(rows: list[dict]) -> Table:
+    """Median milliseconds, memory and worst error of each N and provider of one case."""
+    from sleep_ops.bench import MODES
+
+    memory = "saved_mib" if rows[0]["peak_extra_mib"] == "" else "peak_extra_mib"
+    table = Table("N", "provider", *(f"{mode} ms" for mode in MODES), memory, "error")
+    table.title = "{case}: {batch} x {tokens} tokens, windows of {window}, {dtype}, {device}".format(**rows[0])
+    found = {(row["passes"], row["provider"], row["mode"]): row for row in rows}
+    for n, provider in dict.fromkeys(key[:2] for key in found):
+        line = {mode: found[n, provider, mode] for mode in MODES if (n, provider, mode) in found}
+        last = list(line.values())[-1]
+        table.add_row(
+            *(str(n), provider, *(f"{line[mode]['ms_median']:.2f}" if mode in line else "" for mode in MODES)),
+            "" if last[memory] == "" else f"{last[memory]:.1f}",
+            f"{max(last[f'error_{what}'] for what in ('output', 'state', 'gradient')):.1e}",
+        )
+    return table
 
 
 def _print_evaluations(console: Console, task, found: list[tuple[int, dict]]) -> None:

@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -156,18 +155,6 @@ def test_a_run_without_a_whole_checkpoint_fails(tmp_path):
     for file in tmp_path.glob("checkpoints/*/model.safetensors"):
         file.unlink()
     assert "none of its 1 checkpoints is whole" in run("eval", tmp_path, code=1)
-
-
-def test_bench(tmp_path):
-    out = tmp_path / "deep" / "bench"
-    run(*"bench passes --passes 1,2 --batch 1 --tokens 16 --heads 1 --head-dim 8 --window 8 --repeats 2".split(),
-        "--device", "cpu", "--out", out)  # fmt: skip
-    rows = list(csv.DictReader((out / "passes.csv").open()))
-    assert {(r["provider"], r["mode"], r["passes"]) for r in rows} == {
-        (p, m, n) for p in ("operator", "layer") for m in ("forward", "forward+backward") for n in "12"
-    }
-    assert (out / "passes.png").read_bytes()[1:4] == b"PNG"
-    assert all(float(r["ms_median"]) > 0 and r["torch"] == torch.__version__ and r["device"] for r in rows)
 
 
 def miniature(passes=(1, 2)):
