@@ -56,6 +56,13 @@ def _integers(name: str, text: str) -> tuple[int, ...]:
         raise ValueError(f"{name}: expected integers separated by commas, got {text!r}") from error
 
 
+def _parse_loads(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"loads: expected numbers separated by commas, got {text!r}") from error
+
+
 def _parse_loop(text: str | None) -> tuple[int, int] | None:
     if text is None or text == "all":
         return None
@@ -228,7 +235,10 @@ def demo(
     out: Annotated[Path | None, option("Folder; runs/demo-cpu or runs/demo-cuda by default.")] = None,
     resume: Resume = True,
 ) -> None:
-    """Train the same hybrid with N = 1 and larger N on the same Rule 110 data; table, CSV, PNG and checkpoints."""
+    """Recall against N without training; then train the same hybrid with N = 1 and larger N on the same Rule 110 data.
+
+    Tables, CSV files, figures and checkpoints.
+    """
     console = Console()
     with _refusals(console):
         from sleep_ops.demo import choose_scale, run_demo
@@ -239,6 +249,50 @@ def demo(
         stopped = run_demo(scale, out or Path("runs") / f"demo-{kind}", resume=resume, console=console)
     if stopped is not None:
         raise typer.Exit(128 + stopped)
+
+
+@app.command()
+def recall(
+    loads: Annotated[str, option("Pairs per key dim, n/K, separated by commas.")] = "0.5,0.75,0.9,1,1.25",
+    passes: Annotated[
+        str, option("Values of N, separated by commas; infinity is added.")
+    ] = "1,2,4,8,16,32,64,128,256,512,1024",
+    key_dim: Annotated[int, option("Key dim of the memory, K.")] = 64,
+    value_dim: Annotated[int, option("Value dim of the memory, V.")] = 32,
+    codewords: Annotated[int, option("What a value can be: one of so many random vectors.")] = 1024,
+    memories: Annotated[int, option("Memories averaged over.")] = 32,
+    beta: Annotated[float, option("Write strength, in (0, 2).")] = 1.0,
+    decay: Annotated[float, option("Of the state at each token, as minus its log.")] = 0.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Annotated[Path, option("Folder for recall.csv and recall.png.")] = Path("runs/recall"),
+) -> None:
+    """What replay does for a memory, without training: recall of key/value pairs after N passes over them."""
+    console = Console()
+    with _refusals(console):
+        from sleep_ops.recall import RecallExperiment, plot, table
+        from sleep_ops.training.logs import write_csv
+
+        experiment = RecallExperiment(
+            loads=_parse_loads(loads),
+            passes=_integers("passes", passes),
+            key_dim=key_dim,
+            value_dim=value_dim,
+            codewords=codewords,
+            memories=memories,
+            beta=beta,
+            decay=decay,
+            seed=seed,
+            device=device,
+        )
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"out: expected a folder, got the file {out}")
+        rows = experiment.run()
+        write_csv(out / "recall.csv", rows)
+        plot(rows, out / "recall.png")
+    console.print(table(rows, "wrong"))
+    console.print(table(rows, "error"))
+    console.print(f"wrote {out / 'recall.csv'} and {out / 'recall.png'}")
 
 
 @bench_app.command("passes")

@@ -1,11 +1,16 @@
-"""The demo: the same hybrid, the same data in the same order, with N = 1 and with more passes over evicted context."""
+"""The demo: the same hybrid, the same data in the same order, with N = 1 and with more passes over evicted context.
 
+Before it, in a second, what passes do for one memory without any training (`sleep_ops.recall`).
+"""
+
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from sleep_ops import recall
 from sleep_ops.model import HybridConfig
 from sleep_ops.tasks import Rule110
 from sleep_ops.training import RunConfig, TrainConfig, Trainer, load_run, resolve_device
@@ -82,8 +87,9 @@ def choose_scale(device: str, seed: int, passes: tuple[int, ...] | None = None, 
 
 
 def run_demo(scale: Scale, out: Path, *, resume: bool = True, console: Console | None = None) -> int | None:
-    """Train every N of `scale`, evaluate on held-out strings, print a table and write
+    """Recall without training; then train every N of `scale` and evaluate on held-out strings. Print tables and write
 
+        OUT/recall.csv     error of recall against N, also as recall.png
         OUT/passes-N/      a run folder for each N (checkpoints, metrics.csv, eval.csv)
         OUT/demo.csv       the table
         OUT/curves.csv     exact accuracy against steps and tokens
@@ -99,6 +105,7 @@ def run_demo(scale: Scale, out: Path, *, resume: bool = True, console: Console |
                 scale.run_config(passes), out / f"passes-{passes}", resume=resume, label=f"N={passes}", console=console
             )
         )
+    _recall(scale.train.seed, out, console)
     task, chance = scale.task, scale.task.chance()
     tokens = scale.train.steps * scale.train.batch_size * task.seq_len
     console.print(
@@ -124,6 +131,18 @@ def run_demo(scale: Scale, out: Path, *, resume: bool = True, console: Console |
     )
     console.print(f"wrote {out / 'demo.csv'}, {out / 'curves.csv'}, {out / 'demo.png'} and {out / 'passes-*'}")
     return None
+
+
+def _recall(seed: int, out: Path, console: Console) -> None:
+    # A second on any CPU, so the same figures on every machine.
+    rows = recall.RecallExperiment(seed=seed, device="cpu").run()
+    write_csv(out / "recall.csv", rows)
+    recall.plot(rows, out / "recall.png")
+    console.print(
+        "Replay without training: pairs of keys and values written into a memory, recalled after N passes over them."
+    )
+    console.print(recall.table([row for row in rows if row["passes"] in (1, 2, 4, 16, 64, math.inf)]))
+    console.print(f"wrote {out / 'recall.csv'} and {out / 'recall.png'}")
 
 
 def _final(folder: Path, scale: Scale, console: Console) -> dict[str, float]:

@@ -31,7 +31,7 @@ def losses(folder):
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_csv(folder / "metrics.csv")]
 
 
-@pytest.mark.parametrize("command", ["train rule110", "eval", "demo", "bench passes"])
+@pytest.mark.parametrize("command", ["train rule110", "eval", "demo", "recall", "bench passes"])
 def test_every_command_has_the_common_options(command):
     text = run(*command.split(), "--help")
     for name in ("--seed", "--device", "--out", "--help"):
@@ -173,13 +173,16 @@ def test_demo(tmp_path, monkeypatch):
     curves = read_csv(tmp_path / "curves.csv")
     assert [(r["passes"], r["step"]) for r in curves] == [(1, 2), (1, 4), (2, 2), (2, 4)]
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+    recall = (tmp_path / "recall.csv").read_bytes()
     text = console.export_text()
-    assert "chance" in text and "N=2" in text
+    assert "chance" in text and "N=2" in text and "least squares" in text
 
     # Done once, it only evaluates again; the same data order and initialisation serve every N.
     before = (tmp_path / "passes-2/metrics.csv").read_bytes()
     run_demo(miniature(), tmp_path, console=console)
     assert (tmp_path / "passes-2/metrics.csv").read_bytes() == before and read_csv(tmp_path / "demo.csv") == rows
+    assert (tmp_path / "recall.csv").read_bytes() == recall
     with pytest.raises(ValueError, match="passes-1.*train.seed"):
         run_demo(Scale(**vars(miniature()) | {"train": TrainConfig(seed=3, device="cpu")}), tmp_path, console=console)
 

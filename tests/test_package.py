@@ -21,7 +21,7 @@ LAYERS = [
     ("rows", "sleep", "config", "model", "session"),
     ("tasks",),
     ("training",),
-    ("bench", "demo", "cli", "__main__"),
+    ("bench", "recall", "demo", "cli", "__main__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
