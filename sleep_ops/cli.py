@@ -4,6 +4,7 @@ Settings are checked before anything is written; a bad one is a message and exit
 failed, 128 + n one that signal n stopped (its checkpoint is saved).
 """
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,13 @@ def _integers(name: str, text: str) -> tuple[int, ...]:
         raise ValueError(f"{name}: expected integers separated by commas, got {text!r}") from error
 
 
+def _parse_passes(text: str) -> int | float:
+    try:
+        return math.inf if text == "inf" else int(text)
+    except ValueError as error:
+        raise ValueError(f"passes: expected an integer >= 1 or inf, got {text!r}") from error
+
+
 def _parse_loads(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
@@ -86,10 +94,13 @@ def train_rule110(
     heads: Annotated[int, option("Heads, of attention and of the fast weights.", MODEL)] = 4,
     head_dim: Annotated[int | None, option("Head dim; width / heads by default.", MODEL)] = None,
     layers: Annotated[str, option("Blocks, attn or gdn, joined by dashes.", MODEL)] = "attn-gdn-attn-gdn",
-    passes: Annotated[int, option("Passes per sleep, N; 1 is the ordinary hybrid.", MODEL)] = 4,
+    passes: Annotated[str, option("Passes per sleep, N; 1 is the ordinary hybrid, inf is for replay.", MODEL)] = "4",
     window: Annotated[int | None, option("Tokens before eviction, L; the string length by default.", MODEL)] = None,
     eviction: Annotated[str, option("hard or sliding.", MODEL)] = "hard",
     loop: Annotated[str, option("Looped blocks: all, or FIRST:LAST, both included.", MODEL)] = "all",
+    sleep_kind: Annotated[
+        str, option("refine (Algorithm 1) or replay (the fast weights' writes alone, at a cost free of N).", MODEL)
+    ] = "refine",
     sleep_on: Annotated[str, option("every (full window) or unlabelled (Algorithm 1 to the letter).", MODEL)] = "every",
     conv_boundary: Annotated[str, option("Convolution tail of later passes: snapshot or zero.", MODEL)] = "snapshot",
     rule: Annotated[str, option("delta or hebbian.", MODEL)] = "delta",
@@ -137,8 +148,9 @@ def train_rule110(
             head_dim=head_dim,
             layers=tuple(layers.split("-")),
             window=task.window if window is None else window,
-            passes=passes,
+            passes=_parse_passes(passes),
             loop=_parse_loop(loop),
+            sleep_kind=sleep_kind,
             eviction=eviction,
             sleep_on=sleep_on,
             conv_boundary=conv_boundary,
@@ -181,7 +193,7 @@ def train_rule110(
         console.print(f"stopped by signal {result.signal} at step {result.step}, saved; the same command goes on")
         raise typer.Exit(128 + result.signal)
     if result.evaluation:
-        _print_evaluations(console, task, [(passes, result.evaluation)])
+        _print_evaluations(console, task, [(model.passes, result.evaluation)])
     state = "finished" if result.finished else f"at step {result.step} of {steps}"
     console.print(f"{out}: {state}, {result.seconds:.0f} s of training, {result.skipped} steps skipped")
 
@@ -189,7 +201,9 @@ def train_rule110(
 @app.command("eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, as written by train.")],
-    passes: Annotated[str | None, option("N, or several separated by commas; the run's own by default.")] = None,
+    passes: Annotated[
+        str | None, option("N, or several separated by commas (inf with replay); the run's own by default.")
+    ] = None,
     samples: Annotated[int, option("Sequences.")] = 8192,
     batch: Annotated[int, option("Sequences per batch.")] = 512,
     seed: Annotated[int, option("Seed of the evaluation sequences, drawn apart from the training ones.")] = 1,
@@ -203,7 +217,7 @@ def evaluate(
         from sleep_ops.training.logs import write_csv
         from sleep_ops.training.trainer import autocast
 
-        chosen = None if passes is None else _integers("passes", passes)
+        chosen = None if passes is None else tuple(map(_parse_passes, passes.split(",")))
         if chosen is not None and min(chosen) < 1:
             raise ValueError(f"passes: expected integers >= 1, got {passes!r}")
         if samples < 1 or batch < 1 or seed < 0:
@@ -211,16 +225,14 @@ def evaluate(
         if out is not None and out.is_dir():
             raise ValueError(f"out: expected a CSV file, got the folder {out}")
         config, task, model, step = load_run(run, device=device, warn=console.print)
-        chosen = (config.model["passes"],) if chosen is None else chosen
+        chosen = (model.config.passes,) if chosen is None else chosen
         where = next(model.parameters()).device
         found = []
         for n in chosen:
             with autocast(config.train.precision, where):
                 result = task.evaluate(model, samples=samples, batch_size=batch, seed=seed, passes=n, device=where)
             found.append((n, result))
-        console.print(
-            f"{run}: {task.to_dict()}, trained with N={config.model['passes']} to step {step}", highlight=False
-        )
+        console.print(f"{run}: {task.to_dict()}, trained with N={model.config.passes} to step {step}", highlight=False)
         _print_evaluations(console, task, found)
         if out is not None:
             write_csv(out, [{"run": str(run), "step": step, "passes": n, "seed": seed, **r} for n, r in found])
@@ -381,7 +393,7 @@ def _timings(rows: list[dict]) -> Table:
     return table
 
 
-def _print_evaluations(console: Console, task, found: list[tuple[int, dict]]) -> None:
+def _print_evaluations(console: Console, task, found: list[tuple[int | float, dict]]) -> None:
     title, chance = "held-out strings" if task.held_out else "fresh sequences", task.chance()
     table = Table("N", "exact", "+/-", "per label", "loss", "sequences", title=f"accuracy on {title}")
     percent: Callable[[float], str] = "{:.2%}".format

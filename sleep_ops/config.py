@@ -5,13 +5,14 @@ import math
 from dataclasses import dataclass
 
 from sleep_ops.ops.attention import BACKENDS
-from sleep_ops.sleep import CONV_BOUNDARIES, EVICTIONS
+from sleep_ops.sleep import CONV_BOUNDARIES, EVICTIONS, SLEEP_KINDS
 from sleep_ops.validation import IMPLS, RULES, check_choice, check_count, check_flags
 
 LAYERS = ("attn", "gdn")
 SLEEP_ON = ("every", "unlabelled")
 _GDN_SIZES = ("gdn_num_heads", "gdn_num_v_heads", "gdn_head_dim", "gdn_head_v_dim")
 _CHOICES = {
+    "sleep_kind": SLEEP_KINDS,
     "eviction": EVICTIONS,
     "sleep_on": SLEEP_ON,
     "conv_boundary": CONV_BOUNDARIES,
@@ -33,12 +34,16 @@ class HybridConfig:
 
     vocab_size, hidden_size: tokens and width. layers: one of "attn", "gdn" per block, first block first.
     window: tokens read before the attention caches are evicted (L); None for neither eviction nor sleep.
-    passes: sleep duration N; 1 is the ordinary hybrid, and the only choice where window is None.
+    passes: sleep duration N; 1 is the ordinary hybrid, and the only choice where window is None. math.inf is for
+        replaying alone: to the fixed point, a ValueError when a window is read that has none.
     loop: first and last block of the looped range, both included (the middle 14 of 28 are `(7, 20)`); None for all.
+    sleep_kind: what passes 2..N over a window are. "refine" (the paper's Algorithm 1) runs the looped blocks again on
+        their own outputs; its cost grows with N. "replay" repeats in every GDN block of the loop the writes of the wake
+        pass, the same k, v, g and beta, and leaves everything else as it is; its cost does not grow with N.
     eviction: "hard" empties the caches after every window; "sliding" keeps the last L - 1 tokens' keys and values.
     sleep_on: "every" full window sleeps before it is evicted; "unlabelled": only those without a loss token (the
         paper's Algorithm 1 to the letter).
-    conv_boundary: convolution tail that passes 2..N start from: "snapshot" (as when the window began) or "zero".
+    conv_boundary: convolution tail that refining passes start from: "snapshot" (as when the window began) or "zero".
     num_heads, num_kv_heads, head_dim: attention's query heads, key/value heads (default num_heads) and head dim
         (default hidden_size / num_heads).
     gdn_num_heads, gdn_num_v_heads, gdn_head_dim, gdn_head_v_dim, conv_size, allow_neg_eigval, rule: see
@@ -47,15 +52,17 @@ class HybridConfig:
         rotary positions. norm_eps: of every RMSNorm. tie_embeddings: the head shares the embedding's weight.
         initializer_range: standard deviation of the weights.
     attention_backend: "auto", "flash" or "torch" (see `causal_attention`); impl: kernels (see `gated_delta_rule`).
-    activation_checkpointing: recompute each (window, pass) in the backward pass instead of storing it.
+    activation_checkpointing: recompute each (window, pass) in the backward pass instead of storing it; what is replayed
+        stays stored.
     """
 
     vocab_size: int
     hidden_size: int
     layers: tuple[str, ...]
     window: int | None
-    passes: int = 1
+    passes: int | float = 1
     loop: tuple[int, int] | None = None
+    sleep_kind: str = "refine"
     eviction: str = "hard"
     sleep_on: str = "every"
     conv_boundary: str = "snapshot"
@@ -84,7 +91,7 @@ class HybridConfig:
         object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.loop, list):
             object.__setattr__(self, "loop", tuple(self.loop))
-        for name in ("vocab_size", "hidden_size", "passes", "num_heads", "conv_size"):
+        for name in ("vocab_size", "hidden_size", "num_heads", "conv_size"):
             check_count(name, getattr(self, name))
         for name in ("window", "num_kv_heads", "head_dim", "intermediate_size", *_GDN_SIZES):
             if getattr(self, name) is not None:
@@ -125,21 +132,28 @@ class HybridConfig:
         """First and last looped block, both included."""
         return self.loop or (0, len(self.layers) - 1)
 
-    def resolve_passes(self, passes: int | None) -> int:
+    def resolve_passes(self, passes: int | float | None) -> int | float:
         """N for a call that asks for `passes` (None: this configuration's). ValueError where it can't be."""
         passes = self.passes if passes is None else passes
-        check_count("passes", passes)
+        if isinstance(passes, float) and passes == math.inf:
+            expected = "an integer >= 1 (math.inf with sleep_kind 'replay' only)"
+            expect(self.sleep_kind == "replay", "passes", expected, passes)
+        else:
+            check_count("passes", passes)
         if self.window is None:
             expect(passes == 1, "passes", "1 where window is None (nothing is evicted or sleeps)", passes)
         return passes
 
     def to_dict(self) -> dict:
-        """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+        """Plain values, for JSON; endless passes are "inf"."""
+        values = dataclasses.asdict(self)
+        return values | {"passes": "inf"} if self.passes == math.inf else values
 
     @classmethod
     def from_dict(cls, values: dict) -> "HybridConfig":
         """The inverse of `to_dict`; an unknown key is a ValueError."""
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         expect(not unknown, "values", "known configuration keys", unknown)
+        if values.get("passes") == "inf":
+            values = values | {"passes": math.inf}
         return cls(**values)

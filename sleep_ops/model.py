@@ -62,6 +62,7 @@ class SleepHybridModel(nn.Module):
             window=c.window,
             loop=c.loop_range,
             eviction=c.eviction,
+            kind=c.sleep_kind,
             conv_boundary=c.conv_boundary,
             checkpointing=c.activation_checkpointing and self.training,
         )
@@ -100,7 +101,7 @@ class SleepHybridModel(nn.Module):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        passes: int | None = None,
+        passes: int | float | None = None,
         state: SleepState | None = None,
         *,
         cu_seqlens: Tensor | None = None,
@@ -121,7 +122,8 @@ class SleepHybridModel(nn.Module):
         Returns a SleepOutput: logits of the windows with loss alone (or of all, see all_logits), the columns they
         belong to in `positions`, the mean loss, and the state.
 
-        Raises ValueError naming the argument for wrong shapes, dtypes or values, and for labels without a loss token.
+        Raises ValueError naming the argument for wrong shapes, dtypes or values, for labels without a loss token, and
+        for passes=math.inf where a window's replays don't converge.
         """
         rows, ids = self.rows(input_ids, attention_mask, cu_seqlens)
         self._check(tuple(input_ids.shape), labels, loss_mask)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sleep_ops import ragged
+from sleep_ops.layers.gdn import GDNWrites
 from sleep_ops.model import SleepHybridModel
 from sleep_ops.ragged import Lengths
 from sleep_ops.sampling import check_sampling, sample
@@ -30,13 +32,13 @@ class SleepSession:
     passes: N, instead of the model's own. Raises ValueError where the model can't take it.
     """
 
-    def __init__(self, model: SleepHybridModel, passes: int | None = None):
+    def __init__(self, model: SleepHybridModel, passes: int | float | None = None):
         self.model, self._passes = model, model.config.resolve_passes(passes)
         self.state: SleepState | None = None
         self.logits: Tensor | None = None
 
     @property
-    def passes(self) -> int:
+    def passes(self) -> int | float:
         """N, the sleep duration; fixed, since a live window is begun for it."""
         return self._passes
 
@@ -210,11 +212,12 @@ class SleepSession:
         if header.pop("digest", None) != _digest(tensors, header):
             raise ValueError("path: expected what was saved, got other contents (their digest differs)")
         saved, own = json.loads(header["config"]), json.loads(json.dumps(_identity(model)))
+        saved.setdefault("sleep_kind", "refine")  # of files written when there was no other kind
         different = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))
         if different:
             got = ", ".join(f"{k} {saved.get(k)!r} (model: {own.get(k)!r})" for k in different)
             raise ValueError(f"path: expected a session of this model's configuration, got {got}")
-        session = cls(model, int(header["passes"]))
+        session = cls(model, math.inf if header["passes"] == "inf" else int(header["passes"]))
         rows = tuple(tuple(x) for x in json.loads(header["rows"]))
         empty = model.init_state(len(rows[0]))
 
@@ -224,7 +227,13 @@ class SleepSession:
                 for i, s in enumerate(getattr(empty, part))
             )
 
-        state = SleepState(fill("blocks"), fill("start"), tensors.get("hidden"), *rows)
+        writes = tuple(
+            GDNWrites(*(tensors[f"writes.{i}.{name}"] for name in GDNWrites._fields))
+            if f"writes.{i}.k" in tensors
+            else None
+            for i in range(len(empty.blocks))
+        )
+        state = SleepState(fill("blocks"), fill("start"), tensors.get("hidden"), writes, *rows)
         weight = model.embed.weight
         widest = max(x.element_size() for x in (*fill("blocks")[0], tensors["logits"]))
         session.state = state.to(weight.device, weight.dtype if widest > weight.element_size() else None)
@@ -234,7 +243,7 @@ class SleepSession:
 
 def _named(state: SleepState) -> dict[str, Tensor]:
     named = {}
-    for part in ("blocks", "start"):
+    for part in ("blocks", "start", "writes"):
         for i, s in enumerate(getattr(state, part)):
             if s is not None:
                 named.update({f"{part}.{i}.{name}": getattr(s, name) for name in s._fields})

@@ -1,14 +1,21 @@
 """Sleep: windows, passes and eviction over a stack of blocks (Algorithm 1 of arXiv 2605.26099).
 
 A window of at most L tokens is read *awake*: one pass, from which every prediction comes. When it is full it *sleeps*:
-N - 1 further passes of the looped blocks over the window, each fed with the hidden states of the pass before and with
-the fast weights that pass left behind. Then the attention caches are evicted. Training, evaluation and sessions all go
-through `SleepStack.read`, so a text read at once, in chunks or token by token leaves the same state.
+N - 1 further passes over the window, each starting from the fast weights that the pass before left behind. Then the
+attention caches are evicted. Training, evaluation and sessions all go through `SleepStack.read`, so a text read at
+once, in chunks or token by token leaves the same state. There are two kinds of further pass.
+
+"refine" (Algorithm 1): the looped blocks run again, each time fed with the hidden states of the pass before, so what
+they write changes from pass to pass. The cost is linear in N.
 
     window tokens --embed--> [before | looped | after] --> predictions          pass 1, awake
                                      h ^  | h, S
                                        +--+                                     passes 2..N, asleep
                              then: after the loop, once more; evict
+
+"replay": every GDN block of the loop, on its own, repeats what it wrote awake, the same k, v, g and beta. Nothing else
+is computed anew: attention caches, convolution tails and the other blocks stay as pass 1 left them. A pass is then an
+affine map of S, so the cost hardly grows with N, which may be infinite.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,19 +28,23 @@ from torch.utils.checkpoint import checkpoint
 from sleep_ops import ragged
 from sleep_ops.layers.attention import AttentionState, Segment
 from sleep_ops.layers.block import Block, BlockState
-from sleep_ops.layers.gdn import GDNState
+from sleep_ops.layers.gdn import GDNState, GDNWrites
 from sleep_ops.ragged import Lengths
 
 EVICTIONS = ("hard", "sliding")
 CONV_BOUNDARIES = ("snapshot", "zero")
+SLEEP_KINDS = ("refine", "replay")
 
 
 class SleepState(NamedTuple):
     """Everything a text leaves behind, for B rows. Tensors are never changed in place; the lengths are host integers.
 
     blocks: each block's state: fast weights and convolution tail, or cached keys and values.
-    start: the GDN blocks' states when the live window began (None for attention).
-    hidden: `[B, live, hidden_size]`, what the looped blocks put out awake for the live window; None with one pass.
+    start: the GDN blocks' states when the live window began (None for attention, and where sleep replays).
+    hidden: `[B, live, hidden_size]`, what the looped blocks put out awake for the live window; None with one pass, and
+        where sleep replays.
+    writes: what the GDN blocks of the loop wrote in the live window, `[B, live, ...]` each, where sleep replays; None
+        with one pass, and for every other block.
     seen: tokens read so far; live: those in the unfinished window; kept: keys kept from earlier windows.
     labelled: whether the live window has had a loss token (counted for `sleep_on="unlabelled"` alone).
     """
@@ -41,6 +52,7 @@ class SleepState(NamedTuple):
     blocks: tuple[BlockState, ...]
     start: tuple[GDNState | None, ...]
     hidden: Tensor | None
+    writes: tuple[GDNWrites | None, ...]
     seen: Lengths
     live: Lengths
     kept: Lengths
@@ -49,7 +61,7 @@ class SleepState(NamedTuple):
     def to(self, device=None, dtype: torch.dtype | None = None) -> "SleepState":
         """The same state elsewhere, or in another dtype; fast weights stay float32, or float64 for dtype float64."""
 
-        def move(state: BlockState | None) -> BlockState | None:
+        def move(state: BlockState | GDNWrites | None) -> BlockState | GDNWrites | None:
             if state is None:
                 return None
             moved = type(state)(*(x.to(device=device, dtype=dtype) for x in state))
@@ -59,14 +71,17 @@ class SleepState(NamedTuple):
             return moved
 
         hidden = None if self.hidden is None else self.hidden.to(device=device, dtype=dtype)
-        return self._replace(blocks=tuple(map(move, self.blocks)), start=tuple(map(move, self.start)), hidden=hidden)
+        blocks, start, writes = (tuple(map(move, part)) for part in (self.blocks, self.start, self.writes))
+        return self._replace(blocks=blocks, start=start, hidden=hidden, writes=writes)
 
     def detach(self) -> "SleepState":
         """The same state, cut from the autograd graph (truncated backpropagation)."""
-        cut = [type(s)(*(x.detach() for x in s)) for s in self.blocks]
-        start = [s if s is None else type(s)(*(x.detach() for x in s)) for s in self.start]
+
+        def cut(part: tuple) -> tuple:
+            return tuple(s if s is None else type(s)(*(x.detach() for x in s)) for s in part)
+
         hidden = None if self.hidden is None else self.hidden.detach()
-        return self._replace(blocks=tuple(cut), start=tuple(start), hidden=hidden)
+        return self._replace(blocks=cut(self.blocks), start=cut(self.start), hidden=hidden, writes=cut(self.writes))
 
 
 def _select(rows: Sequence[bool], new: BlockState, old: BlockState) -> BlockState:
@@ -77,14 +92,22 @@ def _select(rows: Sequence[bool], new: BlockState, old: BlockState) -> BlockStat
     return type(new)(*(torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, old, strict=True)))
 
 
+def _append(old: GDNWrites | None, old_lengths: Lengths, new: GDNWrites | None, lengths: Lengths) -> GDNWrites | None:
+    """Row by row, what was written before and then `new`; None where nothing is recorded."""
+    if old is None or new is None:
+        return new
+    pairs = zip(old, new, strict=True)
+    return GDNWrites(*(ragged.append(x.to(y.dtype), old_lengths, y, lengths) for x, y in pairs))
+
+
 class SleepStack:
     """The blocks of a model and the rules by which they wake, sleep and forget.
 
-    blocks: objects with `forward(h, state, segment) -> (h, state)`, `update_state(h, state, segment) -> state`,
-    `init_state` and `fast_weights`, as `Block`. window: L tokens, or None for no eviction and no sleep. loop: first and
-    last looped block, both included. eviction: "hard" or "sliding". conv_boundary: what convolution tail a further pass
-    starts from, "snapshot" (as when the window began) or "zero". checkpointing: recompute every run of blocks in the
-    backward pass instead of storing it; one unit per window and pass.
+    blocks: objects with the methods of `Block`. window: L tokens, or None for no eviction and no sleep. loop: first and
+    last looped block, both included. kind: of the further passes, "refine" or "replay". eviction: "hard" or "sliding".
+    conv_boundary: what convolution tail a refining pass starts from, "snapshot" (as when the window began) or "zero".
+    checkpointing: recompute every run of blocks in the backward pass instead of storing it; one unit per window and
+    pass. All replays of a block over a window are one unit, and what it replays is stored.
     """
 
     def __init__(
@@ -94,17 +117,20 @@ class SleepStack:
         window: int | None,
         loop: tuple[int, int],
         eviction: str,
+        kind: str = "refine",
         conv_boundary: str = "snapshot",
         checkpointing: bool = False,
     ):
         self.blocks, self.window, self.loop, self.eviction = blocks, window, loop, eviction
-        self.conv_boundary, self.checkpointing = conv_boundary, checkpointing
+        self.kind, self.conv_boundary, self.checkpointing = kind, conv_boundary, checkpointing
+        looped = range(loop[0], loop[1] + 1) if kind == "replay" else ()
+        self.replayed = tuple(i for i in looped if blocks[i].fast_weights)
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> SleepState:
         """The state before the first token."""
         blocks = tuple(block.init_state(batch_size, device=device, dtype=dtype) for block in self.blocks)
-        none = (0,) * batch_size
-        return SleepState(blocks, self._fast_states(blocks), None, none, none, none, (False,) * batch_size)
+        none, unwritten = (0,) * batch_size, (None,) * len(blocks)
+        return SleepState(blocks, self._starts(blocks), None, unwritten, none, none, none, (False,) * batch_size)
 
     def check(self, state: SleepState, batch_size: int) -> None:
         """Raises ValueError where `state` can't be one of this stack's, for batch_size rows."""
@@ -113,6 +139,8 @@ class SleepStack:
         kinds = [GDNState if b.fast_weights else AttentionState for b in self.blocks]
         if [type(s) for s in state.blocks] != kinds:
             raise ValueError(f"state: expected one of these blocks, got {[type(s).__name__ for s in state.blocks]}")
+        if [s is None for s in state.start] != [s is None for s in self._starts(state.blocks)]:
+            raise ValueError(f"state: expected one of sleep_kind {self.kind!r}, got one of the other kind")
         if len(state.seen) != batch_size:
             raise ValueError(f"state: expected {batch_size} rows, got {len(state.seen)}")
 
@@ -122,7 +150,7 @@ class SleepStack:
         lengths: Lengths,
         state: SleepState,
         *,
-        passes: int,
+        passes: int | float,
         wants: Callable[[Lengths, Lengths], bool],
         emit: Callable[[Lengths, Lengths, Tensor], None],
         labelled: Callable[[Lengths, Lengths], Sequence[bool]] | None = None,
@@ -161,36 +189,77 @@ class SleepStack:
         return state
 
     def wake(
-        self, h: Tensor, state: SleepState, lengths: Lengths, *, output: bool, passes: int, asleep: Sequence[bool] = ()
+        self,
+        h: Tensor,
+        state: SleepState,
+        lengths: Lengths,
+        *,
+        output: bool,
+        passes: int | float,
+        asleep: Sequence[bool] = (),
     ) -> tuple[Tensor | None, SleepState]:
         """The first pass over a segment that fits into the live window.
 
         h `[B, T, hidden]` embeddings -> (outputs of the last block, or None if not wanted; the state after it).
         `asleep` marks the rows that sleep right after it: what the sleep computes anew is left out.
         """
+        if passes > 1:
+            self._check_begun(state, passes)
         held = ragged.add(state.kept, state.live)
         live = ragged.add(state.live, lengths)
         closed = all(n == self.window for n in live)
         segment = Segment(lengths, held, state.seen, self.window, h.device)
-        blocks, hidden, end = state.blocks, None, len(self.blocks)
-        begin = 0
-        if passes > 1:
-            hidden = self._begun(state, passes)
+        blocks, hidden, begin = state.blocks, None, 0
+        refining = passes > 1 and self.kind == "refine"
+        if refining:
             begin = self.loop[1] + 1
-            h, blocks = self._run(range(begin), h, blocks, segment, output=True, closed=closed)
-            hidden = h if hidden is None else ragged.append(hidden.to(h.dtype), state.live, h, lengths)
-        rerun = passes > 1 and len(asleep) > 0 and all(asleep)
-        if output or not rerun:
-            h, blocks = self._run(range(begin, end), h, blocks, segment, output=output, closed=closed)
+            h, blocks, _ = self._run(range(begin), h, blocks, segment, output=True, closed=closed)
+            hidden = h if state.hidden is None else ragged.append(state.hidden.to(h.dtype), state.live, h, lengths)
+        writes = (None,) * len(self.blocks)
+        if output or not (refining and len(asleep) > 0 and all(asleep)):
+            recorded = self.replayed if passes > 1 else ()
+            rest = range(begin, len(self.blocks))
+            h, blocks, new = self._run(rest, h, blocks, segment, output=output, closed=closed, recorded=recorded)
+            writes = tuple(_append(old, state.live, w, lengths) for old, w in zip(state.writes, new, strict=True))
         seen = ragged.add(state.seen, lengths)
-        return h if output else None, state._replace(blocks=blocks, hidden=hidden, seen=seen, live=live)
+        state = state._replace(blocks=blocks, hidden=hidden, writes=writes, seen=seen, live=live)
+        return h if output else None, state
 
-    def sleep(self, state: SleepState, *, passes: int, rows: Sequence[bool]) -> SleepState:
-        """Passes 2..N over the live window of the rows marked True; nothing is evicted yet."""
-        first, last = self.loop
-        if passes == 1 or not any(rows) or not any(self._outlives(i, True) for i in range(first, len(self.blocks))):
+    def sleep(self, state: SleepState, *, passes: int | float, rows: Sequence[bool]) -> SleepState:
+        """Passes 2..N over the live window of the rows marked True; nothing is evicted yet.
+
+        Raises ValueError for passes=math.inf where some row's replays don't converge.
+        """
+        if passes == 1 or not any(rows):
             return state
-        h, blocks = self._begun(state, passes), list(state.blocks)
+        self._check_begun(state, passes)
+        return self._replay(state, passes, rows) if self.kind == "replay" else self._refine(state, passes, rows)
+
+    def _replay(self, state: SleepState, passes: int | float, rows: Sequence[bool]) -> SleepState:
+        # Without the rows that stay awake: theirs need not converge, and would be for nothing.
+        asleep = [b for b, sleeps in enumerate(rows) if sleeps]
+        lengths = tuple(state.live[b] for b in asleep)
+        device = state.blocks[0][0].device
+        index = None if len(asleep) == len(rows) else torch.tensor(asleep, device=device)
+        real = None if ragged.uniform(lengths) else torch.tensor(lengths, device=device)
+        blocks = list(state.blocks)
+        for i in self.replayed:
+            writes, fast_weights = state.writes[i], state.blocks[i].fast_weights
+            if index is not None:
+                writes = GDNWrites(*(x.index_select(0, index) for x in writes))
+                fast_weights = fast_weights.index_select(0, index)
+            writes = GDNWrites(*(x[:, : max(lengths)] for x in writes))
+            new = self._unit(self.blocks[i].replay, writes, fast_weights, passes - 1, real)
+            if index is not None:
+                new = state.blocks[i].fast_weights.index_copy(0, index, new)
+            blocks[i] = state.blocks[i]._replace(fast_weights=new)
+        return state._replace(blocks=tuple(blocks))
+
+    def _refine(self, state: SleepState, passes: int, rows: Sequence[bool]) -> SleepState:
+        first, last = self.loop
+        if not any(self._outlives(i, True) for i in range(first, len(self.blocks))):
+            return state
+        h, blocks = state.hidden, list(state.blocks)
         begun = tuple(n - m for n, m in zip(state.seen, state.live, strict=True))
         segment = Segment(state.live, state.kept, begun, self.window, h.device)
         after = range(last + 1, len(self.blocks))
@@ -199,13 +268,13 @@ class SleepStack:
             for i in range(first, last + 1):
                 blocks[i] = self._pass_start(i, blocks[i], state)
             output = n < passes or refine_after
-            h, run = self._run(range(first, last + 1), h, tuple(blocks), segment, output=output, closed=True)
+            h, run, _ = self._run(range(first, last + 1), h, tuple(blocks), segment, output=output, closed=True)
             blocks = list(run)
         if refine_after:
             for i in after:
                 begun_state = state.start[i] if self.blocks[i].fast_weights else self._kept_keys(state.blocks[i], state)
                 blocks[i] = begun_state
-            _, run = self._run(after, h, tuple(blocks), segment, output=False, closed=True)
+            _, run, _ = self._run(after, h, tuple(blocks), segment, output=False, closed=True)
             blocks = list(run)
         for i, old in enumerate(state.blocks):
             blocks[i] = _select(rows, blocks[i], old) if self._outlives(i, True) else old
@@ -224,45 +293,65 @@ class SleepStack:
         )
         start = tuple(
             new if new is None else _select(rows, new, old)
-            for new, old in zip(self._fast_states(blocks), state.start, strict=True)
+            for new, old in zip(self._starts(blocks), state.start, strict=True)
         )
-        hidden = state.hidden
-        if hidden is not None:
-            hidden = ragged.take_last(hidden, state.live, live) if max(live) else None
+        hidden, writes = None, (None,) * len(self.blocks)
+        if max(live) > 0:
+            hidden = None if state.hidden is None else ragged.take_last(state.hidden, state.live, live)
+            writes = tuple(
+                w if w is None else GDNWrites(*(ragged.take_last(x, state.live, live) for x in w)) for w in state.writes
+            )
         labelled = tuple(m and not r for r, m in zip(rows, state.labelled, strict=True))
-        return SleepState(blocks, start, hidden, state.seen, live, kept, labelled)
+        return SleepState(blocks, start, hidden, writes, state.seen, live, kept, labelled)
 
     def _run(
-        self, indices: range, h: Tensor, blocks: tuple, segment: Segment, *, output: bool, closed: bool
-    ) -> tuple[Tensor | None, tuple]:
-        """Runs the blocks at `indices`, and without `output` only as far as a later token can see it."""
+        self,
+        indices: range,
+        h: Tensor,
+        blocks: tuple,
+        segment: Segment,
+        *,
+        output: bool,
+        closed: bool,
+        recorded: Sequence[int] = (),
+    ) -> tuple[Tensor | None, tuple, tuple]:
+        """Runs the blocks at `indices`, and without `output` only as far as a later token can see it.
+
+        Returns (h, every block's state, what every block wrote; None for those not in `recorded`).
+        """
         if not output:
             outliving = [i for i in indices if self._outlives(i, closed)]
             indices = range(indices.start, outliving[-1] + 1) if outliving else range(0)
+        written = [None] * len(self.blocks)
         if len(indices) == 0:
-            return h, blocks
+            return h, blocks, tuple(written)
 
-        def run(h: Tensor, states: tuple) -> tuple[Tensor, tuple]:
-            states = list(states)
+        def run(h: Tensor, states: tuple) -> tuple[Tensor, tuple, tuple]:
+            states, writes = list(states), [None] * len(states)
             for place, i in enumerate(indices):
+                block, record = self.blocks[i], i in recorded
                 if i == indices[-1] and not output:
-                    states[place] = self.blocks[i].update_state(h, states[place], segment)
+                    states[place], writes[place] = block.update_state(h, states[place], segment, return_writes=record)
                 else:
-                    h, states[place] = self.blocks[i](h, states[place], segment)
-            return h, tuple(states)
+                    h, states[place], writes[place] = block(h, states[place], segment, return_writes=record)
+            return h, tuple(states), tuple(writes)
 
-        states = blocks[indices.start : indices.stop]
+        inside = slice(indices.start, indices.stop)
+        h, states, written[inside] = self._unit(run, h, blocks[inside])
+        return h, blocks[: indices.start] + states + blocks[indices.stop :], tuple(written)
+
+    def _unit(self, function: Callable, *arguments):
+        """function(*arguments); with checkpointing, its inputs are stored and the rest is computed again backward."""
         if self.checkpointing and torch.is_grad_enabled():
-            h, states = checkpoint(run, h, states, use_reentrant=False, preserve_rng_state=False)
-        else:
-            h, states = run(h, states)
-        return h, blocks[: indices.start] + states + blocks[indices.stop :]
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return function(*arguments)
 
-    def _begun(self, state: SleepState, passes: int) -> Tensor | None:
-        """What the looped blocks put out for the live window so far, None before its first token."""
-        if state.hidden is None and max(state.live) > 0:
+    def _check_begun(self, state: SleepState, passes: int | float) -> None:
+        """Raises ValueError unless what further passes start from has been kept since the live window began."""
+        refine = self.kind == "refine"
+        missing = state.hidden is None if refine else any(state.writes[i] is None for i in self.replayed)
+        if missing and max(state.live) > 0:
             raise ValueError(f"passes: expected 1, with which the live window was begun, got {passes}")
-        return state.hidden
 
     def _outlives(self, i: int, closed: bool) -> bool:
         """Whether later tokens see block i's state once this run is over (`closed`: the run ends the window)."""
@@ -278,5 +367,7 @@ class SleepStack:
     def _kept_keys(self, cache: AttentionState, state: SleepState) -> AttentionState:
         return AttentionState(*(ragged.take(x, (0,) * len(state.kept), state.kept) for x in cache))
 
-    def _fast_states(self, blocks: Sequence[BlockState]) -> tuple[GDNState | None, ...]:
-        return tuple(s if b.fast_weights else None for b, s in zip(self.blocks, blocks, strict=True))
+    def _starts(self, blocks: Sequence[BlockState]) -> tuple[GDNState | None, ...]:
+        """Those of the states at the start of a window to which refining passes return."""
+        refine = self.kind == "refine"
+        return tuple(s if refine and b.fast_weights else None for b, s in zip(self.blocks, blocks, strict=True))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sleep_ops.layers.attention import Attention, AttentionState, Segment
-from sleep_ops.layers.gdn import GDNState, SleepGDNLayer
+from sleep_ops.layers.gdn import GDNState, GDNWrites, SleepGDNLayer
 
 BlockState: TypeAlias = AttentionState | GDNState
 
@@ -27,7 +27,8 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """h + mixer(norm(h)), then h + mlp(norm(h)); the mixer's state is passed in and returned.
 
-    `fast_weights` says whether the state is a fast-weight memory (GDN) or a cache of keys and values (attention).
+    `fast_weights` says whether the state is a fast-weight memory (GDN) or a cache of keys and values (attention);
+    `return_writes` and `replay` are for the former.
     """
 
     def __init__(self, mixer: Attention | SleepGDNLayer, hidden_size: int, intermediate_size: int, norm_eps: float):
@@ -38,22 +39,34 @@ class Block(nn.Module):
         self.mlp = SwiGLU(hidden_size, intermediate_size)
         self.fast_weights = isinstance(mixer, SleepGDNLayer)
 
-    def forward(self, h: Tensor, state: BlockState, segment: Segment) -> tuple[Tensor, BlockState]:
-        """h `[B, T, hidden]` at `segment` -> (h, the state after it)."""
-        x = self.mixer_norm(h)
+    def forward(
+        self, h: Tensor, state: BlockState, segment: Segment, *, return_writes: bool = False
+    ) -> tuple[Tensor, BlockState, GDNWrites | None]:
+        """h `[B, T, hidden]` at `segment` -> (h, the state after it, what it wrote or None where that is not asked)."""
+        x, writes = self.mixer_norm(h), None
         if self.fast_weights:
-            y, state = self.mixer(x, state=state, lengths=segment.length_tensor, return_state=True)
+            y, state, writes = self.mixer(x, state=state, lengths=segment.length_tensor, return_writes=True)
         else:
             y, state = self.mixer(x, state, segment)
         h = h + y
-        return h + self.mlp(self.mlp_norm(h)), state
+        return h + self.mlp(self.mlp_norm(h)), state, writes if return_writes else None
 
-    def update_state(self, h: Tensor, state: BlockState, segment: Segment) -> BlockState:
-        """The state `forward` would return, and nothing else: no output, gate, output projection or MLP."""
-        x = self.mixer_norm(h)
+    def update_state(
+        self, h: Tensor, state: BlockState, segment: Segment, *, return_writes: bool = False
+    ) -> tuple[BlockState, GDNWrites | None]:
+        """The state and writes `forward` would return, and nothing else: no output, gate, output projection or MLP."""
+        x, writes = self.mixer_norm(h), None
         if self.fast_weights:
-            return self.mixer.update_state(x, state, lengths=segment.length_tensor)
-        return self.mixer.update_state(x, state, segment)
+            state, writes = self.mixer.update_state(x, state, lengths=segment.length_tensor, return_writes=True)
+        else:
+            state = self.mixer.update_state(x, state, segment)
+        return state, writes if return_writes else None
+
+    def replay(
+        self, writes: GDNWrites, fast_weights: Tensor, passes: int | float, lengths: Tensor | None = None
+    ) -> Tensor:
+        """The fast weights `passes` further passes over `writes` make of `fast_weights`; see `SleepGDNLayer.replay`."""
+        return self.mixer.replay(writes, fast_weights, passes=passes, lengths=lengths)
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> BlockState:
         """Zero fast weights, or an empty cache."""

@@ -45,6 +45,19 @@ class GDNState(NamedTuple):
     conv_tail: Tensor
 
 
+class GDNWrites(NamedTuple):
+    """What the tokens of a pass write, whatever fast weights they meet: all that replaying the pass needs.
+
+    k [B, T, H, K] and v [B, T, HV, V], convolved; a, b [B, T, HV], the raw inputs of the decay and of beta, closed at
+    padding (it leaves the fast weights as they are).
+    """
+
+    k: Tensor
+    v: Tensor
+    a: Tensor
+    b: Tensor
+
+
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution with SiLU: weight [channels, width], no bias."""
 
@@ -182,7 +195,8 @@ class SleepGDNLayer(nn.Module):
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
-    ) -> Tensor | tuple[Tensor, GDNState]:
+        return_writes: bool = False,
+    ) -> Tensor | tuple[Tensor, GDNState] | tuple[Tensor, GDNState, GDNWrites]:
         """Mix the tokens of x.
 
         Args:
@@ -193,29 +207,35 @@ class SleepGDNLayer(nn.Module):
             lengths: int64 [B], real tokens per row, padding at the right: the same without moving tokens.
             cu_seqlens: int32 or int64 [num_seqs + 1], borders of sequences packed into B = 1.
 
-        Returns y, or (y, state) with `return_state`. Raises ValueError for a wrong shape, dtype or device, or for more
-        than one of attention_mask, lengths and cu_seqlens.
+        Returns y, (y, state) with `return_state`, or (y, state, writes) with `return_writes`: what `replay` takes, the
+        real tokens at the left of their row. Raises ValueError for a wrong shape, dtype or device, or for more than one
+        of attention_mask, lengths and cu_seqlens.
         """
         self._check(x, state, attention_mask, lengths, cu_seqlens)
         if attention_mask is None:
-            y, state = self._mix(x, state, lengths, cu_seqlens)
+            y, state, writes = self._mix(x, state, lengths, cu_seqlens)
         else:
             place, lengths = _left_places(attention_mask != 0)
             place = place[..., None].expand_as(x)
-            y, state = self._mix(torch.zeros_like(x).scatter(1, place, x), state, lengths, None)
+            y, state, writes = self._mix(torch.zeros_like(x).scatter(1, place, x), state, lengths, None)
             y = y.gather(1, place)
+        if return_writes:
+            return y, state, writes
         return (y, state) if return_state else y
 
-    def update_state(self, x: Tensor, state: GDNState | None, *, lengths: Tensor | None = None) -> GDNState:
+    def update_state(
+        self, x: Tensor, state: GDNState | None, *, lengths: Tensor | None = None, return_writes: bool = False
+    ) -> GDNState | tuple[GDNState, GDNWrites]:
         """The state `forward` leaves behind, without outputs: queries only for the tail, no gate, no output projection.
 
-        x [B, T, hidden_size]; lengths int64 [B] or None, as in `forward`.
+        x [B, T, hidden_size]; lengths int64 [B] or None, as in `forward`. Returns state, or (state, writes) with
+        `return_writes`.
         """
         self._check(x, state, None, lengths, None)
         if lengths is not None:
             x = x.masked_fill(_padded(x, lengths), 0)
         fast_weights, (q_tail, k_tail, v_tail) = self._unpack(state)
-        k, v, a, b, k_tail, v_tail = self._keys_and_values(x, k_tail, v_tail, lengths, None)
+        writes, k_tail, v_tail = self._writes(x, k_tail, v_tail, lengths, None)
 
         kept = self.conv_size - 1
         if lengths is None:
@@ -227,52 +247,66 @@ class SleepGDNLayer(nn.Module):
         if kept:
             q_tail = carried_tail(self.q_proj(last), self.conv_size, q_tail, real)
         else:
-            q_tail = k.new_zeros(k.shape[0], 0, self.key_channels)
+            q_tail = writes.k.new_zeros(x.shape[0], 0, self.key_channels)
 
         fast_weights = delta_rule_state(
-            k, v, a, b, passes=self.passes, window=self.window if self.passes > 1 else None,
+            *writes, passes=self.passes, window=self.window if self.passes > 1 else None,
             initial_state=fast_weights, **self._rule_options(),
         )  # fmt: skip
-        return GDNState(fast_weights, torch.cat([q_tail, k_tail, v_tail], dim=-1))
+        state = GDNState(fast_weights, torch.cat([q_tail, k_tail, v_tail], dim=-1))
+        return (state, writes) if return_writes else state
+
+    def replay(
+        self, writes: GDNWrites, fast_weights: Tensor, *, passes: int | float, lengths: Tensor | None = None
+    ) -> Tensor:
+        """The fast weights [B, HV, K, V] that `passes` further passes over the same writes make of `fast_weights`.
+
+        writes: of B rows, from `forward` or `update_state`, or several calls' joined along T. passes: >= 1, or math.inf
+        for the fixed point. lengths: int64 [B], how many of each row's writes count, from the left; None for all.
+        Raises ValueError for a wrong shape, dtype, device or number, and with math.inf where passes don't converge.
+        """
+        self._check_replay(writes, fast_weights, lengths)
+        k, v, a, b = writes
+        if lengths is not None:
+            a, b = _closed(a, b, lengths)
+        return delta_rule_state(k, v, a, b, passes=passes, initial_state=fast_weights, **self._rule_options())
 
     def _mix(self, x, state, lengths, cu_seqlens):
         if lengths is not None:
             x = x.masked_fill(_padded(x, lengths), 0)  # whatever stands there, NaN included, reaches no gradient
         fast_weights, (q_tail, k_tail, v_tail) = self._unpack(state)
-        k, v, a, b, k_tail, v_tail = self._keys_and_values(x, k_tail, v_tail, lengths, cu_seqlens)
+        writes, k_tail, v_tail = self._writes(x, k_tail, v_tail, lengths, cu_seqlens)
         q, q_tail = self.q_conv(self.q_proj(x), q_tail, lengths, cu_seqlens)
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
 
         options = self._rule_options()
         if self.passes > 1:
             o, fast_weights = sleep_gated_delta_rule(
-                q, k, v, a, b, passes=self.passes, window=self.window, output_pass=self.output_pass,
+                q, *writes, passes=self.passes, window=self.window, output_pass=self.output_pass,
                 initial_state=fast_weights, cu_seqlens=cu_seqlens, **options,
             )  # fmt: skip
         elif x.shape[1] == 1 and fast_weights is not None and cu_seqlens is None:
-            token = (t[:, 0] for t in (q, k, v, a, b))
+            token = (t[:, 0] for t in (q, *writes))
             o, fast_weights = gated_delta_rule_step(*token, fast_weights, **options)
             o = o[:, None]
         else:
-            o, fast_weights = gated_delta_rule(
-                q, k, v, a, b, initial_state=fast_weights, cu_seqlens=cu_seqlens, **options
-            )
+            o, fast_weights = gated_delta_rule(q, *writes, initial_state=fast_weights, cu_seqlens=cu_seqlens, **options)
 
         gate = self.g_proj(x).unflatten(-1, (self.num_v_heads, self.head_v_dim))
         # A padded position has q = 0, so o, the norm of it and its bias-free projection are exactly 0.
         y = self.o_proj(self.o_norm(o, gate).flatten(2))
-        return y, GDNState(fast_weights, torch.cat([q_tail, k_tail, v_tail], dim=-1))
+        return y, GDNState(fast_weights, torch.cat([q_tail, k_tail, v_tail], dim=-1)), writes
 
-    def _keys_and_values(self, x, k_tail, v_tail, lengths, cu_seqlens):
-        """Convolved k and v in heads, raw gate and beta inputs (closed at padding), and the new tails."""
+    def _writes(self, x, k_tail, v_tail, lengths, cu_seqlens):
+        """What x writes, and the new tails of k and v."""
         k, k_tail = self.k_conv(self.k_proj(x), k_tail, lengths, cu_seqlens)
         v, v_tail = self.v_conv(self.v_proj(x), v_tail, lengths, cu_seqlens)
         a, b = self.a_proj(x), self.b_proj(x)
         if lengths is not None:
-            padded = _padded(x, lengths)
-            a, b = a.masked_fill(padded, CLOSED), b.masked_fill(padded, CLOSED)
+            a, b = _closed(a, b, lengths)
         k = k.unflatten(-1, (self.num_heads, self.head_dim))
-        return k, v.unflatten(-1, (self.num_v_heads, self.head_v_dim)), a, b, k_tail, v_tail
+        v = v.unflatten(-1, (self.num_v_heads, self.head_v_dim))
+        return GDNWrites(k, v, a, b), k_tail, v_tail
 
     def _rule_options(self):
         A_log, dt_bias = (p if p.dtype == torch.float64 else p.float() for p in (self.A_log, self.dt_bias))
@@ -316,12 +350,33 @@ class SleepGDNLayer(nn.Module):
         shape = (num_seqs, self.conv_size - 1, 2 * self.key_channels + self.value_channels)
         check_tensor("state.conv_tail", tail, shape, "[N, conv_size - 1, channels]", x.device)
 
+    def _check_replay(self, writes, fast_weights, lengths):
+        if not isinstance(writes, tuple) or len(writes) != 4:
+            raise ValueError(f"writes: expected GDNWrites(k, v, a, b), got {type(writes).__name__}")
+        k, v, a, b = writes
+        check_full("writes.k", k, 4, "[B, T, H, K]")
+        batch, tokens, device = k.shape[0], k.shape[1], self.A_log.device
+        keys, values = (batch, tokens, self.num_heads, self.head_dim), (batch, tokens, self.num_v_heads)
+        check_tensor("writes.k", k, keys, "[B, T, H, K]", device)
+        check_tensor("writes.v", v, (*values, self.head_v_dim), "[B, T, HV, V]", device, (k.dtype,))
+        check_tensor("writes.a", a, values, "[B, T, HV]", device)
+        check_tensor("writes.b", b, values, "[B, T, HV]", device)
+        check_state("fast_weights", fast_weights, (batch, self.num_v_heads, self.head_dim, self.head_v_dim), k)
+        if lengths is not None:
+            check_lengths(lengths, batch, tokens, device)
+
 
 def _left_places(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Where each token of mask [B, T] goes when real ones move to the left in order, and how many are real."""
     lengths = mask.sum(1)
     place = torch.where(mask, mask.cumsum(1) - 1, lengths[:, None] + (~mask).cumsum(1) - 1)
     return place, lengths
+
+
+def _closed(a: Tensor, b: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The raw gates a and b [B, T, HV], shut at the right padding."""
+    padded = _padded(a, lengths)
+    return a.masked_fill(padded, CLOSED), b.masked_fill(padded, CLOSED)
 
 
 def _padded(x: Tensor, lengths: Tensor) -> Tensor:

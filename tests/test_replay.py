@@ -1,0 +1,571 @@
+"""Sleep by replay passes: against a plain transcription, against the layer that replays alone, and in every use."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import sleep_ops.cli
+import sleep_ops.session
+from sleep_ops import HybridConfig, SleepGDNLayer, SleepHybridModel, SleepSession, gated_delta_rule
+from sleep_ops.layers.attention import rotate
+from sleep_ops.layers.gdn import GDNWrites
+from sleep_ops.training import load_run
+
+VOCAB, WINDOW, LENGTH = 11, 5, 18
+SETTINGS = [
+    pytest.param(dict(eviction=eviction, loop=loop, passes=passes), id=f"{eviction}-{loop or 'all'}-N{passes}")
+    for eviction, loop, passes in itertools.product(("hard", "sliding"), (None, (1, 2)), (2, 5, math.inf))
+]
+
+
+def tiny(**changes) -> SleepHybridModel:
+    torch.manual_seed(0)
+    settings = dict(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        layers=("attn", "gdn", "attn", "gdn"),
+        window=WINDOW,
+        sleep_kind="replay",
+        num_heads=2,
+        num_kv_heads=1,
+        initializer_range=0.3,
+    )
+    model = SleepHybridModel(HybridConfig(**(settings | changes))).double()
+    for block in model.blocks:
+        if block.fast_weights:
+            torch.nn.init.constant_(block.mixer.dt_bias, -1)  # a decay at which replays converge within some passes
+    return model
+
+
+def tokens(batch=2, length=LENGTH, seed=1):
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def fast_weights(model, state):
+    return [s.fast_weights for s, b in zip(state.blocks, model.blocks, strict=True) if b.fast_weights]
+
+
+def assert_same_state(a, b):
+    assert (a.seen, a.live, a.kept, a.labelled) == (b.seen, b.live, b.kept, b.labelled)
+    assert a.hidden is b.hidden is None and set(a.start) == set(b.start) == {None}
+    for s, t in zip(a.blocks + a.writes, b.blocks + b.writes, strict=True):
+        torch.testing.assert_close(s, t, rtol=1e-9, atol=1e-9)
+
+
+def close(actual, expected, **options):
+    torch.testing.assert_close(actual, expected, **(dict(rtol=1e-8, atol=1e-8) | options))
+
+
+def transcription(model, ids):
+    """Wake passes and replays written out for one row: (logits of every token, fast weights after the last window)."""
+    c = model.config
+    first, last = c.loop_range
+    kept = {i: [] for i in range(len(model.blocks))}  # (position, key, value) of the tokens attention still holds
+    tail = {i: [] for i in range(len(model.blocks))}  # the inputs of the convolutions
+    fast = {i: torch.zeros(1, 2, 8, 8).double() for i, b in enumerate(model.blocks) if b.fast_weights}
+    logits = []
+
+    def attention(i, x, begin):
+        m = model.blocks[i].mixer
+        q, k, v = (p(x).view(x.shape[1], -1, m.head_dim) for p in (m.q_proj, m.k_proj, m.v_proj))
+        frequency = m.rope_theta ** (-torch.arange(0, m.head_dim, 2).double() / m.head_dim)
+        out = []
+        for t in range(x.shape[1]):
+            angle = (begin + t) * frequency
+            cos, sin = angle.cos().float()[None], angle.sin().float()[None]
+            kept[i].append((begin + t, rotate(k[t], cos, sin), v[t]))
+            seen = [entry for entry in kept[i] if begin + t - entry[0] < WINDOW]
+            keys, values = (torch.stack([entry[n] for entry in seen]).expand(-1, q.shape[1], -1) for n in (1, 2))
+            weight = (torch.einsum("hd,shd->hs", rotate(q[t], cos, sin), keys) * m.head_dim**-0.5).softmax(-1)
+            out.append(torch.einsum("hs,shd->hd", weight, values).flatten())
+        return m.o_proj(torch.stack(out)[None])
+
+    def gdn(i, x):
+        m = model.blocks[i].mixer
+        before = sum(map(len, tail[i]))
+        tail[i].append(x[0])
+        seen = torch.cat(tail[i])
+        padded = F.pad(seen, (0, 0, m.conv_size - 1, 0))
+
+        def convolved(projection, convolution):
+            z = F.conv1d(projection(padded).T[None], convolution.weight[:, None], groups=convolution.weight.shape[0])
+            return F.silu(z[0].T[before:]).view(1, x.shape[1], -1, 8)
+
+        q, k, v = convolved(m.q_proj, m.q_conv), convolved(m.k_proj, m.k_conv), convolved(m.v_proj, m.v_conv)
+        k = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        q = q / (q.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        g = -m.A_log.exp() * F.softplus(m.a_proj(x) + m.dt_bias)
+        beta = m.b_proj(x).sigmoid()
+        o, fast[i] = gated_delta_rule(q, k, v, g, beta, initial_state=fast[i], impl="reference")
+        o = m.o_norm(o, m.g_proj(x).view(o.shape))
+        return m.o_proj(o.flatten(2)), (q, k, v, g, beta)
+
+    for begin in range(0, ids.shape[1], WINDOW):
+        h, written = model.embed(ids[:, begin : begin + WINDOW]), {}
+        for i, block in enumerate(model.blocks):
+            x = block.mixer_norm(h)
+            if block.fast_weights:
+                y, written[i] = gdn(i, x)
+            else:
+                y = attention(i, x, begin)
+            h = h + y
+            h = h + block.mlp(block.mlp_norm(h))
+        logits.append(model.lm_head(model.norm(h)))
+        if h.shape[1] < WINDOW:
+            break
+        for i in range(first, last + 1):
+            for _ in range(c.passes - 1 if i in fast else 0):
+                fast[i] = gated_delta_rule(*written[i], initial_state=fast[i], impl="reference").final_state
+        if c.eviction == "hard":
+            kept = {i: [] for i in kept}
+    return torch.cat(logits, dim=1), list(fast.values())
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("loop", [None, (1, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("passes", [2, 5])
+def test_equals_the_transcription(eviction, loop, passes):
+    model, ids = tiny(eviction=eviction, loop=loop, passes=passes), tokens()
+    labels = torch.full_like(ids, -100)
+    labels[:, 3:4] = 2
+    labels[:, 15:] = 1
+    out = model(ids, labels=labels, all_logits=True)
+    out.loss.backward()
+    ours = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    logits, states = zip(*(transcription(model, row[None]) for row in ids), strict=True)
+    logits = torch.cat(logits)
+    close(out.logits, logits)
+    close(fast_weights(model, out.state), [torch.cat(rows) for rows in zip(*states, strict=True)])
+    F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    for name, parameter in model.named_parameters():
+        close(ours[name], parameter.grad, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("passes", [1, 2, 7, math.inf])
+def test_one_block_is_the_layer_that_replays_alone(passes):
+    model, ids = tiny(layers=("gdn",), passes=passes), tokens(length=2 * WINDOW)
+    layer = SleepGDNLayer(16, num_heads=2, head_dim=8, passes=passes, window=WINDOW, output_pass="first").double()
+    block = model.blocks[0]
+    layer.load_state_dict(block.mixer.state_dict())
+    h = model.embed(ids)
+    y, state = layer(block.mixer_norm(h), return_state=True)
+    h = h + y
+    out = model(ids)
+    close(out.logits, model.predict(h + block.mlp(block.mlp_norm(h))))
+    close(tuple(out.state.blocks[0]), tuple(state))
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_one_pass_is_one_pass(eviction):
+    ids = tokens()
+    replaying, refining = (tiny(eviction=eviction, sleep_kind=kind)(ids) for kind in ("replay", "refine"))
+    assert torch.equal(replaying.logits, refining.logits)
+    for s, t in zip(replaying.state.blocks, refining.state.blocks, strict=True):
+        assert all(map(torch.equal, s, t))
+    assert set(replaying.state.writes) == {None}
+
+
+def test_more_than_one_pass_is_not_a_refining_pass():
+    ids = tokens()
+    assert not torch.allclose(tiny(passes=2)(ids).logits, tiny(passes=2, sleep_kind="refine")(ids).logits)
+
+
+@pytest.mark.parametrize("loop", [None, (1, 2)])
+def test_endless_passes_are_very_many(loop):
+    ids, labels, results = tokens(), tokens(seed=2), []
+    for passes in (100, math.inf):
+        model = tiny(passes=passes, loop=loop)
+        out = model(ids, labels=labels)
+        out.loss.backward()
+        results.append([out.logits, *fast_weights(model, out.state), *(p.grad for p in model.parameters())])
+    close(*results, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_token_by_token_chunks_and_at_once_agree(settings):
+    model, ids = tiny(**settings), tokens()
+    whole = SleepSession(model)
+    logits = whole.read(ids, all_logits=True)
+    close(logits, model(ids).logits)
+    single = SleepSession(model)
+    close(torch.stack([single.step(ids[:, t]) for t in range(LENGTH)], dim=1), logits)
+    assert_same_state(single.state, whole.state)
+    for cuts in ((0, 3, 4, 12, LENGTH), (0, 5, 10, LENGTH), (0, 16, LENGTH)):
+        chunked = SleepSession(model)
+        last = [chunked.read(ids[:, a:b]) for a, b in itertools.pairwise(cuts)]
+        close(torch.stack(last, 1), logits[:, [c - 1 for c in cuts[1:]]])
+        assert_same_state(chunked.state, whole.state)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_padding_and_packing_change_nothing(settings):
+    model, texts = tiny(**settings), [tokens(1, n, seed=n) for n in (13, 10, 3)]
+    alone = [model(text) for text in texts]
+    for side in ("left", "right"):
+        ids, mask = torch.zeros(3, 16, dtype=torch.long), torch.zeros(3, 16, dtype=torch.long)
+        for b, text in enumerate(texts):
+            place = slice(16 - text.shape[1], 16) if side == "left" else slice(0, text.shape[1])
+            ids[b, place], mask[b, place] = text[0], 1
+        out = model(ids, attention_mask=mask)
+        for b, one in enumerate(alone):
+            close(out.logits[b][mask[b] == 1], one.logits[0])
+            close([s[b] for s in fast_weights(model, out.state)], [s[0] for s in fast_weights(model, one.state)])
+    packed = model(torch.cat(texts, dim=1), cu_seqlens=torch.tensor([0, 13, 23, 26]))
+    close(packed.logits, torch.cat([one.logits for one in alone], dim=1))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_rows_out_of_phase_live_as_if_alone(settings):
+    """Prompts of different lengths, read on and put to sleep early: some rows sleep where others do not."""
+    model, more = tiny(**settings), tokens(3, 8, seed=7)
+    prompts = [tokens(1, n, seed=n) for n in (9, 4, 5)]
+    ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+    for b, prompt in enumerate(prompts):
+        ids[b, 9 - prompt.shape[1] :], mask[b, 9 - prompt.shape[1] :] = prompt[0], 1
+    together = SleepSession(model)
+    first = together.read(ids, mask)
+    assert together.state.live == (4, 4, 0)
+    steps = []
+    for t, live in enumerate([(0, 0, 1), (1, 1, 2), (2, 2, 3)]):
+        steps.append(together.step(more[:, t]))
+        assert together.state.live == live and together.state.writes[1].k.shape[1] == max(live)
+    together.sleep()
+    steps += [together.step(more[:, t]) for t in range(3, 8)]
+    for b, prompt in enumerate(prompts):
+        alone = SleepSession(model)
+        close(first[b : b + 1], alone.read(prompt))
+        expected = [alone.step(more[b : b + 1, t]) for t in range(3)]
+        alone.sleep()
+        expected += [alone.step(more[b : b + 1, t]) for t in range(3, 8)]
+        close(torch.stack(steps)[:, b : b + 1], torch.stack(expected))
+        close([s[b] for s in fast_weights(model, together.state)], [s[0] for s in fast_weights(model, alone.state)])
+
+
+def test_an_early_sleep_replays_what_was_read():
+    model, ids = tiny(passes=4), tokens(2, 3)
+    session = SleepSession(model)
+    session.read(ids)
+    state = session.state
+    session.sleep()
+    assert session.state.live == (0, 0) and set(session.state.writes) == {None}
+    for i in (1, 3):
+        awake, writes = state.blocks[i], state.writes[i]
+        expected = awake.fast_weights
+        for _ in range(3):
+            expected = model.blocks[i].mixer.replay(writes, expected, passes=1)
+        close(session.state.blocks[i].fast_weights, expected)
+        assert torch.equal(session.state.blocks[i].conv_tail, awake.conv_tail)
+    assert session.state.blocks[0].keys.shape[1] == 0 and state.blocks[0].keys.shape[1] == 3
+
+
+@pytest.mark.parametrize("passes", [3, math.inf])
+def test_unlabelled_windows_alone_sleep(passes):
+    model, ids = tiny(passes=passes, sleep_on="unlabelled"), tokens()
+    labels = torch.full_like(ids, -100)
+    labels[0, WINDOW : 2 * WINDOW] = 1  # row 0 stays awake in window 1, row 1 sleeps in it
+    state, part = model(ids[:, :WINDOW]).state, slice(WINDOW, 2 * WINDOW)
+    out = model(ids[:, part], labels=labels[:, part], state=state).state
+    slept = model(ids[:, part], state=state).state
+    awake = model(ids[:, part], state=state, passes=1).state
+    for row, expected in ((0, awake), (1, slept)):
+        close([s[row] for s in fast_weights(model, out)], [s[row] for s in fast_weights(model, expected)])
+    assert not torch.allclose(fast_weights(model, slept)[0], fast_weights(model, awake)[0])
+
+
+def test_an_unlabelled_window_may_be_read_in_two_calls():
+    model, ids = tiny(passes=3, sleep_on="unlabelled"), tokens(batch=1)
+    labels = torch.full_like(ids, -100)
+    labels[:, 1] = 1
+    whole = model(ids, labels=labels, all_logits=True)
+    first = model(ids[:, :3], labels=labels[:, :3])
+    second = model(ids[:, 3:], state=first.state, loss_mask=torch.zeros(1, 15, dtype=torch.bool), all_logits=True)
+    close(second.logits, whole.logits[:, 3:])
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_no_logit_depends_on_a_later_token(settings):
+    model, ids = tiny(**settings), tokens(batch=1)
+    before = model(ids).logits
+    for t in (1, 4, 5, 7, 10, 14, 17):
+        changed = ids.clone()
+        changed[:, t:] = (changed[:, t:] + 1) % VOCAB
+        after = model(changed).logits
+        close(after[:, :t], before[:, :t])
+        assert not torch.allclose(after[:, t], before[:, t])
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_activation_checkpointing_recomputes_and_changes_no_gradient(settings):
+    ids, labels, grads, runs = tokens(), tokens(seed=2), [], []
+    for checkpointing in (False, True):
+        model = tiny(**settings, activation_checkpointing=checkpointing)
+        calls, replays = [], []
+        model.blocks[1].mlp.register_forward_hook(lambda *a, calls=calls: calls.append(1))
+        mixer = model.blocks[1].mixer
+        mixer.replay = lambda *a, f=mixer.replay, replays=replays, **k: (replays.append(1), f(*a, **k))[1]
+        model(ids, labels=labels).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters()})
+        runs.append((len(calls), len(replays)))
+    assert runs == [(4, 3), (8, 6)]
+    for name in grads[0]:
+        close(grads[0][name], grads[1][name], rtol=1e-12, atol=1e-12)
+        assert grads[0][name].abs().sum() > 0, name
+
+
+def test_nothing_is_done_that_nothing_can_see(monkeypatch):
+    model, ids = tiny(passes=9), tokens(batch=1, length=12)
+    labels = torch.full_like(ids, -100)
+    labels[:, 7] = 1
+    calls = dict(mlp=0, gate=0, attention=0, replay=0)
+    for key, module in (
+        ("mlp", model.blocks[3].mlp),
+        ("gate", model.blocks[3].mixer.g_proj),
+        ("attention", model.blocks[0].mixer.q_proj),
+    ):
+        module.register_forward_hook(lambda *a, key=key: calls.__setitem__(key, calls[key] + 1))
+    replay = SleepGDNLayer.replay
+
+    def counted(*args, **kwargs):
+        calls["replay"] += 1
+        return replay(*args, **kwargs)
+
+    monkeypatch.setattr(SleepGDNLayer, "replay", counted)
+    loss = model(ids, labels=labels, return_state=False).loss
+    # window 0 ends at the last block's state and is replayed, once for all N; window 1 is answered; window 2 not read
+    assert calls == dict(mlp=1, gate=1, attention=2, replay=2)
+    close(loss, model(ids, labels=labels).loss)
+    assert calls["replay"] == 2 + 4
+    tiny(passes=9, loop=(0, 0))(ids)
+    tiny(passes=1)(ids)
+    assert calls["replay"] == 2 + 4
+
+
+def test_gradients_go_through_the_state_of_an_earlier_call():
+    model = tiny(passes=3)
+    ids, labels = tokens(length=13), tokens(length=13, seed=4).masked_fill(torch.arange(13) < 8, -100)
+    model(ids, labels=labels).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    state = model(ids[:, :8]).state
+    assert state.live == (3, 3) and state.writes[1].k.requires_grad
+    model(ids[:, 8:], labels=labels[:, 8:], state=state).loss.backward()
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, expected[name], atol=1e-10)
+    model.zero_grad()
+    cut = state.detach()
+    assert not any(x.requires_grad for s in cut.blocks + cut.writes if s is not None for x in s)
+    model(ids[:, 8:], labels=labels[:, 8:], state=cut).loss.backward()
+    assert not torch.allclose(model.embed.weight.grad, expected["embed.weight"])
+
+
+def test_a_state_moves_with_what_it_will_replay():
+    state = tiny(passes=2, loop=(1, 2))(tokens(length=8)).state
+    assert [w is None for w in state.writes] == [True, False, True, True]
+    moved = state.to(dtype=torch.bfloat16)
+    assert {x.dtype for x in moved.writes[1]} == {torch.bfloat16}
+    assert moved.blocks[1].fast_weights.dtype == torch.float32 and set(moved.start) == {None}
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_trains_and_reads_on_the_device_in_low_precision(eviction, device):
+    """bfloat16 autocast against the same model in float32: losses, gradients and a session's logits."""
+    torch.manual_seed(0)
+    config = dict(vocab_size=VOCAB, hidden_size=64, layers=("attn", "gdn") * 2, window=24, num_heads=2, passes=3)
+    model = SleepHybridModel(HybridConfig(**config, sleep_kind="replay", eviction=eviction)).to(device)
+    ids, labels = (tokens(4, 60, seed=seed).to(device) for seed in (1, 2))
+    mask = (torch.arange(60) >= 50).expand(4, 60)
+
+    def run(low: bool):
+        model.zero_grad()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=low):
+            loss = model(ids, labels=labels, loss_mask=mask).loss
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    exact, gradient = run(low=False)
+    loss, low_gradient = run(low=True)
+    assert abs(loss - exact) < 0.02 * exact
+    assert (low_gradient - gradient).norm() < 0.1 * gradient.norm()
+    session = SleepSession(model)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        session.read(ids[:, :10])
+    assert session.read(ids[:, 10:31]).isfinite().all()  # a window begun in another precision
+    session = SleepSession(model)
+    logits = torch.cat([session.read(ids[:, :31], all_logits=True), session.read(ids[:, 31:], all_logits=True)], dim=1)
+    with torch.no_grad():
+        close(logits, model(ids).logits, rtol=2e-3, atol=2e-3)
+    assert session.generate(None, 5).device.type == device
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_saved_sessions_go_on_as_if_never_saved(settings, tmp_path):
+    model = tiny(**settings)
+    session = SleepSession(model)
+    session.read(tokens(2, 12))
+    fork = session.fork()
+    session.save(tmp_path / "night")
+    loaded = SleepSession.load(tmp_path / "night", model)
+    assert loaded.passes == fork.passes == settings["passes"]
+    assert_same_state(loaded.state, session.state)
+    more = tokens(2, 9, seed=2)
+    logits = session.read(more)
+    assert torch.equal(loaded.read(more), logits) and torch.equal(fork.read(more), logits)
+
+
+def test_sessions_keep_to_their_kind(tmp_path):
+    replaying, refining = tiny(passes=2), tiny(passes=2, sleep_kind="refine")
+    session = SleepSession(replaying)
+    session.read(tokens(1, 7))
+    session.save(tmp_path / "night")
+    with pytest.raises(ValueError, match="^path: .*sleep_kind 'replay'"):
+        SleepSession.load(tmp_path / "night", refining)
+
+    session = SleepSession(refining)
+    session.read(tokens(1, 7))
+    session.save(tmp_path / "night")
+    with safe_open(tmp_path / "night", framework="pt") as file:
+        tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+    del header["digest"]
+    config = json.loads(header["config"])
+    assert config.pop("sleep_kind") == "refine"
+    header["config"] = json.dumps(config)
+    header["digest"] = sleep_ops.session._digest(tensors, header)
+    save_file(tensors, tmp_path / "old", metadata=header)
+    old, more = SleepSession.load(tmp_path / "old", refining), tokens(1, 6, seed=3)
+    assert torch.equal(old.read(more), session.read(more))
+    with pytest.raises(ValueError, match="^path: .*sleep_kind 'refine'"):
+        SleepSession.load(tmp_path / "old", replaying)
+
+
+def test_passes_that_do_not_converge_are_refused_and_change_nothing():
+    model = tiny(passes=math.inf)
+    torch.nn.init.constant_(model.blocks[3].mixer.A_log, -200.0)  # no decay, and fewer tokens than key dims
+    session = SleepSession(model)
+    session.read(tokens(2, 4))
+    before = session.state
+    for act in (lambda: session.read(tokens(2, 4)), session.sleep, lambda: model(tokens())):
+        with pytest.raises(ValueError, match="^passes: .*math.inf"):
+            act()
+    assert session.state is before
+    assert model(tokens(), passes=50).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("sleep_kind", dict(sleep_kind="dream")),
+        ("sleep_kind", dict(sleep_kind=None)),
+        ("passes", dict(passes=0)),
+        ("passes", dict(passes=2.0)),
+        ("passes", dict(passes=math.nan)),
+        ("passes", dict(passes=-math.inf)),
+        ("passes", dict(passes="inf")),
+        ("passes", dict(passes=math.inf, sleep_kind="refine")),
+        ("passes", dict(passes=math.inf, window=None)),
+    ],
+    ids=str,
+)
+def test_bad_configuration_names_the_field(name, settings):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
+        tiny(**settings)
+
+
+def test_bad_calls_name_the_argument():
+    refining, replaying, ids = tiny(sleep_kind="refine"), tiny(), tokens()
+    with pytest.raises(ValueError, match="^passes: .*'replay' only"):
+        refining(ids, passes=math.inf)
+    with pytest.raises(ValueError, match="^passes: .*'replay' only"):
+        SleepSession(refining, passes=math.inf)
+    with pytest.raises(ValueError, match="^state: .*'replay'"):
+        replaying(ids, state=refining(ids).state)
+    with pytest.raises(ValueError, match="^state: .*'refine'"):
+        refining(ids, state=replaying(ids).state)
+    with pytest.raises(ValueError, match="^passes: expected 1, .*got inf"):
+        replaying(ids, state=replaying(ids[:, :3]).state, passes=math.inf)
+
+
+@pytest.mark.parametrize("passes", [3, math.inf])
+def test_configuration_round_trip_as_strict_json(passes):
+    config = tiny(passes=passes, loop=(1, 2)).config
+    assert HybridConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
+    assert dataclasses.replace(config, passes=2).sleep_kind == "replay"
+
+
+def test_endless_replays_from_the_command_line(tmp_path):
+    def run(*arguments, code=0):
+        result = CliRunner().invoke(sleep_ops.cli.app, [str(a) for a in arguments])
+        assert result.exit_code == code, result.output + repr(result.exception)
+        return result.output
+
+    small = "--t 2 --strings 2 --bits 6 --width 16 --heads 2 --layers attn-gdn --batch 8 --steps 1 --eval-samples 8"
+    train = ("train", "rule110", *small.split(), "--device", "cpu", "--out", tmp_path / "run", "--passes", "inf")
+    assert "passes:" in run(*train, code=2) and not (tmp_path / "run").exists()
+    assert "sleep_kind:" in run(*train, "--sleep-kind", "dream", code=2)
+    assert "finished" in run(*train, "--sleep-kind", "replay")
+    config = load_run(tmp_path / "run", device="cpu")[2].config
+    assert (config.sleep_kind, config.passes) == ("replay", math.inf)
+    evaluate = ("eval", tmp_path / "run", "--samples", 8, "--device", "cpu")
+    run(*evaluate, "--passes", "1,3,inf", "--out", tmp_path / "eval.csv")
+    with (tmp_path / "eval.csv").open() as file:
+        assert [row["passes"] for row in csv.DictReader(file)] == ["1", "3", "inf"]
+    assert "trained with N=inf" in " ".join(run(*evaluate).split())
+    assert "passes:" in run(*evaluate, "--passes", "1,few", code=2)
+
+
+def test_writes_of_a_layer_replay_its_window():
+    torch.manual_seed(0)
+    layer = SleepGDNLayer(16, num_heads=2, head_dim=8, num_v_heads=4, head_v_dim=6).double()
+    x, mask = torch.randn(3, 7, 16).double(), torch.ones(3, 7, dtype=torch.long)
+    mask[1, :3] = mask[2, 4:] = 0
+    _, state, writes = layer(x, attention_mask=mask, return_writes=True)
+    updated, same = layer.update_state(x, None, return_writes=True)
+    close(tuple(updated), tuple(layer(x, return_state=True)[1]))
+    close(tuple(same), tuple(layer(x, return_writes=True)[2]))
+    sleeping = SleepGDNLayer(16, num_heads=2, head_dim=8, num_v_heads=4, head_v_dim=6, passes=4).double()
+    sleeping.load_state_dict(layer.state_dict())
+    expected = sleeping(x, attention_mask=mask, return_state=True)[1].fast_weights
+    close(layer.replay(writes, state.fast_weights, passes=3), expected)
+    lengths = mask.sum(1)
+    filler = torch.arange(7) >= lengths[:, None]  # counts for nothing
+    filled = GDNWrites(*(w.masked_fill(filler.view(3, 7, *[1] * (w.dim() - 2)), 1.0) for w in writes))
+    close(layer.replay(filled, state.fast_weights, passes=3, lengths=lengths), expected)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("writes", dict(writes=torch.zeros(2, 3, 2, 8))),
+        ("writes.k", dict(k=torch.zeros(2, 3, 1, 8))),
+        ("writes.k", dict(k=torch.zeros(2, 0, 2, 8))),
+        ("writes.v", dict(v=torch.zeros(2, 3, 2, 8).double())),
+        ("writes.a", dict(a=torch.zeros(2, 3))),
+        ("writes.b", dict(b=torch.zeros(2, 4, 2))),
+        ("fast_weights", dict(fast_weights=torch.zeros(1, 2, 8, 8))),
+        ("fast_weights", dict(fast_weights=None)),
+        ("passes", dict(passes=0)),
+        ("passes", dict(passes=1.5)),
+        ("lengths", dict(lengths=torch.tensor([1, 4]))),
+    ],
+    ids=str,
+)
+def test_bad_replays_name_the_argument(name, change):
+    layer = SleepGDNLayer(16, num_heads=2, head_dim=8)
+    heads, gates = torch.zeros(2, 3, 2, 8), torch.zeros(2, 3, 2)
+    writes = GDNWrites(heads, heads, gates, gates)
+    arguments = dict(writes=writes, fast_weights=torch.zeros(2, 2, 8, 8), passes=2)
+    for key, value in change.items():
+        if key in GDNWrites._fields:
+            key, value = "writes", writes._replace(**{key: value})
+        arguments[key] = value
+    with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
+        layer.replay(**arguments)
