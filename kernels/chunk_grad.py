@@ -7,7 +7,7 @@ Notation of chunk_scan.py; S0 is the state before the chunk, dS1 the cotangent o
     dK = (dP scale e^{G_i - G_j})^T Q + e^{G_C - G} U dS1^T - e^G dY S0^T + (W + W^T) K
     dV = dY = beta dX        dbeta_i = <dX_i, Y_i> + sum_j dL_ij M_ij
     dG = rows - columns of (dP P + dL beta M) + scale e^G <Q, dO S0^T> - e^G <dY, K S0> - e^{G_C - G} <U, K dS1>
-    dG_C += e^{G_C} <S0, dS1> + sum e^{G_C - G} <U, K dS1>        dg = reverse cumulative sum of dG
+    dG_C += e^{G_C} <S0, dS1> + sum e^{G_C - G} <U, K dS1>
 
 The Hebbian rule has U = beta V, dV = beta dU, dbeta_i = <dU_i, V_i>, and no term in L, W or K S0.
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sleep_ops.kernels.configs import ChunkConfig, block_size
 from sleep_ops.kernels.primitives import (
+    LN2,
     l2norm_gradient,
     load_decay,
     load_key_tile,
@@ -30,6 +31,7 @@ from sleep_ops.kernels.primitives import (
     locate_chunk,
     pair_decay,
     pair_decay_transposed,
+    state_columns,
     store_tile,
 )
 
@@ -48,7 +50,7 @@ def chunk_grad_kernel(
     dq,
     dk,
     dv,
-    dg,
+    dG,
     dbeta,
     cu_seqlens,
     chunk_offsets,
@@ -65,14 +67,14 @@ def chunk_grad_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    BETA_SCALE: tl.constexpr,
     USE_L2NORM: tl.constexpr,
+    WIDENED: tl.constexpr,
 ):
     """Gradients of one chunk and query/key head, summed over its value heads; A is None for the Hebbian rule.
 
     Reads what chunk_scan reads, states and d_states [chunks, HV, K, V], and d_output [rows, HV, V] or None for zero.
-    Writes dq, dk [rows, H, K], dv [rows, HV, V], and dg, dbeta [rows, HV]: dg of the activated log decay, dbeta of
-    the logit where BETA_SCALE > 0. Without d_output neither q nor dq is touched.
+    Writes dq, dk [rows, H, K], dv [rows, HV, V], and dG, dbeta [rows, HV], of the summed base-2 log decay and of the
+    activated write strength. Without d_output neither q nor dq is touched. WIDENED: states are [P | R], [K, K + V].
 
     Grid (chunks, H). Mirrors the backward of `one_pass` of sleep_ops/reference.py.
     """
@@ -81,6 +83,8 @@ def chunk_grad_kernel(
     start, num_rows = locate_chunk(i_c, cu_seqlens, chunk_offsets, T, num_seqs, C)
     if num_rows <= 0:
         return
+    W: tl.constexpr = K + V if WIDENED else V
+    NV: tl.constexpr = tl.cdiv(V, BV) + (tl.cdiv(K, BV) if WIDENED else 0)
     o_i = tl.arange(0, C)
     o_k = tl.arange(0, BK)
     m_i = o_i < num_rows
@@ -93,7 +97,6 @@ def chunk_grad_kernel(
 
     for i_hv in range(i_h * (HV // H), (i_h + 1) * (HV // H)):
         o_gate = start * HV + i_hv
-        o_state = (i_c.to(tl.int64) * HV + i_hv) * K * V
         b_k = load_key_tile(p_k, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
         b_G = load_decay(G + o_gate, o_i, HV, num_rows)
         G_C = tl.load(G + o_gate + (num_rows - 1) * HV)
@@ -115,11 +118,13 @@ def chunk_grad_kernel(
             b_dPT = tl.zeros([C, C], tl.float32)
             b_dG -= tl.sum(b_q.to(tl.float32) * b_dq, 1)
 
-        for i_v in range(0, tl.cdiv(V, BV)):
-            o_v = i_v * BV + tl.arange(0, BV)
-            b_S = load_tile(states + o_state, o_k, o_v, V, K, V)
-            b_dS = load_tile(d_states + o_state, o_k, o_v, V, K, V)
-            b_v = load_tile(v + start * stride_v + i_hv * V, o_i, o_v, stride_v, num_rows, V).to(tl.float32)
+        for i_v in range(0, NV):
+            o_v, num_cols, column0, has_values = state_columns(i_v, K, V, BV, WIDENED)
+            o_state = (i_c.to(tl.int64) * HV + i_hv) * K * W + column0
+            value_rows = tl.where(has_values, num_rows, 0)
+            b_S = load_tile(states + o_state, o_k, o_v, W, K, num_cols)
+            b_dS = load_tile(d_states + o_state, o_k, o_v, W, K, num_cols)
+            b_v = load_tile(v + start * stride_v + i_hv * V, o_i, o_v, stride_v, value_rows, V).to(tl.float32)
             b_write = b_end[:, None] * tl.dot(b_k, b_dS, input_precision="ieee")
             b_dU = b_write
             if d_output is not None:
@@ -139,11 +144,11 @@ def chunk_grad_kernel(
             b_written = tl.sum(b_U * b_write, 1)
             b_dG -= b_written
             dG_C += tl.sum(b_written)
-            store_tile(dv + o_gate * V, b_beta[:, None] * b_dX, o_i, o_v, HV * V, num_rows, V)
+            store_tile(dv + o_gate * V, b_beta[:, None] * b_dX, o_i, o_v, HV * V, value_rows, V)
 
             # Loaded again, transposed: fewer registers than keeping the tiles until here.
-            m_ST = (o_v[:, None] < V) & (o_k[None, :] < K)
-            o_ST = o_state + o_k[None, :] * V + o_v[:, None]
+            m_ST = (o_v[:, None] < num_cols) & (o_k[None, :] < K)
+            o_ST = o_state + o_k[None, :] * W + o_v[:, None]
             b_ST = tl.load(states + o_ST, mask=m_ST, other=0.0)
             b_dST = tl.load(d_states + o_ST, mask=m_ST, other=0.0)
             b_SdS += tl.sum(b_ST.to(tl.float32) * b_dST.to(tl.float32), 1)
@@ -178,10 +183,8 @@ def chunk_grad_kernel(
             b_W = b_beta[:, None] * b_W
             b_dk += tl.dot((b_W + tl.trans(b_W)).to(dtype), b_k, input_precision="ieee")
 
-        b_dg = tl.cumsum(tl.where(m_i, b_dG, 0.0), 0, reverse=True) + dG_C
-        if BETA_SCALE > 0:
-            b_dbeta *= b_beta * (1.0 - b_beta / BETA_SCALE)
-        tl.store(dg + o_gate + o_i * HV, b_dg, mask=m_i)
+        b_dG += tl.where(o_i == num_rows - 1, dG_C, 0.0)
+        tl.store(dG + o_gate + o_i * HV, b_dG * LN2, mask=m_i)
         tl.store(dbeta + o_gate + o_i * HV, b_dbeta, mask=m_i)
 
     if USE_L2NORM:
@@ -209,21 +212,21 @@ def chunk_grad(
     *,
     scale: float,
     use_qk_l2norm: bool,
-    beta_scale: float,
     config: ChunkConfig,
+    widened: bool = False,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """dq (None without d_output), dk [B, T, H, K] and dv [B, T, HV, V] in their inputs' dtypes; dg, dbeta float32.
+    """dq (None without d_output), dk [B, T, H, K] and dv [B, T, HV, V] in their inputs' dtypes; dG, dbeta float32.
 
-    dg, [B, T, HV] like dbeta, is the gradient of the activated log decay. states and d_states are those of chunk_scan
-    and chunk_reverse.
+    dG and dbeta [B, T, HV] belong to what chunk_prepare returns. states and d_states are those of chunk_scan and
+    chunk_reverse, `widened` or not.
     """
     B, T, H, K = k.shape
     HV, V = v.shape[2:]
     dk = torch.empty(B, T, H, K, dtype=k.dtype, device=k.device)
     dq = None if d_output is None else torch.empty_like(dk)
     dv = torch.empty(B, T, HV, V, dtype=v.dtype, device=k.device)
-    dg = torch.empty(B, T, HV, dtype=torch.float32, device=k.device)
-    dbeta = torch.empty_like(dg)
+    dG = torch.empty(B, T, HV, dtype=torch.float32, device=k.device)
+    dbeta = torch.empty_like(dG)
     chunk_grad_kernel[(states.shape[0], H)](
         q,
         k,
@@ -237,7 +240,7 @@ def chunk_grad(
         dq,
         dk,
         dv,
-        dg,
+        dG,
         dbeta,
         cu_seqlens,
         chunk_offsets,
@@ -252,9 +255,9 @@ def chunk_grad(
         C=config.chunk,
         BK=block_size(K),
         BV=config.grad.block_v,
-        BETA_SCALE=beta_scale,
         USE_L2NORM=use_qk_l2norm,
+        WIDENED=widened,
         num_warps=config.grad.warps,
         num_stages=config.grad.stages,
     )
-    return dq, dk, dv, dg, dbeta
+    return dq, dk, dv, dG, dbeta

@@ -4,6 +4,9 @@ With k_i, beta_i and the cumulative log decay G_i of one chunk of C tokens (Yang
 Networks", arXiv 2412.06464, section 3.3),
 
     L = I + diag(beta) M,    M_ij = exp(G_i - G_j) <k_i, k_j> for i > j, else 0,    A = L^{-1}.
+
+Backwards only the gates are at home here: g_i is the sum of what reaches G_i, ..., G_C. What reaches the keys and gates
+through A is chunk_grad's.
 """
 
 import torch
@@ -16,11 +19,14 @@ from sleep_ops.kernels.primitives import (
     LOG2E,
     load_key_tile,
     load_rows,
+    load_tile,
     locate_chunk,
     pair_decay,
     softplus,
     store_tile,
 )
+
+GATE_BLOCK_H = 16
 
 
 @triton.jit
@@ -107,6 +113,63 @@ def chunk_prepare_kernel(
         store_tile(A + o_gate * C, b_A, o_i, o_i, HV * C, num_rows, C)
 
 
+@triton.jit(do_not_specialize=["T", "num_seqs"])
+def gate_backward_kernel(
+    dG,
+    dbeta_out,
+    g,
+    beta_out,
+    A_log,
+    dt_bias,
+    dg,
+    dbeta,
+    partial,
+    cu_seqlens,
+    chunk_offsets,
+    T,
+    num_seqs,
+    HV: tl.constexpr,
+    C: tl.constexpr,
+    BH: tl.constexpr,
+    BETA_SCALE: tl.constexpr,
+):
+    """Cotangents of one chunk's gate inputs, for BH value heads, from those of G (base 2) and of the active beta.
+
+        dg_i = log2(e) sum_{j >= i} dG_j        with A_log: da = -exp(A_log) sigmoid(a + dt_bias) dg
+        dbeta = dbeta_out, and with BETA_SCALE > 0 times beta_out (1 - beta_out / BETA_SCALE)
+
+    Reads dG, dbeta_out, beta_out [rows, HV] float32 and g, the gate input. Writes dg, dbeta [rows, HV] and with A_log
+    the chunk's part of the cotangents of A_log and dt_bias, partial [chunks, 2, HV] float32 (zero past the last chunk).
+
+    Grid (chunks, tiles of heads). Mirrors the backward of `log_decay` and `write_strength` of sleep_ops/reference.py.
+    """
+    i_c = tl.program_id(0)
+    start, num_rows = locate_chunk(i_c, cu_seqlens, chunk_offsets, T, num_seqs, C)
+    o_i = tl.arange(0, C)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    o_gate = start * HV
+
+    b_dG = load_tile(dG + o_gate, o_i, o_h, HV, num_rows, HV)
+    b_dg = tl.cumsum(b_dG, 0, reverse=True) * LOG2E
+    if A_log is not None:
+        m_h = o_h < HV
+        b_rate = tl.exp(tl.load(A_log + o_h, mask=m_h, other=0.0).to(tl.float32))
+        b_x = load_tile(g + o_gate, o_i, o_h, HV, num_rows, HV).to(tl.float32)
+        b_x += tl.load(dt_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+        b_dg *= -b_rate[None, :]
+        p_partial = partial + i_c.to(tl.int64) * 2 * HV
+        tl.store(p_partial + o_h, tl.sum(b_dg * softplus(b_x), 0), mask=m_h)
+        b_dg *= tl.sigmoid(b_x)
+        tl.store(p_partial + HV + o_h, tl.sum(b_dg, 0), mask=m_h)
+    store_tile(dg + o_gate, b_dg, o_i, o_h, HV, num_rows, HV)
+
+    b_dbeta = load_tile(dbeta_out + o_gate, o_i, o_h, HV, num_rows, HV)
+    if BETA_SCALE > 0:
+        b_beta = load_tile(beta_out + o_gate, o_i, o_h, HV, num_rows, HV)
+        b_dbeta *= b_beta * (1.0 - b_beta / BETA_SCALE)
+    store_tile(dbeta + o_gate, b_dbeta, o_i, o_h, HV, num_rows, HV)
+
+
 def chunk_prepare(
     k: Tensor,
     row_stride: int,
@@ -159,3 +222,54 @@ def chunk_prepare(
         num_stages=config.prepare.stages,
     )
     return G, beta_out, A
+
+
+def gate_backward(
+    dG: Tensor,
+    dbeta_out: Tensor,
+    g: Tensor,
+    beta_out: Tensor,
+    beta_dtype: torch.dtype,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_offsets: Tensor | None,
+    *,
+    num_chunks: int,
+    beta_scale: float,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Cotangents of chunk_prepare's g, beta, A_log and dt_bias, in their dtypes, from those of its G and active beta.
+
+    dG, dbeta_out and beta_out are [B, T, HV] float32, g is the gate input; all contiguous.
+    """
+    B, T, HV = g.shape
+    dg = torch.empty_like(g)
+    dbeta = torch.empty(B, T, HV, dtype=beta_dtype, device=g.device)
+    partial = None
+    if A_log is not None:
+        partial = torch.empty(num_chunks, 2, HV, dtype=torch.float32, device=g.device)
+    block_h = min(GATE_BLOCK_H, triton.next_power_of_2(HV))
+    gate_backward_kernel[(num_chunks, triton.cdiv(HV, block_h))](
+        dG,
+        dbeta_out,
+        g,
+        beta_out,
+        A_log,
+        dt_bias,
+        dg,
+        dbeta,
+        partial,
+        cu_seqlens,
+        chunk_offsets,
+        T,
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        HV=HV,
+        C=chunk,
+        BH=block_h,
+        BETA_SCALE=beta_scale,
+        num_warps=4,
+    )
+    if A_log is None:
+        return dg, dbeta, None, None
+    return dg, dbeta, partial[:, 0].sum(0).to(A_log.dtype), partial[:, 1].sum(0).to(dt_bias.dtype)

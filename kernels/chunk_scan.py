@@ -12,8 +12,9 @@ and backwards, with dS the cotangent of the state after the chunk:
     dU = P^T dO + e^{G_C - G} K dS        dY = beta A^T dU
     dS <- e^{G_C} dS + Q^T (scale e^G dO) - K^T (e^G dY)        (Hebbian rule: no dY term)
 
-The columns of S are independent: a program carries [K, block_v] of them in float32 registers, so a wider value than
-the model's, as segment transitions use, is only more tiles. Products take operands in k's dtype, sums are float32.
+The columns of S are independent: a program carries [K, block_v] of them in float32 registers. So one pass over a
+segment as an affine map, S -> P S + R, is the same sweep over wider columns: from [I | 0] with values [0 | V] it leaves
+[P | R]. Products take operands in k's dtype, sums are float32.
 """
 
 import torch
@@ -31,6 +32,7 @@ from sleep_ops.kernels.primitives import (
     pair_decay,
     pair_decay_transposed,
     sequence_bounds,
+    state_columns,
     store_tile,
 )
 
@@ -62,16 +64,19 @@ def chunk_scan_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     USE_L2NORM: tl.constexpr,
+    WIDENED: tl.constexpr,
 ):
-    """States of one sequence, value head and value tile, chunk after chunk; A is None for the Hebbian rule.
+    """States of one sequence, value head and column tile, chunk after chunk; A is None for the Hebbian rule.
 
     Reads q, k, v rows, G, beta [rows, HV], A [rows, HV, C], initial_state [N, HV, K, V] or None (zero).
     Writes, where given, output [rows, HV, V], states [chunks, HV, K, V] (each chunk's S before it, in that tensor's
-    dtype) and final_state [N, HV, K, V]. q is read for the output only.
+    dtype) and final_state [N, HV, K, V]. q is read for the output only. WIDENED: states are [P | R], [K, K + V] instead
+    of [K, V], from [I | 0]; there is no initial_state and no output.
 
     Grid (N * HV * value tiles). Mirrors `one_pass` of sleep_ops/reference.py.
     """
-    NV: tl.constexpr = tl.cdiv(V, BV)
+    NV: tl.constexpr = tl.cdiv(V, BV) + (tl.cdiv(K, BV) if WIDENED else 0)
+    W: tl.constexpr = K + V if WIDENED else V
     i_nh = tl.program_id(0) // NV
     i_n = i_nh // HV
     i_hv = i_nh % HV
@@ -81,9 +86,11 @@ def chunk_scan_kernel(
 
     o_i = tl.arange(0, C)
     o_k = tl.arange(0, BK)
-    o_v = tl.program_id(0) % NV * BV + tl.arange(0, BV)
-    o_state = i_nh.to(tl.int64) * K * V
-    if initial_state is None:
+    o_v, num_cols, column0, has_values = state_columns(tl.program_id(0) % NV, K, V, BV, WIDENED)
+    o_state = i_nh.to(tl.int64) * K * W + column0
+    if WIDENED:
+        b_S = tl.where((o_k[:, None] == o_v[None, :]) & (not has_values), 1.0, 0.0)
+    elif initial_state is None:
         b_S = tl.zeros([BK, BV], tl.float32)
     else:
         b_S = load_tile(initial_state + o_state, o_k, o_v, V, K, V)
@@ -92,10 +99,12 @@ def chunk_scan_kernel(
         row = start + i_t * C
         num_rows = tl.minimum(length - i_t * C, C)
         if states is not None:
-            store_tile(states + ((chunk0 + i_t) * HV + i_hv) * K * V, b_S, o_k, o_v, V, K, V)
+            o_chunk = ((chunk0 + i_t) * HV + i_hv) * K * W + column0
+            store_tile(states + o_chunk, b_S, o_k, o_v, W, K, num_cols)
 
         b_k = load_key_tile(k + row * stride_k + i_h * K, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
-        b_v = load_tile(v + row * stride_v + i_hv * V, o_i, o_v, stride_v, num_rows, V).to(tl.float32)
+        value_rows = tl.where(has_values, num_rows, 0)
+        b_v = load_tile(v + row * stride_v + i_hv * V, o_i, o_v, stride_v, value_rows, V).to(tl.float32)
         b_G = load_decay(G + row * HV + i_hv, o_i, HV, num_rows)
         b_beta = load_rows(beta + row * HV + i_hv, o_i, HV, num_rows)
         b_e = tl.exp2(b_G)
@@ -120,7 +129,7 @@ def chunk_scan_kernel(
         b_S = tl.exp2(G_C) * b_S + tl.dot(tl.trans(b_k), b_W, input_precision="ieee")
 
     if final_state is not None:
-        store_tile(final_state + o_state, b_S, o_k, o_v, V, K, V)
+        store_tile(final_state + o_state, b_S, o_k, o_v, W, K, num_cols)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -226,26 +235,29 @@ def chunk_scan(
     scale: float,
     use_qk_l2norm: bool,
     config: ChunkConfig,
+    widened: bool = False,
     num_chunks: int | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Output [B, T, HV, V] in v's dtype (None without q) and final state [N, HV, K, V] float32.
 
     With `num_chunks` (their bound over all sequences) the states before each chunk, [num_chunks, HV, K, V] in k's
-    dtype, are returned instead of the final state and there is no output. Inputs as chunk_prepare takes and returns
-    them; row_strides are those of q, k and v.
+    dtype, are returned instead of the final state and there is no output. `widened` (without q and initial_state):
+    states are [P | R], [K, K + V]. Inputs as chunk_prepare takes and returns them; row_strides are those of q, k and v.
     """
     B, T, H, K = k.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    width = K + V if widened else V
     output = final_state = states = None
     if num_chunks is None:
-        final_state = torch.empty(N, HV, K, V, dtype=torch.float32, device=k.device)
+        final_state = torch.empty(N, HV, K, width, dtype=torch.float32, device=k.device)
         if q is not None:
             output = torch.empty(B, T, HV, V, dtype=v.dtype, device=k.device)
     else:
-        states = torch.empty(num_chunks, HV, K, V, dtype=k.dtype, device=k.device)
+        states = torch.empty(num_chunks, HV, K, width, dtype=k.dtype, device=k.device)
     block_v = config.scan.block_v
-    chunk_scan_kernel[(N * HV * triton.cdiv(V, block_v),)](
+    tiles = triton.cdiv(V, block_v) + (triton.cdiv(K, block_v) if widened else 0)
+    chunk_scan_kernel[(N * HV * tiles,)](
         q,
         k,
         v,
@@ -269,6 +281,7 @@ def chunk_scan(
         BK=block_size(K),
         BV=block_v,
         USE_L2NORM=use_qk_l2norm,
+        WIDENED=widened,
         num_warps=config.scan.warps,
         num_stages=config.scan.stages,
     )
@@ -287,7 +300,7 @@ def chunk_reverse(
     cu_seqlens: Tensor | None,
     chunk_offsets: Tensor | None,
     *,
-    head_v_dim: int,
+    width: int,
     scale: float,
     use_qk_l2norm: bool,
     need_initial: bool,
@@ -296,10 +309,11 @@ def chunk_reverse(
 ) -> tuple[Tensor, Tensor | None]:
     """State cotangents after each chunk [num_chunks, HV, K, V] in k's dtype, and of the initial state where needed.
 
-    d_output [B, T, HV, V] and d_final_state [N, HV, K, V] float32 are contiguous, or None for zero.
+    V is the `width` of the state, which may be a widened one. d_output [B, T, HV, V] and d_final_state [N, HV, K, V]
+    float32 are contiguous, or None for zero.
     """
     B, T, H, K = k.shape
-    HV, V = G.shape[2], head_v_dim
+    HV, V = G.shape[2], width
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     d_states = torch.empty(num_chunks, HV, K, V, dtype=k.dtype, device=k.device)
     d_initial = torch.empty(N, HV, K, V, dtype=torch.float32, device=k.device) if need_initial else None

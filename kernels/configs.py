@@ -45,3 +45,19 @@ def chunk_config(K: int, V: int, T: int, dtype: torch.dtype) -> ChunkConfig:
         chunk = 16
     launch = Launch(min(block_v, block_size(V)), 4, stages)
     return ChunkConfig(chunk, launch._replace(stages=1), launch, launch, launch._replace(stages=1))
+
+
+def num_segments(heads: int, K: int, V: int, T: int, dtype: torch.dtype, multiprocessors: int) -> int:
+    """Into how many segments a pass over `heads` (N * HV) sequences of T tokens is cut to fill the GPU; 1 for none.
+
+    Cutting sweeps K + 2V columns instead of V, so it must more than treble the programs at work: it is done where a
+    sweep has less than one program for every four multiprocessors, into as many segments as give the sweep over
+    K + V columns about four programs on each, and none shorter than 512 tokens.
+    """
+    block_v = chunk_config(K, V, T, dtype).scan.block_v
+    programs = heads * triton.cdiv(V, block_v)
+    if 4 * programs > multiprocessors:
+        return 1
+    widened = heads * triton.cdiv(K + V, block_v)
+    segments = min(T // 512, 4 * multiprocessors // widened)
+    return segments if segments >= 4 else 1

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 L2_NORM_EPS = tl.constexpr(1e-6)
 
 
@@ -56,6 +57,27 @@ def locate_chunk(i_c, cu_seqlens, chunk_offsets, T, num_seqs, C: tl.constexpr):
         i_t = i_c - tl.load(chunk_offsets + low).to(tl.int32)
         start, length = sequence_bounds(low, cu_seqlens, T)
     return start + i_t * C, tl.minimum(length - i_t * C, C)
+
+
+@triton.jit
+def state_columns(i_v, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WIDENED: tl.constexpr):
+    """Tile i_v of a state's columns: their numbers, how many there are, where they start, and whether they hold values.
+
+    A widened state [K, K + V] is [P | R]: tiles of the K columns of P, which no value is written to, then those of R.
+    """
+    o_v = tl.arange(0, BV)
+    if WIDENED:
+        i_r = i_v - tl.cdiv(K, BV)
+        has_values = i_r >= 0
+        o_v += tl.where(has_values, i_r, i_v) * BV
+        num_cols = tl.where(has_values, V, K)
+        column0 = tl.where(has_values, K, 0)
+    else:
+        has_values = i_v >= 0
+        o_v += i_v * BV
+        num_cols = V
+        column0 = 0
+    return o_v, num_cols, column0, has_values
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from sleep_ops.kernels import gated_norm, short_conv, step
 from sleep_ops.kernels.chunk_grad import chunk_grad_kernel
-from sleep_ops.kernels.chunk_prepare import chunk_prepare_kernel
+from sleep_ops.kernels.chunk_prepare import chunk_prepare_kernel, gate_backward_kernel
 from sleep_ops.kernels.chunk_scan import chunk_reverse_kernel, chunk_scan_kernel
 from sleep_ops.kernels.configs import block_size, chunk_config
 
@@ -46,9 +46,9 @@ class Case(NamedTuple):
 
 def _chunk_arguments(dtype: str, packed: bool) -> dict[str, Any]:
     data = ("q", "k", "v", "A", "output", "states", "d_states", "d_output", "dq", "dk", "dv")
-    wide = ("G", "beta_out", "initial_state", "final_state", "d_final_state", "d_initial_state", "dg", "dbeta")
+    wide = ("G", "beta_out", "initial_state", "final_state", "d_final_state", "d_initial_state", "dG", "dbeta_out")
     arguments: dict[str, Any] = {name: f"*{dtype}" for name in data}
-    arguments |= {name: "*fp32" for name in (*wide, "g", "beta", "A_log", "dt_bias")}
+    arguments |= {name: "*fp32" for name in (*wide, "g", "beta", "dg", "dbeta", "A_log", "dt_bias", "partial")}
     arguments |= {name: "i32" for name in ("T", "num_seqs", "stride_q", "stride_k", "stride_v")}
     arguments |= {"scale": "fp32"}
     arguments |= {"cu_seqlens": "*i32" if packed else None, "chunk_offsets": "*i64" if packed else None}
@@ -62,14 +62,26 @@ def chunk_cases(
     config = chunk_config(K, V, 1 << 15, DTYPES[dtype])
     shape = {"H": 4, "HV": 4 * groups, "K": K, "V": V, "C": config.chunk, "BK": block_size(K)}
     gates = {"BETA_SCALE": 1.0, "USE_L2NORM": l2norm, "PRECISION": "ieee" if dtype == "fp32" else "tf32x3"}
+    gates |= {"WIDENED": False, "BH": 4 * groups}
+    widened = {"output": None, "q": None, "initial_state": None, "d_output": None, "dq": None, "WIDENED": True}
     common = _chunk_arguments(dtype, packed) | shape | gates
     label = f"{dtype}-K{K}-V{V}" + ("-packed" if packed else "")
     for name, kernel, launch, changed in (
         ("chunk_prepare", chunk_prepare_kernel, config.prepare, {}),
         ("chunk_scan", chunk_scan_kernel, config.scan, {"states": None}),
         ("chunk_states", chunk_scan_kernel, config.scan, {"output": None, "final_state": None, "q": None}),
+        ("chunk_scan_widened", chunk_scan_kernel, config.scan, widened | {"states": None}),
+        ("chunk_states_widened", chunk_scan_kernel, config.scan, widened | {"final_state": None}),
         ("chunk_reverse", chunk_reverse_kernel, config.reverse, {}),
+        (
+            "chunk_reverse_widened",
+            chunk_reverse_kernel,
+            config.reverse,
+            widened | {"d_initial_state": None, "V": K + V},
+        ),
         ("chunk_grad", chunk_grad_kernel, config.grad, {}),
+        ("chunk_grad_widened", chunk_grad_kernel, config.grad, widened),
+        ("gate_backward", gate_backward_kernel, config.prepare, {}),
     ):
         arguments = common | changed | {"BV": launch.block_v}
         yield Case(f"{name}-{label}", kernel, arguments, launch.warps, launch.stages, archs)

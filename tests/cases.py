@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sleep_ops.ops.chunk_torch import chunk_gated_delta_rule_torch
+from sleep_ops.ops.chunk_torch import TorchPass
 from sleep_ops.reference import gated_delta_rule_reference
 
 NAMES = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
@@ -175,12 +175,23 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     return (x.double() - truth).norm().item() / (norm if norm > 0 else 1.0)
 
 
-def check_two_times(function: Any, case: Case, dtype: torch.dtype, device: str, **extra) -> None:
-    """The 2x rule for `function`, an implementation with the signature of chunk_gated_delta_rule_torch."""
+def single_pass(kind: type) -> Any:
+    """One pass by `kind` (TorchPass, TritonPass) with the signature of `gated_delta_rule_reference`."""
+
+    def function(q, k, v, g, beta, *, scale, initial_state=None, **options):
+        return kind(k, v, g, beta, **options).run(q, initial_state, scale)
+
+    return function
+
+
+def check_two_times(
+    function: Any, case: Case, dtype: torch.dtype, device: str, *, specification=gated_delta_rule_reference, plain=None
+) -> None:
+    """The 2x rule for `function`, with the signature of the specification; `plain` is that of low-precision PyTorch."""
     inputs = make_inputs(case, dtype, device)
-    truth = evaluate(gated_delta_rule_reference, case, inputs, torch.float64)
-    plain = evaluate(chunk_gated_delta_rule_torch, case, inputs)
-    results = evaluate(function, case, inputs, **extra)
+    truth = evaluate(specification, case, inputs, torch.float64)
+    plain = evaluate(plain or single_pass(TorchPass), case, inputs)
+    results = evaluate(function, case, inputs)
     rounding = torch.finfo(dtype).eps * (8 * case.amplification if dtype == torch.float32 else 0.5)
     failures = []
     for name, value in results.items():

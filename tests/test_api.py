@@ -11,7 +11,7 @@ GATES = ["use_qk_l2norm", "A_log", "dt_bias", "use_beta_sigmoid", "allow_neg_eig
 TOKENS = ["q", "k", "v", "g", "beta"]
 # name: (positional arguments, keyword-only ones)
 SIGNATURES = {
-    "gated_delta_rule": (TOKENS, ["scale", "initial_state", "cu_seqlens", "rule", *GATES]),
+    "gated_delta_rule": (TOKENS, ["scale", "initial_state", "cu_seqlens", "rule", *GATES, "segments", "group"]),
     "sleep_gated_delta_rule": (
         TOKENS,
         ["passes", "window", "output_pass", "scale", "initial_state", "cu_seqlens", "rule", *GATES],
@@ -19,7 +19,15 @@ SIGNATURES = {
     "gated_delta_rule_step": ([*TOKENS, "state"], ["scale", "rule", *GATES]),
     "segment_transition": (TOKENS[1:], ["cu_seqlens", "rule", *GATES]),
 }
-DEFAULTS = {"scale": None, "rule": "delta", "window": None, "output_pass": "last", "impl": "auto"}
+DEFAULTS = {
+    "scale": None,
+    "rule": "delta",
+    "window": None,
+    "output_pass": "last",
+    "impl": "auto",
+    "segments": None,
+    "group": None,
+}
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from cases import CASES, Case, check_two_times, evaluate, make_inputs, relative_error
+from cases import CASES, NAMES, Case, check_two_times, evaluate, make_inputs, relative_error, single_pass
 from torch.utils.checkpoint import checkpoint
 
 from sleep_ops.kernels import chunk_grad, chunk_prepare, chunk_scan
 from sleep_ops.kernels.configs import chunk_config
-from sleep_ops.ops.chunk_triton import _chunk_counts, _rows, chunk_gated_delta_rule_triton
+from sleep_ops.ops.chunk_triton import TritonPass, _chunk_offsets, _num_chunks, _rows
 from sleep_ops.reference import gated_delta_rule_reference
 
 GATED = next(case for case in CASES if case.id == "grouped-gated")
+chunk_gated_delta_rule_triton = single_pass(TritonPass)
 PACKED = next(case for case in CASES if case.id == "packed-empty-ends")
 
 
@@ -70,17 +71,21 @@ def test_split_sequence_equals_whole(device):
 
 
 @pytest.mark.parametrize(
-    ("rule", "with_q", "packed"), [("delta", True, False), ("hebbian", True, True), ("delta", False, False)]
+    ("rule", "form", "packed"),
+    [("delta", "output", False), ("hebbian", "output", True), ("delta", "state", False), ("delta", "widened", True)],
 )
-def test_opcheck(rule, with_q, packed, device):
+def test_opcheck(rule, form, packed, device):
     case = Case("opcheck", T=20, heads=(1, 2), lengths=(5, 15) if packed else (), options=GATED.options, rule=rule)
     inputs = make_inputs(case, torch.float32, device)
-    order = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
-    tensors = [inputs[name].detach().requires_grad_() for name in order]
-    if not with_q:
-        tensors[0] = None
-    arguments = (*tensors, inputs["cu_seqlens"], 0.25, rule, True, 1.0)
-    torch.library.opcheck(torch.ops.sleep_ops.chunk_gated_delta_rule, arguments)
+    q, k, v, g, beta, state, A_log, dt_bias = (inputs[name].detach().requires_grad_() for name in NAMES)
+    packing = (inputs["cu_seqlens"], _chunk_offsets(inputs["cu_seqlens"], 32))
+    prepared = (k, g, beta, A_log, dt_bias, *packing, 20, 16, rule, True, 1.0)
+    torch.library.opcheck(torch.ops.sleep_ops.chunk_prepare, prepared)
+    G, active, A = (x.detach() for x in torch.ops.sleep_ops.chunk_prepare(*prepared))
+    factors = (G.requires_grad_(), active.requires_grad_(), A if rule == "delta" else None)
+    start = None if form == "widened" else state
+    swept = (q if form == "output" else None, k, v, *factors, start, *packing, 20, 0.25, True, form == "widened")
+    torch.library.opcheck(torch.ops.sleep_ops.chunk_scan, swept)
 
 
 @pytest.mark.parametrize("case", [GATED, PACKED], ids=str)
@@ -137,7 +142,7 @@ def test_chunk_bound_holds_every_packing():
     for lengths in ([1] * 7, [0, 0, 33], [16, 32, 17], [64], [0, 5, 0]):
         ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
         total = int(ends[-1])
-        bound, offsets = _chunk_counts(torch.zeros(1, total, 1, 1), ends, 16)
+        bound, offsets = _num_chunks(torch.zeros(1, total, 1, 1), ends, 16), _chunk_offsets(ends, 16)
         assert offsets.tolist() == [0, *torch.tensor([-(-n // 16) for n in lengths]).cumsum(0).tolist()]
         assert bound >= offsets[-1]
 

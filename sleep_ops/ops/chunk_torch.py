@@ -71,16 +71,6 @@ def _matmul(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     return _RoundedMatmul.apply(x, y, dtype) if dtype in (torch.float16, torch.bfloat16) else x @ y
 
 
-def _chunks(x: Tensor, heads: int, num_chunks: int, chunk: int) -> Tensor:
-    """[B, T, heads * R, ...] -> [B, heads, R, num_chunks, chunk, ...], zero-padded at the end."""
-    batch, tokens, width = x.shape[:3]
-    pad = num_chunks * chunk - tokens
-    if pad:
-        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad))
-    x = x.reshape(batch, num_chunks, chunk, heads, width // heads, *x.shape[3:])
-    return x.permute(0, 3, 4, 1, 2, *range(5, x.ndim))
-
-
 def _split(x: Tensor) -> tuple[Tensor, ...]:
     """The chunks of a [B, heads, R, num_chunks, ...] tensor; a single one as a view whose gradient needs no copy."""
     return x.unbind(3) if x.shape[3] > 1 else (x.squeeze(3),)
@@ -90,107 +80,119 @@ def _join(chunks: list[Tensor]) -> Tensor:
     return torch.stack(chunks, 3) if len(chunks) > 1 else chunks[0].unsqueeze(3)
 
 
-def chunk_gated_delta_rule_torch(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    *,
-    scale: float,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    rule: str = "delta",
-    use_qk_l2norm: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    use_beta_sigmoid: bool = False,
-    allow_neg_eigval: bool = False,
-) -> tuple[Tensor | None, Tensor]:
-    """Output [B, T, HV, V] in v's dtype and final state [N, HV, K, V]; arguments as in `gated_delta_rule`, unchecked.
+class TorchPass:
+    """Passes over the same k [B, T, H, K], v [B, T, HV, V], g, beta [B, T, HV] from any state, by PyTorch operations.
 
-    Without q only the state is computed and the output is None. States are float32, or float64 for float64 inputs.
+    Options and shapes are those of `gated_delta_rule`, which validates them. `longest`: a bound on the tokens of a
+    packed sequence, where one is known; without it the host waits for the device to learn it. States are float32, or
+    float64 for float64 inputs. Differentiable by autograd; what passes share is computed once.
     """
-    acc = state_dtype(q, k, v, initial_state)
-    dtype = k.dtype
-    out_dtype = v.dtype
-    g = log_decay(g.to(acc), A_log, dt_bias)
-    beta = write_strength(beta.to(acc), use_beta_sigmoid, allow_neg_eigval)
-    k, v = k.to(acc), v.to(acc)
-    q = None if q is None else q.to(acc)
-    if use_qk_l2norm:
-        k = l2_normalise(k).to(dtype).to(acc)
-        q = None if q is None else l2_normalise(q).to(dtype).to(acc)
 
-    if cu_seqlens is None:
-        o, state = _padded(q, k, v, g, beta, scale, initial_state, rule, dtype)
-        return None if o is None else o.to(out_dtype), state
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        longest: int | None = None,
+        rule: str = "delta",
+        use_qk_l2norm: bool = False,
+        A_log: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        use_beta_sigmoid: bool = False,
+        allow_neg_eigval: bool = False,
+    ):
+        acc = state_dtype(k, v)
+        self.dtype, self.out_dtype, self.rule, self.use_qk_l2norm = k.dtype, v.dtype, rule, use_qk_l2norm
+        g = log_decay(g.to(acc), A_log, dt_bias)
+        beta = write_strength(beta.to(acc), use_beta_sigmoid, allow_neg_eigval)
+        k, v = self._key(k, acc), v.to(acc)
+        self.sequences = None if cu_seqlens is None else PaddedSequences(cu_seqlens, v.shape[1], longest)
+        if self.sequences is not None:
+            k, v, g, beta = (self.sequences.pad(x) for x in (k, v, g, beta))
 
-    sequences = PaddedSequences(cu_seqlens, v.shape[1])
-    q, k, v, g, beta = (None if x is None else sequences.pad(x) for x in (q, k, v, g, beta))
-    o, state = _padded(q, k, v, g, beta, scale, initial_state, rule, dtype)
-    return None if o is None else sequences.unpad(o).to(out_dtype), state
-
-
-def _padded(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    scale: float,
-    state: Tensor | None,
-    rule: str,
-    dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor]:
-    """The chunk recurrence over [B, T, ...] tensors with final gates; a token with beta = g = 0 changes nothing."""
-    batch, tokens, heads, key_dim = k.shape
-    value_heads, value_dim = v.shape[2:]
-    groups = value_heads // heads
-    num_chunks = -(-tokens // MAX_CHUNK)
-    chunk = -(-tokens // num_chunks)  # equal chunks: the least padding
-
-    k, v, g, beta = (_chunks(x, heads, num_chunks, chunk) for x in (k, v, g[..., None], beta[..., None]))
-    G = g.cumsum(-2)
-    G_end = G[..., -1:, :]
-    row = torch.arange(chunk, device=v.device)
-    causal = row[:, None] >= row
-    decay = (G - G.mT).masked_fill(~causal, float("-inf")).exp()  # masked first: e^(G_i - G_j) overflows for i < j
-    G_exp = G.exp()
-
-    writes = beta * v
-    if rule == "delta":
-        L = beta * decay * _matmul(k, k.mT, dtype)  # the solves read it strictly below the diagonal, as unit triangular
-        identity = torch.eye(chunk, dtype=L.dtype, device=L.device).expand_as(L)
-        A = torch.linalg.solve_triangular(L.detach(), identity, upper=False, unitriangular=True)
-        A, L = _split(A), _split(L)
-    k_end = ((G_end - G).exp() * k).mT
-    k_n, v_n, beta_n, k_end, G_exp_n, end_n = (_split(x) for x in (k, v, beta, k_end, G_exp, G_end.exp()))
-    writes_n = _split(writes)
-
-    if state is not None:
-        state = state.to(v.dtype).reshape(batch, heads, groups, key_dim, value_dim)
-    starts, updates = [], []
-    for n in range(num_chunks):
-        starts.append(state)
-        u = writes_n[n]
+        batch, tokens, heads, key_dim = k.shape
+        value_heads, value_dim = v.shape[2:]
+        self.num_chunks = -(-tokens // MAX_CHUNK)
+        self.chunk = -(-tokens // self.num_chunks)  # equal chunks: the least padding
+        self.tokens, self.shape = tokens, (batch, heads, value_heads // heads, key_dim, value_dim)
+        k, v, g, beta = (self._chunks(x) for x in (k, v, g[..., None], beta[..., None]))
+        self.k, self.v, self.beta = k, v, beta
+        G = g.cumsum(-2)
+        G_end = G[..., -1:, :]
+        row = torch.arange(self.chunk, device=v.device)
+        causal = row[:, None] >= row
+        # masked first: e^(G_i - G_j) overflows for i < j
+        self.decay = (G - G.mT).masked_fill(~causal, float("-inf")).exp()
+        self.G_exp = G.exp()
+        self.by_chunk = [_split(x) for x in (k, beta, ((G_end - G).exp() * k).mT, self.G_exp, G_end.exp())]
         if rule == "delta":
-            if state is not None:
-                u = beta_n[n] * (v_n[n] - G_exp_n[n] * _matmul(k_n[n], state, dtype))
-            u = _UnitLowerSolve.apply(L[n], A[n], u, dtype)
-        updates.append(u)
-        write = _matmul(k_end[n], u, dtype)
-        state = write if state is None else end_n[n] * state + write
-    final_state = state.reshape(batch, value_heads, key_dim, value_dim)
-    if q is None:
-        return None, final_state
+            # the solves read L strictly below the diagonal, as unit triangular
+            L = beta * self.decay * _matmul(k, k.mT, self.dtype)
+            identity = torch.eye(self.chunk, dtype=L.dtype, device=L.device).expand_as(L)
+            A = torch.linalg.solve_triangular(L.detach(), identity, upper=False, unitriangular=True)
+            self.L, self.A = _split(L), _split(A)
 
-    q = _chunks(q, heads, num_chunks, chunk)
-    o = _matmul(scale * decay * _matmul(q, k.mT, dtype), _join(updates), dtype)
-    known = [s for s in starts if s is not None]
-    if known:
-        first = num_chunks - len(known)
-        inter = scale * G_exp[:, :, :, first:] * _matmul(q[:, :, :, first:], _join(known), dtype)
-        o = o + inter if first == 0 else torch.cat([o[:, :, :, :1], o[:, :, :, 1:] + inter], 3)
-    o = o.permute(0, 3, 4, 1, 2, 5).reshape(batch, num_chunks * chunk, value_heads, value_dim)
-    return o[:, :tokens], final_state
+    def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
+        """Output [B, T, HV, V] in v's dtype (None without q) and final state [N, HV, K, V]."""
+        batch, heads, groups, key_dim, value_dim = self.shape
+        if state is not None:
+            state = state.to(self.v.dtype).reshape(self.shape)
+        starts, updates, state = self._sweep(self.v, state)
+        state = state.reshape(batch, heads * groups, key_dim, value_dim)
+        if q is None:
+            return None, state
+
+        q = self._key(q, self.v.dtype)
+        q = self._chunks(q if self.sequences is None else self.sequences.pad(q))
+        o = _matmul(scale * self.decay * _matmul(q, self.k.mT, self.dtype), _join(updates), self.dtype)
+        known = [s for s in starts if s is not None]
+        if known:
+            first = self.num_chunks - len(known)
+            read = _matmul(q[:, :, :, first:], _join(known), self.dtype)
+            inter = scale * self.G_exp[:, :, :, first:] * read
+            o = o + inter if first == 0 else torch.cat([o[:, :, :, :1], o[:, :, :, 1:] + inter], 3)
+        o = o.permute(0, 3, 4, 1, 2, 5).reshape(batch, self.num_chunks * self.chunk, heads * groups, value_dim)
+        o = o[:, : self.tokens]
+        return (o if self.sequences is None else self.sequences.unpad(o)).to(self.out_dtype), state
+
+    def transition(self) -> tuple[Tensor, Tensor]:
+        """The pass as S -> P S + R: P [N, HV, K, K] and R [N, HV, K, V]."""
+        batch, heads, groups, key_dim, value_dim = self.shape
+        widened = torch.cat([self.v.new_zeros(*self.v.shape[:-1], key_dim), self.v], -1)
+        start = torch.eye(key_dim, key_dim + value_dim, dtype=self.v.dtype, device=self.v.device)
+        _, _, state = self._sweep(widened, start.expand(batch, heads, groups, -1, -1))
+        state = state.reshape(batch, heads * groups, key_dim, key_dim + value_dim)
+        return state[..., :key_dim], state[..., key_dim:]
+
+    def _sweep(self, v: Tensor, state: Tensor | None) -> tuple[list, list, Tensor]:
+        """The states before each chunk (None for zero) and its updates U, from values [B, h, R, n, C, .]; the last."""
+        starts, updates = [], []
+        v_n, writes_n = _split(v), _split(self.beta * v)
+        for n, (k, beta, k_end, G_exp, end) in enumerate(zip(*self.by_chunk, strict=True)):
+            starts.append(state)
+            u = writes_n[n]
+            if self.rule == "delta":
+                if state is not None:
+                    u = beta * (v_n[n] - G_exp * _matmul(k, state, self.dtype))
+                u = _UnitLowerSolve.apply(self.L[n], self.A[n], u, self.dtype)
+            updates.append(u)
+            write = _matmul(k_end, u, self.dtype)
+            state = write if state is None else end * state + write
+        return starts, updates, state
+
+    def _key(self, x: Tensor, acc: torch.dtype) -> Tensor:
+        """q or k in the dtype of sums, normalised where asked, and then as rounded as the inputs."""
+        x = x.to(acc)
+        return l2_normalise(x).to(self.dtype).to(acc) if self.use_qk_l2norm else x
+
+    def _chunks(self, x: Tensor) -> Tensor:
+        """[B, T, heads * R, ...] -> [B, heads, R, num_chunks, chunk, ...], padded with beta = g = 0."""
+        pad = self.num_chunks * self.chunk - self.tokens
+        if pad:
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad))
+        batch, heads = self.shape[:2]
+        x = x.reshape(batch, self.num_chunks, self.chunk, heads, x.shape[2] // heads, *x.shape[3:])
+        return x.permute(0, 3, 4, 1, 2, *range(5, x.ndim))

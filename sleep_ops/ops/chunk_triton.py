@@ -1,20 +1,25 @@
 """The chunked gated delta rule as differentiable PyTorch custom operators over the Triton kernels.
 
-Forward: gates and triangular inverse of every chunk (chunk_prepare), then one sweep for states and outputs
-(chunk_scan). Backward: the states again, their cotangents (chunk_reverse), then all gradients at once (chunk_grad).
-Between the two only the inputs, the gates and the inverse are kept, no states.
+Two operators, so that passes over the same tokens share what they have in common:
+
+    chunk_prepare    gates and triangular inverse of every chunk: G, active beta, A
+    chunk_scan       one sweep over the chunks from a given state: outputs and final state, or (widened) the map [P | R]
+
+The backward of a sweep computes its states again, sweeps their cotangents back (chunk_reverse), and forms all gradients
+at once (chunk_grad), what reaches the keys through A among them; chunk_prepare's turns those of G and beta into those
+of the gate inputs. Between forward and backward only the inputs, the gates and the inverse are kept, no states.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sleep_ops.kernels import chunk_prepare as prepare_kernels
 from sleep_ops.kernels.chunk_grad import chunk_grad
-from sleep_ops.kernels.chunk_prepare import chunk_prepare
 from sleep_ops.kernels.chunk_scan import chunk_reverse, chunk_scan
 from sleep_ops.kernels.configs import chunk_config
 from sleep_ops.ops.dispatch import on_device
-from sleep_ops.ops.gates import beta_scale, log_decay_gradient
+from sleep_ops.ops.gates import beta_scale
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -27,38 +32,50 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(), heads * dim
 
 
-def _chunk_counts(k: Tensor, cu_seqlens: Tensor | None, chunk: int) -> tuple[int, Tensor | None]:
-    """A bound on the number of chunks that needs no look at the device, and each packed sequence's first chunk."""
+def _num_chunks(k: Tensor, cu_seqlens: Tensor | None, chunk: int) -> int:
+    """A bound on the number of chunks that needs no look at the device."""
     B, T = k.shape[:2]
     if cu_seqlens is None:
-        return B * ((T + chunk - 1) // chunk), None
+        return B * ((T + chunk - 1) // chunk)
+    return T // chunk + cu_seqlens.shape[0] - 1
+
+
+def _chunk_offsets(cu_seqlens: Tensor | None, chunk: int) -> Tensor | None:
+    """Number of chunks before each packed sequence, and in all."""
+    if cu_seqlens is None:
+        return None
     counts = (cu_seqlens.diff().long() + (chunk - 1)) // chunk
-    return T // chunk + counts.shape[0], F.pad(counts.cumsum(0), (1, 0))
+    return F.pad(counts.cumsum(0), (1, 0))
 
 
-@torch.library.custom_op("sleep_ops::chunk_gated_delta_rule", mutates_args=())
-def _forward(
-    q: Tensor | None,
+def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    """Custom operators return tensors: an absent one is empty."""
+    return like.new_empty(0) if x is None else x
+
+
+@torch.library.custom_op("sleep_ops::chunk_prepare", mutates_args=())
+def _prepare(
     k: Tensor,
-    v: Tensor,
     g: Tensor,
     beta: Tensor,
-    initial_state: Tensor | None,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     cu_seqlens: Tensor | None,
-    scale: float,
+    chunk_offsets: Tensor | None,
+    longest: int,
+    head_v_dim: int,
     rule: str,
     use_qk_l2norm: bool,
     beta_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """output, final_state, and what the backward keeps: G, activated beta, A. An absent tensor is an empty one."""
-    config = chunk_config(k.shape[3], v.shape[3], k.shape[1], k.dtype)
-    num_chunks, chunk_offsets = _chunk_counts(k, cu_seqlens, config.chunk)
-    (k, stride_k), (v, stride_v) = _rows(k), _rows(v)
-    q, stride_q = (None, 0) if q is None else _rows(q)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """G and active beta [B, T, HV] float32, and A [B, T, HV, C] in k's dtype (empty for "hebbian").
+
+    longest: tokens of the longest sequence, which with the head dims decides the chunk's length.
+    """
+    config = chunk_config(k.shape[3], head_v_dim, longest, k.dtype)
+    k, stride_k = _rows(k)
     with on_device(k):
-        G, beta, A = chunk_prepare(
+        G, beta, A = prepare_kernels.chunk_prepare(
             k,
             stride_k,
             g.contiguous(),
@@ -67,12 +84,105 @@ def _forward(
             dt_bias,
             cu_seqlens,
             chunk_offsets,
-            num_chunks=num_chunks,
+            num_chunks=_num_chunks(k, cu_seqlens, config.chunk),
             rule=rule,
             use_qk_l2norm=use_qk_l2norm,
             beta_scale=beta_scale,
             config=config,
         )
+    return G, beta, _or_empty(A, k)
+
+
+@_prepare.register_fake
+def _(k, g, beta, A_log, dt_bias, cu_seqlens, chunk_offsets, longest, head_v_dim, rule, use_qk_l2norm, beta_scale):
+    chunk = chunk_config(k.shape[3], head_v_dim, longest, k.dtype).chunk
+    gates = [k.new_empty(g.shape, dtype=torch.float32) for _ in range(2)]
+    return (*gates, k.new_empty((*g.shape, chunk)) if rule == "delta" else k.new_empty(0))
+
+
+@torch.library.custom_op("sleep_ops::chunk_prepare_backward", mutates_args=())
+def _prepare_backward(
+    dG: Tensor,
+    d_active: Tensor,
+    g: Tensor,
+    active: Tensor,
+    beta_dtype: torch.dtype,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_offsets: Tensor | None,
+    chunk: int,
+    beta_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of g, beta, A_log and dt_bias."""
+    g = g.contiguous()
+    with on_device(g):
+        dg, dbeta, dA_log, d_dt_bias = prepare_kernels.gate_backward(
+            dG.contiguous(),
+            d_active.contiguous(),
+            g,
+            active,
+            beta_dtype,
+            A_log,
+            dt_bias,
+            cu_seqlens,
+            chunk_offsets,
+            num_chunks=_num_chunks(g, cu_seqlens, chunk),
+            beta_scale=beta_scale,
+            chunk=chunk,
+        )
+    return dg, dbeta, _or_empty(dA_log, g), _or_empty(d_dt_bias, g)
+
+
+@_prepare_backward.register_fake
+def _(dG, d_active, g, active, beta_dtype, A_log, dt_bias, cu_seqlens, chunk_offsets, chunk, beta_scale):
+    parameters = [g.new_empty(0) if x is None else x.new_empty(x.shape) for x in (A_log, dt_bias)]
+    return g.new_empty(g.shape), g.new_empty(g.shape, dtype=beta_dtype), *parameters
+
+
+def _save_prepared(ctx, inputs, output):
+    k, g, beta, A_log, dt_bias, cu_seqlens, chunk_offsets, longest, head_v_dim, *_, ctx.beta_scale = inputs
+    ctx.save_for_backward(g, output[1], A_log, dt_bias, cu_seqlens, chunk_offsets)
+    ctx.beta_dtype = beta.dtype
+    ctx.set_materialize_grads(False)
+    ctx.chunk = chunk_config(k.shape[3], head_v_dim, longest, k.dtype).chunk
+
+
+def _differentiate_prepared(ctx, dG, d_active, dA):
+    """dA is always None: chunk_scan's backward has taken A's part into the gradients of k, G and beta."""
+    if dG is None:
+        return (None,) * 12
+    g, active, A_log, dt_bias, cu_seqlens, chunk_offsets = ctx.saved_tensors
+    dg, dbeta, dA_log, d_dt_bias = _prepare_backward(
+        dG, d_active, g, active, ctx.beta_dtype, A_log, dt_bias, cu_seqlens, chunk_offsets, ctx.chunk, ctx.beta_scale
+    )
+    parameters = (None, None) if A_log is None else (dA_log, d_dt_bias)
+    return None, dg, dbeta, *parameters, *(None,) * 7
+
+
+_prepare.register_autograd(_differentiate_prepared, setup_context=_save_prepared)
+
+
+@torch.library.custom_op("sleep_ops::chunk_scan", mutates_args=())
+def _scan(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    G: Tensor,
+    beta: Tensor,
+    A: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_offsets: Tensor | None,
+    longest: int,
+    scale: float,
+    use_qk_l2norm: bool,
+    widened: bool,
+) -> tuple[Tensor, Tensor]:
+    """output (empty without q) and final_state [N, HV, K, V] float32; with `widened` [P | R], [N, HV, K, K + V]."""
+    (k, stride_k), (v, stride_v) = _rows(k), _rows(v)
+    q, stride_q = (None, 0) if q is None else _rows(q)
+    with on_device(k):
         output, final_state = chunk_scan(
             q,
             k,
@@ -86,60 +196,61 @@ def _forward(
             chunk_offsets,
             scale=scale,
             use_qk_l2norm=use_qk_l2norm,
-            config=config,
+            widened=widened,
+            config=chunk_config(k.shape[3], v.shape[3], longest, k.dtype),
         )
-    return v.new_empty(0) if output is None else output, final_state, G, beta, k.new_empty(0) if A is None else A
+    return _or_empty(output, v), final_state
 
 
-@_forward.register_fake
-def _(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, scale, rule, use_qk_l2norm, beta_scale):
-    B, T, _, K = k.shape
-    HV, V = v.shape[2:]
-    chunk = chunk_config(K, V, T, k.dtype).chunk
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (
-        v.new_empty(0) if q is None else v.new_empty(v.shape),
-        k.new_empty((N, HV, K, V), dtype=torch.float32),
-        k.new_empty((B, T, HV), dtype=torch.float32),
-        k.new_empty((B, T, HV), dtype=torch.float32),
-        k.new_empty((B, T, HV, chunk)) if rule == "delta" else k.new_empty(0),
-    )
+@_scan.register_fake
+def _(q, k, v, G, beta, A, initial_state, cu_seqlens, chunk_offsets, longest, scale, use_qk_l2norm, widened):
+    K, (HV, V) = k.shape[3], v.shape[2:]
+    N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    output = v.new_empty(0) if q is None else v.new_empty(v.shape)
+    return output, k.new_empty((N, HV, K, K + V if widened else V), dtype=torch.float32)
 
 
-@torch.library.custom_op("sleep_ops::chunk_gated_delta_rule_backward", mutates_args=())
-def _backward(
+@torch.library.custom_op("sleep_ops::chunk_scan_backward", mutates_args=())
+def _scan_backward(
+    d_output: Tensor | None,
+    d_final_state: Tensor | None,
     q: Tensor | None,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
-    beta_dtype: torch.dtype,
-    initial_state: Tensor | None,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
     G: Tensor,
     beta: Tensor,
-    A: Tensor,
-    d_output: Tensor | None,
-    d_final_state: Tensor | None,
+    A: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_offsets: Tensor | None,
+    longest: int,
     scale: float,
-    rule: str,
     use_qk_l2norm: bool,
-    beta_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g, beta, initial_state, A_log, dt_bias; an absent one is an empty tensor."""
-    config = chunk_config(k.shape[3], v.shape[3], k.shape[1], k.dtype)
-    num_chunks, chunk_offsets = _chunk_counts(k, cu_seqlens, config.chunk)
+    widened: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, G, beta and initial_state; an absent one is empty. Those of k, G and beta are A's too."""
+    config = chunk_config(k.shape[3], v.shape[3], longest, k.dtype)
+    num_chunks = _num_chunks(k, cu_seqlens, config.chunk)
     (k, stride_k), (v, stride_v) = _rows(k), _rows(v)
     q, stride_q = (None, 0) if d_output is None else _rows(q)
     strides = (stride_q, stride_k, stride_v)
-    A = A if rule == "delta" else None
     d_output = None if d_output is None else d_output.contiguous()
     common = {"scale": scale, "use_qk_l2norm": use_qk_l2norm, "config": config}
+    packing = (cu_seqlens, chunk_offsets)
     with on_device(k):
-        start = None if initial_state is None else initial_state.contiguous()
         _, states = chunk_scan(
-            None, k, v, strides, G, beta, A, start, cu_seqlens, chunk_offsets, num_chunks=num_chunks, **common
+            None,
+            k,
+            v,
+            strides,
+            G,
+            beta,
+            A,
+            None if initial_state is None else initial_state.contiguous(),
+            *packing,
+            widened=widened,
+            num_chunks=num_chunks,
+            **common,
         )
         d_states, d_initial_state = chunk_reverse(
             q,
@@ -150,143 +261,94 @@ def _backward(
             A,
             d_output,
             None if d_final_state is None else d_final_state.contiguous(),
-            cu_seqlens,
-            chunk_offsets,
-            head_v_dim=v.shape[3],
+            *packing,
+            width=states.shape[3],
             need_initial=initial_state is not None,
             num_chunks=num_chunks,
             **common,
         )
-        dq, dk, dv, dg, dbeta = chunk_grad(
-            q,
-            k,
-            v,
-            strides,
-            G,
-            beta,
-            A,
-            states,
-            d_states,
-            d_output,
-            cu_seqlens,
-            chunk_offsets,
-            beta_scale=beta_scale,
-            **common,
+        dq, dk, dv, dG, dbeta = chunk_grad(
+            q, k, v, strides, G, beta, A, states, d_states, d_output, *packing, widened=widened, **common
         )
-
-    dA_log = d_dt_bias = None
-    if A_log is not None:
-        dg, dA_log, d_dt_bias = log_decay_gradient(dg, g, A_log, dt_bias)
-    gradients = (dq, dk, dv, dg.to(g.dtype), dbeta.to(beta_dtype), d_initial_state, dA_log, d_dt_bias)
-    return tuple(k.new_empty(0) if x is None else x for x in gradients)
+    return _or_empty(dq, k), dk, dv, dG, dbeta, _or_empty(d_initial_state, k)
 
 
-@_backward.register_fake
-def _(
-    q,
-    k,
-    v,
-    g,
-    beta_dtype,
-    initial_state,
-    A_log,
-    dt_bias,
-    cu_seqlens,
-    G,
-    beta,
-    A,
-    d_output,
-    d_final_state,
-    scale,
-    rule,
-    use_qk_l2norm,
-    beta_scale,
-):
-    def like(x, dtype=None):
-        return k.new_empty(0) if x is None else x.new_empty(x.shape, dtype=dtype)
-
-    return (
-        like(None if d_output is None else q),
-        like(k),
-        like(v),
-        like(g),
-        like(beta, beta_dtype),
-        like(initial_state),
-        like(A_log),
-        like(dt_bias),
-    )
+@_scan_backward.register_fake
+def _(d_output, d_final_state, q, k, v, G, beta, A, initial_state, *options):
+    inputs = (None if d_output is None else q, k, v, G, beta, initial_state)
+    return tuple(k.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
-def _setup_context(ctx, inputs, output):
-    q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, *options = inputs
-    _, _, G, beta_active, A = output
-    ctx.save_for_backward(q, k, v, g, initial_state, A_log, dt_bias, cu_seqlens, G, beta_active, A)
-    ctx.beta_dtype = beta.dtype
-    ctx.options = options
+def _save_scanned(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:9])
+    ctx.options = inputs[9:]
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, d_output, d_final_state, d_G, d_beta, d_A):
-    q, k, v, g, initial_state, A_log, dt_bias, cu_seqlens, G, beta, A = ctx.saved_tensors
-    if d_output is None and d_final_state is None:
-        return (None,) * 13
+def _differentiate_scanned(ctx, d_output, d_final_state):
+    q, k, v, G, beta, A, initial_state, *packing = ctx.saved_tensors
     if q is None:
         d_output = None
-    gradients = list(
-        _backward(
-            q,
-            k,
-            v,
-            g,
-            ctx.beta_dtype,
-            initial_state,
-            A_log,
-            dt_bias,
-            cu_seqlens,
-            G,
-            beta,
-            A,
-            d_output,
-            d_final_state,
-            *ctx.options,
-        )
+    if d_output is None and d_final_state is None:
+        return (None,) * 13
+    dq, dk, dv, dG, dbeta, d_initial_state = _scan_backward(
+        d_output, d_final_state, q, k, v, G, beta, A, initial_state, *packing, *ctx.options
     )
-    present = (None if d_output is None else q, k, v, g, beta, initial_state, A_log, dt_bias)
-    gradients = [None if x is None else grad for x, grad in zip(present, gradients, strict=True)]
-    return (*gradients, None, None, None, None, None)
+    dq = None if d_output is None else dq
+    d_initial_state = None if initial_state is None else d_initial_state
+    return dq, dk, dv, dG, dbeta, None, d_initial_state, *(None,) * 6
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_scan.register_autograd(_differentiate_scanned, setup_context=_save_scanned)
 
 
-def chunk_gated_delta_rule_triton(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    *,
-    scale: float,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    rule: str = "delta",
-    use_qk_l2norm: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    use_beta_sigmoid: bool = False,
-    allow_neg_eigval: bool = False,
-) -> tuple[Tensor | None, Tensor]:
-    """The gated delta rule (or Hebbian rule) over q, k [B, T, H, K], v [B, T, HV, V], g, beta [B, T, HV].
+class TritonPass:
+    """Passes over the same k [B, T, H, K], v [B, T, HV, V], g, beta [B, T, HV] from any state, by the Triton kernels.
 
-    Returns the output [B, T, HV, V] in v's dtype and the final state [N, HV, K, V] in float32, one per batch row or
-    packed sequence. Without q only the state is computed and the output is None. Options and shapes are those of
-    `gated_delta_rule`, which validates them; q, k and v share one of float32, float16 and bfloat16.
+    Options and shapes are those of `gated_delta_rule`, which validates them; k and v share one of float32, float16 and
+    bfloat16. `longest`: a bound on the tokens of a sequence (default T).
 
     Runs on CUDA tensors, and on CPU tensors under TRITON_INTERPRET=1 (not in bfloat16, which the interpreter
     multiplies wrongly). Deterministic. Source: arXiv 2412.06464, section 3.3; sleep_ops/reference.py.
     """
-    factor = beta_scale(use_beta_sigmoid, allow_neg_eigval)
-    output, final_state, *_ = _forward(
-        q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, scale, rule, use_qk_l2norm, factor
-    )
-    return None if q is None else output, final_state
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        longest: int | None = None,
+        rule: str = "delta",
+        use_qk_l2norm: bool = False,
+        A_log: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        use_beta_sigmoid: bool = False,
+        allow_neg_eigval: bool = False,
+    ):
+        self.k, self.v, self.use_qk_l2norm = k, v, use_qk_l2norm
+        self.longest = k.shape[1] if longest is None else longest
+        chunk = chunk_config(k.shape[3], v.shape[3], self.longest, k.dtype).chunk
+        self.packing = (cu_seqlens, _chunk_offsets(cu_seqlens, chunk))
+        factor = beta_scale(use_beta_sigmoid, allow_neg_eigval)
+        G, active, A = _prepare(
+            k, g, beta, A_log, dt_bias, *self.packing, self.longest, v.shape[3], rule, use_qk_l2norm, factor
+        )
+        self.factors = (G, active, A if rule == "delta" else None)
+
+    def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
+        """Output [B, T, HV, V] in v's dtype (None without q) and final state [N, HV, K, V] float32."""
+        output, final_state = _scan(
+            q, self.k, self.v, *self.factors, state, *self.packing, self.longest, scale, self.use_qk_l2norm, False
+        )
+        return None if q is None else output, final_state
+
+    def transition(self) -> tuple[Tensor, Tensor]:
+        """The pass as S -> P S + R: P [N, HV, K, K] and R [N, HV, K, V], float32."""
+        _, widened = _scan(
+            None, self.k, self.v, *self.factors, None, *self.packing, self.longest, 1.0, self.use_qk_l2norm, True
+        )
+        K = self.k.shape[3]
+        return widened[..., :K], widened[..., K:]

@@ -1,4 +1,4 @@
-"""Which implementation suits the tensors, and one pass of the gated delta rule by it, arguments already checked."""
+"""Which implementation suits the tensors, and passes of the gated delta rule by it, arguments already checked."""
 
 import contextlib
 import importlib.util
@@ -7,8 +7,8 @@ import os
 import torch
 from torch import Tensor
 
-from sleep_ops.ops.chunk_torch import chunk_gated_delta_rule_torch
-from sleep_ops.reference import gated_delta_rule_reference
+from sleep_ops.ops.chunk_torch import TorchPass
+from sleep_ops.reference import gated_delta_rule_reference, state_dtype
 
 MAX_TRITON_KEY_DIM = 256
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -48,21 +48,46 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def run_pass(
-    q: Tensor | None, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, impl: str, **options: object
-) -> tuple[Tensor | None, Tensor]:
-    """Output [B, T, HV, V] in v's dtype (None without q) and final state [N, HV, K, V], autocast switched off.
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """Switches autocast off on x's device."""
+    return torch.autocast(device_type=x.device.type, enabled=False)
 
-    `options` are the keywords of `chunk_gated_delta_rule_torch`.
+
+class ReferencePass:
+    """Passes over the same tokens from any state by the token recurrence, which is read anew for each."""
+
+    def __init__(self, *tokens: Tensor, **options: object):
+        self.tokens, self.options = tokens, options
+
+    def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
+        k, v, g, beta = self.tokens
+        o, state = gated_delta_rule_reference(
+            k if q is None else q, k, v, g, beta, initial_state=state, scale=scale, **self.options
+        )
+        return None if q is None else o.to(v.dtype), state
+
+    def transition(self) -> tuple[Tensor, Tensor]:
+        k, v, g, beta = self.tokens
+        cu_seqlens = self.options.get("cu_seqlens")
+        num_states = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        K, (HV, V) = k.shape[3], v.shape[2:]
+        widened = torch.cat([v.new_zeros(*v.shape[:3], K), v], -1)
+        start = torch.eye(K, K + V, dtype=state_dtype(k, v), device=v.device).expand(num_states, HV, -1, -1)
+        _, state = gated_delta_rule_reference(k, k, widened, g, beta, initial_state=start, scale=1.0, **self.options)
+        return state[..., :K], state[..., K:]
+
+
+def prepare_pass(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, impl: str, longest: int | None = None, **options):
+    """An object with `run(q, state, scale)` and `transition()`: one pass over these tokens, from any state.
+
+    impl is one of "triton", "torch" and "reference" (see `choose_rule_impl`); `options` are those of `TorchPass`.
+    Arguments are already checked, autocast is off.
     """
-    impl = choose_rule_impl(impl, k)
-    with torch.autocast(device_type=k.device.type, enabled=False):
-        if impl == "torch":
-            return chunk_gated_delta_rule_torch(q, k, v, g, beta, **options)
-        if impl == "reference":
-            o, state = gated_delta_rule_reference(k if q is None else q, k, v, g, beta, **options)
-            return None if q is None else o.to(v.dtype), state
-        # Imported where it is used: everything else works without Triton.
-        from sleep_ops.ops.chunk_triton import chunk_gated_delta_rule_triton
+    if impl == "reference":
+        return ReferencePass(k, v, g, beta, **options)
+    if impl == "torch":
+        return TorchPass(k, v, g, beta, longest=longest, **options)
+    # Imported where it is used: everything else works without Triton.
+    from sleep_ops.ops.chunk_triton import TritonPass
 
-        return chunk_gated_delta_rule_triton(q, k, v, g, beta, **options)
+    return TritonPass(k, v, g, beta, longest=longest, **options)

@@ -4,18 +4,24 @@ import torch
 from torch import Tensor
 
 
+def longest_sequence(cu_seqlens: Tensor, tokens: int) -> int:
+    """Length of the longest sequence; `tokens` where values can't be read (torch.compile, CUDA graph capture)."""
+    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return tokens
+    return int(cu_seqlens.diff().max())
+
+
 class PaddedSequences:
     """Index between a packed row of `tokens` tokens and a padded batch whose rows are its sequences.
 
-    Rows are as long as the longest sequence, which the host reads from `cu_seqlens` ([num_seqs + 1]) and so waits for
-    the device once; where values can't be read, under torch.compile and CUDA graph capture, they are `tokens` long.
+    Rows are `longest` long, a bound on the sequences' lengths; without one they are as long as the longest sequence,
+    which the host reads from `cu_seqlens` ([num_seqs + 1]), waiting for the device (see `longest_sequence`).
     """
 
-    def __init__(self, cu_seqlens: Tensor, tokens: int) -> None:
+    def __init__(self, cu_seqlens: Tensor, tokens: int, longest: int | None = None) -> None:
         borders = cu_seqlens.long()
         self.lengths = borders[1:] - borders[:-1]
-        unreadable = torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing())
-        longest = tokens if unreadable else int(self.lengths.max())
+        longest = longest_sequence(cu_seqlens, tokens) if longest is None else longest
         place = torch.arange(longest, device=cu_seqlens.device)
         self._token = (borders[:-1, None] + place).clamp(max=tokens - 1)
         self._filler = place >= self.lengths[:, None]
