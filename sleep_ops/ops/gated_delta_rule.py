@@ -238,10 +238,10 @@ def _cut(k: Tensor, v: Tensor, impl: str, cu_seqlens: Tensor | None, segments: i
     if segments is None:
         segments = 1
         if impl == "triton" and k.is_cuda and cu_seqlens is None:
-            from sleep_ops.kernels.configs import num_segments
+            from sleep_ops.kernels.configs import architecture, num_segments
 
-            processors = torch.cuda.get_device_properties(k.device).multi_processor_count
-            segments = num_segments(batch * v.shape[2], k.shape[3], v.shape[3], tokens, k.dtype, processors)
+            processors, arch = torch.cuda.get_device_properties(k.device).multi_processor_count, architecture(k.device)
+            segments = num_segments(batch * v.shape[2], k.shape[3], v.shape[3], tokens, k.dtype, processors, arch)
     length = -(-tokens // (segments * SEGMENT_MULTIPLE)) * SEGMENT_MULTIPLE if segments > 1 else None
     return Windows(batch, tokens, length, cu_seqlens, k.device)
 
@@ -278,7 +278,10 @@ def _sleep(q, k, v, g, beta, passes, window, output_pass, **options) -> tuple[Te
 
 
 def _chained_is_cheaper(passes: int | float, key_dim: int, value_dim: int, output: bool) -> bool:
-    """Whether N sweeps of V columns in turn are fewer columns than K + V for the transition and V for outputs."""
+    """Whether N sweeps of V columns in turn are fewer columns than K + V for the transition and V for outputs.
+
+    On a CPU the two forms take equal time about there: N = 3 where K = V.
+    """
     return passes * value_dim < key_dim + value_dim * (2 if output else 1)
 
 
