@@ -1,4 +1,4 @@
-"""Launch settings of the chunk kernels: one small table, read top to bottom; no autotuning at run time.
+"""Launch settings of the chunk kernels, read from the small table of launches.py; no autotuning at run time.
 
 float32 products use no tensor cores, so their tiles live in registers: the smallest ones. In 16 bits, chunks of 32
 tokens keep every kernel but chunk_grad nearly free of register spills up to K = V = 128. With 64, chunk_grad spills
@@ -6,10 +6,13 @@ kilobytes a thread on sm_80, and on sm_100 compiles to a trap. tests/test_aot.py
 warps: eight have raced on Blackwell.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
+
+from sleep_ops.kernels.launches import LAUNCHES
 
 
 class Launch(NamedTuple):
@@ -32,29 +35,54 @@ class ChunkConfig(NamedTuple):
 
 def block_size(dim: int) -> int:
     """Tile size of a head dimension: the next power of two, at least 16 (the smallest tl.dot takes)."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
-def chunk_config(K: int, V: int, T: int, dtype: torch.dtype) -> ChunkConfig:
-    """Settings for head dims K and V, T tokens (of the longest sequence, or all of them) and q/k/v of `dtype`."""
-    large = dtype == torch.float32 or block_size(K) > 128
-    chunk = 16 if large else 32
-    block_v = 16 if large else 32
-    stages = 1 if dtype == torch.float32 else 2
-    if T <= 16:
-        chunk = 16
-    launch = Launch(min(block_v, block_size(V)), 4, stages)
-    return ChunkConfig(chunk, launch._replace(stages=1), launch, launch, launch._replace(stages=1))
+def architecture(device: torch.device) -> str | None:
+    """The GPU's name in the table, such as "sm90" or "gfx942"; None for other devices. No wait for the device."""
+    if device.type != "cuda":
+        return None
+    # A compiler traces through the cache anyway, and says so.
+    return (_architecture if torch.compiler.is_compiling() else _known_architecture)(device)
 
 
-def num_segments(heads: int, K: int, V: int, T: int, dtype: torch.dtype, multiprocessors: int) -> int:
+def _architecture(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm{properties.major}{properties.minor}"
+
+
+_known_architecture = functools.cache(_architecture)
+
+
+def launch_key(K: int, V: int, dtype: torch.dtype, arch: str | None) -> tuple[str, int, int, str | None]:
+    """The most particular row of the table for these head dims, q/k/v of `dtype` and this GPU; it need not be there."""
+    return "float32" if dtype == torch.float32 else "16-bit", block_size(K), block_size(V), arch
+
+
+def chunk_config(K: int, V: int, T: int, dtype: torch.dtype, arch: str | None = None) -> ChunkConfig:
+    """Settings for head dims K and V, T tokens (of the longest sequence, or all of them) and q/k/v of `dtype`.
+
+    arch: the GPU as `architecture` names it, None for the rows of any. Tiles wider than V are narrowed to it, chunks
+    more than twice as long as the sequence are shortened.
+    """
+    width, BK, BV, arch = launch_key(K, V, dtype, arch)
+    keys = [(width, *tiles, where) for tiles in ((BK, BV), (BK, None), (None, None)) for where in (arch, None)]
+    chunk, *launches = next(LAUNCHES[key] for key in keys if key in LAUNCHES)
+    while chunk > 16 and chunk >= 2 * T:
+        chunk //= 2
+    return ChunkConfig(chunk, *[Launch(min(block_v, BV), warps, stages) for block_v, warps, stages in launches])
+
+
+def num_segments(
+    heads: int, K: int, V: int, T: int, dtype: torch.dtype, multiprocessors: int, arch: str | None = None
+) -> int:
     """Into how many segments a pass over `heads` (N * HV) sequences of T tokens is cut to fill the GPU; 1 for none.
 
     Cutting sweeps K + 2V columns instead of V, so it must more than treble the programs at work: it is done where a
     sweep has less than one program for every four multiprocessors, into as many segments as give the sweep over
     K + V columns about four programs on each, and none shorter than 512 tokens.
     """
-    block_v = chunk_config(K, V, T, dtype).scan.block_v
+    block_v = chunk_config(K, V, T, dtype, arch).scan.block_v
     programs = heads * triton.cdiv(V, block_v)
     if 4 * programs > multiprocessors:
         return 1

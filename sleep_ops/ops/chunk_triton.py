@@ -17,9 +17,13 @@ from torch import Tensor
 from sleep_ops.kernels import chunk_prepare as prepare_kernels
 from sleep_ops.kernels.chunk_grad import chunk_grad
 from sleep_ops.kernels.chunk_scan import chunk_reverse, chunk_scan
-from sleep_ops.kernels.configs import chunk_config
+from sleep_ops.kernels.configs import ChunkConfig, architecture, chunk_config
 from sleep_ops.ops.dispatch import on_device
 from sleep_ops.ops.gates import beta_scale
+
+
+def _config(k: Tensor, head_v_dim: int, longest: int) -> ChunkConfig:
+    return chunk_config(k.shape[3], head_v_dim, longest, k.dtype, architecture(k.device))
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -72,7 +76,7 @@ def _prepare(
 
     longest: tokens of the longest sequence, which with the head dims decides the chunk's length.
     """
-    config = chunk_config(k.shape[3], head_v_dim, longest, k.dtype)
+    config = _config(k, head_v_dim, longest)
     k, stride_k = _rows(k)
     with on_device(k):
         G, beta, A = prepare_kernels.chunk_prepare(
@@ -95,7 +99,7 @@ def _prepare(
 
 @_prepare.register_fake
 def _(k, g, beta, A_log, dt_bias, cu_seqlens, chunk_offsets, longest, head_v_dim, rule, use_qk_l2norm, beta_scale):
-    chunk = chunk_config(k.shape[3], head_v_dim, longest, k.dtype).chunk
+    chunk = _config(k, head_v_dim, longest).chunk
     gates = [k.new_empty(g.shape, dtype=torch.float32) for _ in range(2)]
     return (*gates, k.new_empty((*g.shape, chunk)) if rule == "delta" else k.new_empty(0))
 
@@ -145,7 +149,7 @@ def _save_prepared(ctx, inputs, output):
     ctx.save_for_backward(g, output[1], A_log, dt_bias, cu_seqlens, chunk_offsets)
     ctx.beta_dtype = beta.dtype
     ctx.set_materialize_grads(False)
-    ctx.chunk = chunk_config(k.shape[3], head_v_dim, longest, k.dtype).chunk
+    ctx.chunk = _config(k, head_v_dim, longest).chunk
 
 
 def _differentiate_prepared(ctx, dG, d_active, dA):
@@ -197,7 +201,7 @@ def _scan(
             scale=scale,
             use_qk_l2norm=use_qk_l2norm,
             widened=widened,
-            config=chunk_config(k.shape[3], v.shape[3], longest, k.dtype),
+            config=_config(k, v.shape[3], longest),
         )
     return _or_empty(output, v), final_state
 
@@ -229,7 +233,7 @@ def _scan_backward(
     widened: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, G, beta and initial_state; an absent one is empty. Those of k, G and beta are A's too."""
-    config = chunk_config(k.shape[3], v.shape[3], longest, k.dtype)
+    config = _config(k, v.shape[3], longest)
     num_chunks = _num_chunks(k, cu_seqlens, config.chunk)
     (k, stride_k), (v, stride_v) = _rows(k), _rows(v)
     q, stride_q = (None, 0) if d_output is None else _rows(q)
@@ -330,7 +334,7 @@ class TritonPass:
     ):
         self.k, self.v, self.use_qk_l2norm = k, v, use_qk_l2norm
         self.longest = k.shape[1] if longest is None else longest
-        chunk = chunk_config(k.shape[3], v.shape[3], self.longest, k.dtype).chunk
+        chunk = _config(k, v.shape[3], self.longest).chunk
         self.packing = (cu_seqlens, _chunk_offsets(cu_seqlens, chunk))
         factor = beta_scale(use_beta_sigmoid, allow_neg_eigval)
         G, active, A = _prepare(
