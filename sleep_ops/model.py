@@ -1,5 +1,6 @@
 """A thin hybrid language model that sleeps: embedding, blocks, final norm, head."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,26 @@ class SleepOutput(NamedTuple):
     loss: Tensor | None
     state: SleepState | None
     positions: Tensor | None
+
+
+class Reading(NamedTuple):
+    """A checked call of `SleepHybridModel.forward`: what the host decides by, and what the device computes from.
+
+    rows: where the tokens stand. ids: `[rows, max(lengths)]`. labels: int64 likewise, or None; counted: bool likewise,
+    the positions whose loss is taken. has_loss: a host function of (starts, parts), which rows have loss there;
+    loss_tokens: how many positions have. passes, state, all_logits, return_state: as in `forward`, resolved.
+    """
+
+    rows: Rows
+    ids: Tensor
+    labels: Tensor | None
+    counted: Tensor | None
+    has_loss: Callable[[Lengths, Lengths], list[bool]]
+    loss_tokens: int
+    passes: int | float
+    state: SleepState | None
+    all_logits: bool
+    return_state: bool
 
 
 class SleepHybridModel(nn.Module):
@@ -89,7 +110,7 @@ class SleepHybridModel(nn.Module):
         expect(input_ids.device == weight.device, "input_ids", f"a tensor on {weight.device}", str(input_ids.device))
         rows = Rows.of(input_ids, attention_mask, cu_seqlens)
         ids = rows.pack(input_ids)
-        if ids.device.type == "cpu":  # elsewhere the look would make the host wait
+        if _readable(ids):
             low, high = ids.min().item(), ids.max().item()
             inside = 0 <= low and high < self.config.vocab_size
             expect(inside, "input_ids", f"0 to {self.config.vocab_size - 1}", f"{low} to {high}")
@@ -125,32 +146,76 @@ class SleepHybridModel(nn.Module):
         Raises ValueError naming the argument for wrong shapes, dtypes or values, for labels without a loss token, and
         for passes=math.inf where a window's replays don't converge.
         """
+        reading = self.plan(
+            input_ids,
+            labels,
+            loss_mask,
+            attention_mask,
+            passes,
+            state,
+            cu_seqlens=cu_seqlens,
+            all_logits=all_logits,
+            return_state=return_state,
+        )
+        return self.run(reading)
+
+    def plan(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        passes: int | float | None = None,
+        state: SleepState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        all_logits: bool | None = None,
+        return_state: bool = True,
+    ) -> Reading:
+        """The first half of `forward`, with its arguments and errors: checks, and all that the host must know.
+
+        Waits for the device only to read an attention_mask, cu_seqlens, or a loss mask that is not on the CPU.
+        """
         rows, ids = self.rows(input_ids, attention_mask, cu_seqlens)
         self._check(tuple(input_ids.shape), labels, loss_mask)
         passes = self.config.resolve_passes(passes)
-        if state is None:
-            state = self.init_state(len(rows.lengths))
-        self.stack.check(state, len(rows.lengths))
+        if state is not None:
+            self.stack.check(state, len(rows.lengths))
         if all_logits is None:
             all_logits = labels is None and loss_mask is None
         if labels is not None and (loss_mask is None or loss_mask.device == labels.device):
             real = labels != -100
             loss_mask = real if loss_mask is None else real & loss_mask.bool()
-        has_loss, total = rows.marks(loss_mask)
-        targets = None if labels is None else rows.pack(labels).long()
-        if targets is not None and targets.device.type == "cpu":
-            valid = (targets >= 0) & (targets < self.config.vocab_size) | (targets == -100)
-            expected = f"0 to {self.config.vocab_size - 1}, or -100"
-            expect(bool(valid.all()), "labels", expected, targets[~valid][:1].tolist())
-        counted = None if loss_mask is None else rows.pack(loss_mask.to(input_ids.device).bool())
+        has_loss, loss_tokens = rows.marks(loss_mask)
+        counted = None
+        if labels is not None:
+            expect(loss_tokens > 0, "labels", "at least one loss token", "none")
+            labels = rows.pack(labels).long()
+            if _readable(labels):
+                valid = (labels >= 0) & (labels < self.config.vocab_size) | (labels == -100)
+                expected = f"0 to {self.config.vocab_size - 1}, or -100"
+                expect(bool(valid.all()), "labels", expected, labels[~valid][:1].tolist())
+            counted = rows.pack(ragged.send(loss_mask.bool(), ids.device))
+        return Reading(rows, ids, labels, counted, has_loss, loss_tokens, passes, state, all_logits, return_state)
+
+    def run(self, reading: Reading) -> SleepOutput:
+        """The second half of `forward`: the work, queued without waiting for the device (but to check math.inf passes).
+
+        Where all rows are full, in phase and alike in which of their windows sleep, nothing is copied from the host
+        either, so a CUDA graph can capture this and its backward.
+        """
+        rows, ids = reading.rows, reading.ids
+        targets = None if reading.labels is None else reading.labels.masked_fill(~reading.counted, -100)
+        state = self.init_state(len(rows.lengths)) if reading.state is None else reading.state
         pieces, losses = [], []
 
         def emit(starts: Lengths, parts: Lengths, h: Tensor) -> None:
             logits = self.predict(h)
             pieces.append((starts, parts, logits))
-            if targets is not None and any(has_loss(starts, parts)):
-                mask = ragged.take(counted, starts, parts) & rows.real(parts, h.device)
-                target = ragged.take(targets, starts, parts).masked_fill(~mask, -100)
+            if targets is not None and any(reading.has_loss(starts, parts)):
+                target = ragged.take(targets, starts, parts)
+                if not ragged.uniform(parts):
+                    target = target.masked_fill(~rows.real(parts, h.device), -100)
                 exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 losses.append(F.cross_entropy(exact.flatten(0, 1), target.flatten(), reduction="sum"))
 
@@ -158,18 +223,15 @@ class SleepHybridModel(nn.Module):
             lambda starts, parts: self.embed(ragged.take(ids, starts, parts)),
             rows.lengths,
             state,
-            passes=passes,
-            wants=lambda starts, parts: all_logits or any(has_loss(starts, parts)),
+            passes=reading.passes,
+            wants=lambda starts, parts: reading.all_logits or any(reading.has_loss(starts, parts)),
             emit=emit,
-            labelled=has_loss if self.config.sleep_on == "unlabelled" else None,
-            close=return_state,
+            labelled=reading.has_loss if self.config.sleep_on == "unlabelled" else None,
+            close=reading.return_state,
         )
         logits, positions = rows.unpack(pieces)
-        loss = None
-        if labels is not None:
-            expect(len(losses) > 0, "labels", "at least one loss token", "none")
-            loss = sum(losses) / total
-        return SleepOutput(logits, loss, state if return_state else None, positions)
+        loss = None if targets is None else sum(losses) / reading.loss_tokens
+        return SleepOutput(logits, loss, state if reading.return_state else None, positions)
 
     def _check(self, shape: tuple, labels: Tensor | None, loss_mask: Tensor | None) -> None:
         for name, x in (("labels", labels), ("loss_mask", loss_mask)):
@@ -180,6 +242,11 @@ class SleepHybridModel(nn.Module):
             expect(labels.dtype in (torch.int32, torch.int64), "labels", "int32 or int64", labels.dtype)
             device = self.embed.weight.device
             expect(labels.device == device, "labels", f"a tensor on {device}", str(labels.device))
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether the host can look at values without waiting for a device or leaving a compiled graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _mixer(c: HybridConfig, kind: str) -> nn.Module:

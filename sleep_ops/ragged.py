@@ -12,6 +12,18 @@ from torch import Tensor
 Lengths = tuple[int, ...]
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`. From the CPU to a GPU through pinned memory: a copy out of any other makes the host wait."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def tensor(values: Sequence, device: torch.device) -> Tensor:
+    """Host numbers as a tensor on `device`, without waiting for it (but no part of a CUDA graph)."""
+    return send(torch.tensor(values), device)
+
+
 def uniform(lengths: Sequence[int]) -> bool:
     """True when every row has the same length."""
     return min(lengths) == max(lengths)
@@ -29,7 +41,7 @@ def take(x: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
     if uniform(starts) and uniform(lengths):
         return x[:, starts[0] : starts[0] + lengths[0]]
     width = max(lengths)
-    first = torch.tensor(starts, device=x.device)[:, None]
+    first = tensor(starts, x.device)[:, None]
     index = (first + torch.arange(width, device=x.device)).clamp(max=x.shape[1] - 1)
     return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
@@ -46,7 +58,7 @@ def append(old: Tensor, old_lengths: Sequence[int], new: Tensor, new_lengths: Se
     if uniform(old_lengths) and uniform(new_lengths):
         return torch.cat([old[:, : old_lengths[0]], new[:, : new_lengths[0]]], dim=1)
     both = torch.cat([old, new], dim=1)
-    held = torch.tensor(old_lengths, device=old.device)[:, None]
+    held = tensor(old_lengths, old.device)[:, None]
     column = torch.arange(max(add(old_lengths, new_lengths)), device=old.device)
     index = torch.where(column < held, column, old.shape[1] + column - held).clamp(max=both.shape[1] - 1)
     return both[torch.arange(both.shape[0], device=old.device)[:, None], index]

@@ -47,7 +47,7 @@ class Rows:
             if bounds[0] != 0 or bounds[-1] != width or min(lengths) < 0:
                 raise ValueError(f"cu_seqlens: expected to ascend from 0 to {width}, got {bounds}")
             column = torch.arange(max(lengths), device=device)
-            index = (torch.tensor(bounds[:-1], device=device)[:, None] + column).clamp(max=width - 1)
+            index = (ragged.tensor(bounds[:-1], device)[:, None] + column).clamp(max=width - 1)
         if max(lengths) == 0:
             raise ValueError("attention_mask: expected at least one real token, got none")
         if attention_mask is not None and min(lengths) == width:
@@ -65,7 +65,7 @@ class Rows:
         column = torch.arange(max(lengths), device=device)
         if ragged.uniform(lengths):
             return (column < lengths[0])[None]
-        return column < torch.tensor(lengths, device=device)[:, None]
+        return column < ragged.tensor(lengths, device)[:, None]
 
     def marks(self, mask: Tensor | None) -> tuple[Callable[[Lengths, Lengths], list[bool]], int]:
         """(A host function of (starts, parts): which rows have a token marked in mask `[B, T]` there; how many are.)

@@ -88,7 +88,7 @@ def _select(rows: Sequence[bool], new: BlockState, old: BlockState) -> BlockStat
     """`new` for the rows marked True, `old` for the others."""
     if all(rows) or new is old:
         return new
-    mask = torch.tensor(rows, device=new[0].device)
+    mask = ragged.tensor(rows, new[0].device)
     return type(new)(*(torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, old, strict=True)))
 
 
@@ -240,8 +240,8 @@ class SleepStack:
         asleep = [b for b, sleeps in enumerate(rows) if sleeps]
         lengths = tuple(state.live[b] for b in asleep)
         device = state.blocks[0][0].device
-        index = None if len(asleep) == len(rows) else torch.tensor(asleep, device=device)
-        real = None if ragged.uniform(lengths) else torch.tensor(lengths, device=device)
+        index = None if len(asleep) == len(rows) else ragged.tensor(asleep, device)
+        real = None if ragged.uniform(lengths) else ragged.tensor(lengths, device)
         blocks = list(state.blocks)
         for i in self.replayed:
             writes, fast_weights = state.writes[i], state.blocks[i].fast_weights

@@ -28,11 +28,11 @@ class Segment:
         self.lengths, self.held, self.seen, self.window, self.device = lengths, held, seen, window, device
         self.width = max(lengths)
         ragged_rows = not ragged.uniform(lengths)
-        self.length_tensor = torch.tensor(lengths, device=device) if ragged_rows else None
+        self.length_tensor = ragged.tensor(lengths, device) if ragged_rows else None
         self.mask = None
         if ragged_rows or not ragged.uniform(held):  # otherwise one offset serves all, and attention masks by itself
             keys = max(ragged.add(held, lengths))
-            offset, real = torch.tensor(held, device=device), torch.tensor(lengths, device=device)
+            offset, real = ragged.tensor(held, device), ragged.tensor(lengths, device)
             self.mask = visible_keys(self.width, keys, offset, real, window)
         self._rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
 
@@ -42,7 +42,7 @@ class Segment:
             if ragged.uniform(self.seen):  # no copy from the host: it would end a CUDA graph capture
                 positions = torch.arange(self.seen[0], self.seen[0] + self.width, device=self.device)[None].double()
             else:
-                first = torch.tensor(self.seen, device=self.device)[:, None]
+                first = ragged.tensor(self.seen, self.device)[:, None]
                 positions = (first + torch.arange(self.width, device=self.device)).double()
             frequency = theta ** (-torch.arange(0, head_dim, 2, device=self.device).double() / head_dim)
             angle = (positions[..., None] * frequency)[:, :, None]

@@ -214,8 +214,9 @@ def _save_inputs(ctx, inputs, output):
 def _differentiate(ctx, d_output, d_state):
     if d_output is None and d_state is None:
         return (None,) * 13
-    grads = _step_backward(d_output, d_state, *ctx.saved_tensors, *ctx.options)
-    return (*(None if x is None else d for x, d in zip(ctx.saved_tensors, grads, strict=True)), *(None,) * 5)
+    inputs = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
+    grads = _step_backward(d_output, d_state, *inputs, *ctx.options)
+    return (*(None if x is None else d for x, d in zip(inputs, grads, strict=True)), *(None,) * 5)
 
 
 _step.register_autograd(_differentiate, setup_context=_save_inputs)
