@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from sleep_ops import HybridConfig
 from sleep_ops.tasks import Rule110
 from sleep_ops.training import CheckpointError, RunConfig, TrainConfig, Trainer, TrainingDiverged, build_optimizers
 from sleep_ops.training.checkpoint import (
@@ -135,6 +137,7 @@ def test_learning_rate_schedule():
         ({"warmup": 0.6, "decay": 0.6}, "warmup"),
         ({"precision": "fp8"}, "precision"),
         ({"keep_checkpoints": 0}, "keep_checkpoints"),
+        ({"cuda_graph": 1}, "cuda_graph"),
     ],
     ids=str,
 )
@@ -310,6 +313,29 @@ def test_resume_with_other_settings_is_refused(tmp_path):
         trainer(tmp_path, config(lr_muon=1e-3))
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     trainer(tmp_path, config(checkpoint_every=5))  # how often to save is no part of what a run computes
+
+
+def test_a_run_older_than_a_setting_is_resumed_with_its_default(tmp_path):
+    model = HybridConfig(vocab_size=3, hidden_size=8, layers=("gdn",), window=6, num_heads=2)
+
+    def resumed(task=TASK, model=model, **train):
+        settings = RunConfig(task.to_dict(), model.to_dict(), TrainConfig(device="cpu", steps=2, batch_size=2, **train))
+        return Trainer(settings, tmp_path, console=QUIET)
+
+    resumed().fit(until=1)
+    data = json.loads((tmp_path / "config.json").read_text())
+    for part, key in (("task", "held_out"), ("model", "sleep_kind"), ("train", "momentum"), ("train", "cuda_graph")):
+        del data[part][key]
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    others = {
+        "task.held_out: 0.0 -> 0.25": {"task": replace(TASK, bits=10, held_out=0.25)},
+        "model.sleep_kind: 'refine' -> 'replay'": {"model": replace(model, sleep_kind="replay")},
+        "train.momentum: 0.95 -> 0.5": {"momentum": 0.5},
+    }
+    for message, other in others.items():
+        with pytest.raises(ValueError, match=message):
+            resumed(**other)
+    assert resumed().step == 1
 
 
 def test_damaged_run_configuration(tmp_path):

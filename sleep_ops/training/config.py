@@ -2,18 +2,21 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
 import torch
 
+from sleep_ops.config import HybridConfig
+from sleep_ops.tasks import TASKS
 from sleep_ops.training.checkpoint import write_atomically
+from sleep_ops.validation import check_flags
 
 PRECISIONS = ("auto", "bf16", "float32")
 CONFIG_FILE = "config.json"
 _VERSION = 1
 # What may change when a run is taken up again: none of it enters the mathematics of a step.
-_FREE_ON_RESUME = {"device", "checkpoint_every", "keep_checkpoints", "activation_checkpointing"}
+_FREE_ON_RESUME = {"device", "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "cuda_graph"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class TrainConfig:
     eval_every            steps between evaluations (0: only at the end), of `eval_samples` sequences.
     checkpoint_every      steps between checkpoints (0: only at the end); the newest `keep_checkpoints` are kept.
     device                "auto", "cpu", "cuda" or "cuda:i".
+    cuda_graph            on CUDA, launch a step's forward and backward as one recorded graph; the losses are the same.
+                          Batches of more than a few different loss masks go without, and so do endless passes.
     """
 
     steps: int = 800
@@ -54,6 +59,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     device: str = "auto"
+    cuda_graph: bool = False
 
     def __post_init__(self):
         for name, low in (
@@ -80,6 +86,7 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)!r}")
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup + decay: expected at most 1, got {self.warmup} + {self.decay}")
+        check_flags(cuda_graph=self.cuda_graph)
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {PRECISIONS}, got {self.precision!r}")
 
@@ -136,9 +143,12 @@ class RunConfig:
             raise ValueError(f"{path}: damaged run configuration ({error})") from error
 
     def differences(self, other: "RunConfig") -> list[str]:
-        """Settings in which `other` is a different run, as "part.key: mine -> theirs"."""
+        """Settings in which `other` is a different run, as "part.key: mine -> theirs".
+
+        A setting that is missing, because there was none when the run was written, has its default value.
+        """
         # Through JSON, so that a tuple equals the list it was saved as.
-        mine, theirs = (json.loads(json.dumps(asdict(c))) for c in (self, other))
+        mine, theirs = (json.loads(json.dumps(c._complete())) for c in (self, other))
         found = []
         for part in (f.name for f in fields(self)):
             a, b = mine[part], theirs[part]
@@ -146,3 +156,12 @@ class RunConfig:
                 if key not in _FREE_ON_RESUME and a.get(key) != b.get(key):
                     found.append(f"{part}.{key}: {a.get(key)!r} -> {b.get(key)!r}")
         return found
+
+    def _complete(self) -> dict:
+        task = _defaults(TASKS.get(self.task.get("name"))) | self.task
+        return {"task": task, "model": _defaults(HybridConfig) | self.model, "train": asdict(self.train)}
+
+
+def _defaults(owner: type | None) -> dict:
+    """The default values of a dataclass's fields; none of anything else."""
+    return {f.name: f.default for f in fields(owner) if f.default is not MISSING} if is_dataclass(owner) else {}

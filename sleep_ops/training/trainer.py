@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 try:
@@ -16,11 +17,13 @@ except ImportError:  # Windows has no such locks
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
-from sleep_ops.tasks import Task, build_task
+from sleep_ops.model import HybridConfig, SleepHybridModel
+from sleep_ops.tasks import Batch, Task, build_task
 from sleep_ops.training.checkpoint import load_newest, save_checkpoint
 from sleep_ops.training.config import CONFIG_FILE, RunConfig, resolve_device
+from sleep_ops.training.graph import StepGraphs
 from sleep_ops.training.logs import CsvLog, ProgressBar, tensorboard_writer
 from sleep_ops.training.optim import build_optimizers, set_learning_rates
 
@@ -48,8 +51,6 @@ class TrainResult:
 
 def build_model(config: RunConfig) -> nn.Module:
     """The model of a run, freshly initialised from the run's seed, on the CPU (the same bits for every device)."""
-    from sleep_ops.model import HybridConfig, SleepHybridModel
-
     torch.manual_seed(config.train.seed)
     return SleepHybridModel(HybridConfig.from_dict(config.model))
 
@@ -120,6 +121,12 @@ class Trainer:
             self.model, lr_muon=t.lr_muon, lr_adamw=t.lr_adamw, weight_decay=t.weight_decay, momentum=t.momentum
         )
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.graphs: StepGraphs | None = None
+        if t.cuda_graph and self.device.type == "cuda":
+            if not isinstance(self.model, SleepHybridModel):
+                got = f"True with a {type(self.model).__name__}"
+                raise ValueError(f"cuda_graph: expected False, or a SleepHybridModel to train, got {got}")
+            self.graphs = StepGraphs(self.model, partial(autocast, t.precision, self.device))
         self.step, self.skipped, self.skipped_in_row, self.seconds = 0, 0, 0, 0.0
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -237,12 +244,10 @@ class Trainer:
         t = self.config.train
         factor = t.learning_rate_factor(self.step)
         rates = {"muon": t.lr_muon * factor, "adamw": t.lr_adamw * factor}
-        with autocast(t.precision, self.device):
-            out = self.model(batch.input_ids, labels=batch.labels, loss_mask=batch.loss_mask, return_state=False)
-        out.loss.backward()
+        loss = self._loss_and_gradients(batch)
         norm = nn.utils.clip_grad_norm_(self.parameters, t.grad_clip)
         # The only wait for the device in a step: whether to take it must be known before the weights change.
-        loss, norm = torch.stack([out.loss.detach().float(), norm.float()]).tolist()
+        loss, norm = torch.stack([loss.float(), norm.float()]).tolist()
         finite = abs(loss) < float("inf") and abs(norm) < float("inf")  # false for NaN too
         if finite:
             set_learning_rates(self.optimizers, rates)
@@ -262,6 +267,15 @@ class Trainer:
             "lr_adamw": rates["adamw"],
             "skipped": self.skipped,
         }
+
+    def _loss_and_gradients(self, batch: Batch) -> Tensor:
+        loss = None if self.graphs is None else self.graphs(batch)
+        if loss is not None:
+            return loss
+        with autocast(self.config.train.precision, self.device):
+            out = self.model(batch.input_ids, labels=batch.labels, loss_mask=batch.loss_mask, return_state=False)
+        out.loss.backward()
+        return out.loss.detach()
 
     def _make_batch(self, step: int):
         batch = self.task.batch(self.config.train.seed, step, self.config.train.batch_size)
