@@ -18,6 +18,7 @@ setup(
     packages=[
         "sleep_ops",
         "sleep_ops.kernels",
+        "sleep_ops.bench",
         "sleep_ops.ops",
         "sleep_ops.layers",
         "sleep_ops.tasks",

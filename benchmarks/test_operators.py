@@ -9,27 +9,17 @@ CUDA times include the host and end with a synchronisation: for these sizes laun
 import pytest
 import torch
 
-from sleep_ops import HybridConfig, SleepGDNLayer, SleepHybridModel, bench, gated_delta_rule
+from sleep_ops import HybridConfig, SleepGDNLayer, SleepHybridModel
+from sleep_ops.bench.cases import KERNEL_CASES, PASSES_CASES, make_inputs
+from sleep_ops.bench.providers import operator_problem, replay_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
-# (B, T, H, HV, K, V)
-CASES = {
-    "rule110": (128, 24, 4, 4, 16, 16) if DEVICE == "cpu" else (512, 24, 4, 4, 64, 64),
-    "depo": (8, 75, 4, 4, 64, 64) if DEVICE == "cpu" else (128, 75, 4, 4, 128, 128),
-    "mid": (1, 512, 4, 4, 64, 64) if DEVICE == "cpu" else (8, 2048, 16, 16, 128, 128),
-}
 
-
-def inputs(case):
-    B, T, H, HV, K, V = CASES[case]
-    torch.manual_seed(0)
-    q, k = torch.randn(2, B, T, H, K, device=DEVICE, dtype=DTYPE).unbind()
-    v = torch.randn(B, T, HV, V, device=DEVICE, dtype=DTYPE)
-    g = torch.nn.functional.logsigmoid(torch.randn(B, T, HV, device=DEVICE) + 3)
-    beta = torch.rand(B, T, HV, device=DEVICE)
-    return [x.requires_grad_() for x in (q, k, v, g, beta)]
+def problem(provider, case):
+    device = torch.device(DEVICE)
+    return operator_problem(replay_of(provider, case, device), case, make_inputs(case, 0, device))
 
 
 def measure(benchmark, run, leaves, backward):
@@ -48,10 +38,11 @@ def measure(benchmark, run, leaves, backward):
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["rule110", "depo", "mid"])
 def test_gated_delta_rule(benchmark, case, backward):
-    x = inputs(case)
-    measure(benchmark, lambda: gated_delta_rule(*x, use_qk_l2norm=True).output, x, backward)
+    """`sleep-ops bench kernels` in small: one pass."""
+    x = problem("ours", KERNEL_CASES[DEVICE][case])
+    measure(benchmark, lambda: x.run(1)[0], x.leaves, backward)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +52,8 @@ def test_gated_delta_rule(benchmark, case, backward):
 )
 def test_replay(benchmark, provider, passes):
     """`sleep-ops bench passes` in small: the sleep operator, and as many calls of the one-pass operator."""
-    device, case = torch.device(DEVICE), bench.CASES[DEVICE]["mid"]
-    problem = bench.operator_problem(bench.replay_of(provider, case, device), case, bench.make_inputs(case, 0, device))
-    measure(benchmark, lambda: problem.run(passes)[0], problem.leaves, True)
+    x = problem(provider, PASSES_CASES[DEVICE]["mid"])
+    measure(benchmark, lambda: x.run(passes)[0], x.leaves, True)
 
 
 @pytest.mark.parametrize("passes", [1, 4])

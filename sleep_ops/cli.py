@@ -333,10 +333,8 @@ def bench_passes(
     """Time and memory of N replay passes: ours, passes chained by hand, the layer, and other libraries."""
     console = Console()
     with _refusals(console):
-        from rich.progress import Progress
-
-        from sleep_ops.bench import PassesBenchmark, plot
-        from sleep_ops.training.logs import write_csv
+        from sleep_ops.bench.passes import PassesBenchmark
+        from sleep_ops.bench.plot import plot_passes
 
         benchmark = PassesBenchmark(
             passes=_integers("passes", passes),
@@ -353,32 +351,97 @@ def bench_passes(
             seed=seed,
             device=device,
         )
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"out: expected a folder, got the file {out}")
-        rows = []
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=benchmark.steps)
-
-            def note(text: str) -> None:
-                bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-            for found in benchmark.run(note, lambda label: bar.update(task, description=label)):
-                rows += found
-                if found:
-                    write_csv(out / "passes.csv", rows)  # whole after every step, however the command ends
-                bar.advance(task)
-        if not rows:
-            console.print("nothing was timed")
-            raise typer.Exit(1)
-        plot(rows, out / "passes.png")
+        rows = _measure(console, benchmark, out / "passes.csv")
+        plot_passes(rows, out / "passes.png")
     for name in dict.fromkeys(row["case"] for row in rows):
         console.print(_timings([row for row in rows if row["case"] == name]))
     console.print(f"wrote {out / 'passes.csv'} and {out / 'passes.png'}")
 
 
+@bench_app.command("kernels")
+def bench_kernels(
+    case: Annotated[
+        str, option("Sizes, by the model or shape they are of; small stand-ins on the CPU.")
+    ] = "long,batch,mid,mid-replay,one-window,jet,depo,rule110",
+    providers: Annotated[
+        str, option("What to measure; fla and flash-qla where installed.")
+    ] = "ours,torch,fla,flash-qla",
+    sweep: Annotated[str | None, option("Vary each case's tokens, or its window (with at least 4 passes).")] = None,
+    first_call: Annotated[
+        bool, option("Also time our first call in a new process, with everything to compile.")
+    ] = False,
+    passes: Annotated[int | None, option("Replay passes; the case's own by default.")] = None,
+    dtype: Annotated[
+        str | None, option("float32, bfloat16 or float16; by default bfloat16 on CUDA, float32 on the CPU.")
+    ] = None,
+    repeats: Annotated[int | None, option("Timed repeats; 20 on CUDA, 5 on the CPU by default.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Annotated[Path, option("Folder for kernels.csv and kernels.png (kernels-SWEEP with a sweep).")] = Path(
+        "runs/bench"
+    ),
+) -> None:
+    """The operators on sizes of models: time, memory, and how near to what an H100 needs at the least."""
+    console = Console()
+    with _refusals(console):
+        from sleep_ops.bench.kernels import KernelsBenchmark
+        from sleep_ops.bench.plot import plot_kernels
+
+        benchmark = KernelsBenchmark(
+            cases=tuple(case.split(",")),
+            providers=tuple(providers.split(",")),
+            sweep=sweep,
+            first_call=first_call,
+            passes=passes,
+            dtype=dtype,
+            repeats=repeats,
+            seed=seed,
+            device=device,
+        )
+        name = f"kernels-{sweep}" if sweep else "kernels"
+        rows = _measure(console, benchmark, out / f"{name}.csv")
+        plot_kernels(rows, out / f"{name}.png", sweep)
+    table = Table("case", *([sweep] if sweep else []), "provider", "mode", "ms", "of the floor", "peak MiB", "error")
+    for row in rows:
+        floor = "" if row["floor_fraction"] == "" else f"{row['floor_fraction']:.0%}"
+        memory = "" if row["peak_extra_mib"] == "" else f"{row['peak_extra_mib']:.0f}"
+        size = [str(row[sweep])] if sweep else []
+        error = max(row[f"error_{what}"] for what in ("output", "state", "gradient"))
+        cells = (row["provider"], row["mode"], f"{row['ms_median']:.3f}", floor, memory, f"{error:.1e}")
+        table.add_row(row["case"], *size, *cells)
+    console.print(table)
+    console.print(f"wrote {out / f'{name}.csv'} and {out / f'{name}.png'}")
+
+
+def _measure(console: Console, benchmark, path: Path) -> list[dict]:
+    """The rows of a benchmark, written to `path` after every step: whole however the command ends."""
+    from rich.progress import Progress
+
+    from sleep_ops.training.logs import write_csv
+
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"out: expected a folder, got the file {path.parent}")
+    rows = []
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=benchmark.steps)
+
+        def note(text: str) -> None:
+            bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        for found in benchmark.run(note, lambda label: bar.update(task, description=label)):
+            rows += found
+            if found:
+                write_csv(path, rows)
+            bar.advance(task)
+    if not rows:
+        console.print("nothing was timed")
+        raise typer.Exit(1)
+    return rows
+
+
 def _timings(rows: list[dict]) -> Table:
     """Median milliseconds, memory and worst error of each N and provider of one case."""
-    from sleep_ops.bench import MODES
+    from sleep_ops.bench.harness import MODES
 
     memory = "saved_mib" if rows[0]["peak_extra_mib"] == "" else "peak_extra_mib"
     table = Table("N", "provider", *(f"{mode} ms" for mode in MODES), memory, "error")

@@ -1,0 +1,8 @@
+"""The benchmarks behind `sleep-ops bench`: one command, one long-format CSV, one figure.
+
+cases, providers, checks    what is measured, by whom, and whether it is right
+harness                     how: time, memory, taking turns, the machine
+passes, kernels, training   the commands passes, kernels, train
+tune                        the launch table of the kernels
+plot                        the figures
+"""

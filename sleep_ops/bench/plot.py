@@ -1,0 +1,135 @@
+"""The figures: lines against passes, tokens, windows; bars beside an H100's floor."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sleep_ops.bench.harness import MODES, TIMES
+
+LINES = ("ours", "ours-chained", "layer", "torch", "fla", "flash-qla")
+
+
+class Panel(NamedTuple):
+    """One pair of axes: `column` of the rows of `mode` (None: of all)."""
+
+    mode: str | None
+    column: str
+    title: str
+
+
+def plot_passes(rows: list[dict], path: Path) -> None:
+    """Time of each mode, and memory, against N: a row of panels per case, a line per provider."""
+    title = "{case}: {batch} x {tokens} tokens, windows of {window}, {heads} heads of {head_dim}, {dtype}, {device}"
+    panels = [*map(_time, MODES), _memory(rows, MODES[-1])]
+    _plot_lines(rows, path, "case", title, panels, ("passes", "passes N"), "provider")
+
+
+def plot_kernels(rows: list[dict], path: Path, sweep: str | None = None) -> None:
+    """Time of each mode and memory against what was swept; without a sweep bars, and an H100's floor."""
+    rows = [row for row in rows if row["mode"] != "first-call"]
+    if not rows:
+        return
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    if sweep is None:
+        _plot_bars(rows, path, modes)
+        return
+    title = "{case}: batch {batch}, {value_heads} heads of {key_dim} x {value_dim}, N = {passes}, {dtype}, {device}"
+    panels = [*map(_time, modes), _memory(rows, MODES[-1])]
+    _plot_lines(rows, path, "case", title, panels, (sweep, f"{sweep} (tokens)"), "provider")
+
+
+def plot_training(rows: list[dict], path: Path) -> None:
+    """Tokens per second, and peak memory on CUDA, against N: a row of panels per preset, a line per window and way."""
+    rows = [row | {"line": "{provider} {mode}, L = {window}, {checkpointing}".format(**row)} for row in rows]
+    title = "{preset}: {batch} x {tokens} tokens, {layers} blocks of width {width}, {precision}, {device}"
+    panels = [Panel(None, "tokens_per_second", "tokens/s")]
+    if rows[0]["peak_mib"] != "":
+        panels.append(Panel(None, "peak_mib", "peak MiB"))
+    _plot_lines(rows, path, "preset", title, panels, ("passes", "passes N"), "line")
+
+
+def _time(mode: str) -> Panel:
+    return Panel(mode, "ms_median", f"{mode} (ms)")
+
+
+def _memory(rows: list[dict], mode: str) -> Panel:
+    """The peak of a forward and backward on CUDA, elsewhere what is kept for the backward."""
+    if any(row["peak_extra_mib"] != "" for row in rows):
+        return Panel(mode, "peak_extra_mib", "peak MiB above the inputs")
+    return Panel(mode, "saved_mib", "MiB kept for the backward")
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _plot_lines(
+    rows: list[dict],
+    path: Path,
+    group: str,
+    title: str,
+    panels: Sequence[Panel],
+    horizontal: tuple[str, str],
+    line: str,
+) -> None:
+    """A row of panels per value of `group`, a line per value of `line`, on logarithmic axes.
+
+    horizontal: column and label of the x axis. Bands are the 20th to 80th percentile of the times.
+    """
+    plt = _pyplot()
+    groups = list(dict.fromkeys(row[group] for row in rows))
+    names = list(dict.fromkeys([*(LINES if line == "provider" else ()), *(row[line] for row in rows)]))
+    colours = dict(zip(names, plt.get_cmap("tab20" if len(names) > 10 else "tab10").colors * len(names), strict=False))
+    column, label = horizontal
+
+    figure = plt.figure(figsize=(max(8, 3.8 * len(panels)), 4 * len(groups)), layout="constrained")
+    for name, part in zip(groups, figure.subfigures(len(groups), squeeze=False)[:, 0], strict=True):
+        members = [row for row in rows if row[group] == name]
+        part.suptitle(title.format(**members[0]))
+        for panel, axes in zip(panels, part.subplots(1, len(panels), squeeze=False)[0], strict=True):
+            for one in dict.fromkeys(row[line] for row in members):
+                found = [row for row in members if row[line] == one and panel.mode in (None, row["mode"])]
+                found = sorted((row for row in found if row[panel.column] != ""), key=lambda row: row[column])
+                x, y = [row[column] for row in found], [row[panel.column] for row in found]
+                axes.plot(x, y, "o-", markersize=3, color=colours[one], label=one)
+                if panel.column == "ms_median":
+                    low, high = ([row[key] for row in found] for key in TIMES[1:])
+                    axes.fill_between(x, low, high, color=colours[one], alpha=0.2, linewidth=0)
+            axes.set(xlabel=label, title=panel.title, yscale="log")
+            axes.set_xscale("log", base=2)
+            axes.grid(alpha=0.3, which="both")
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _plot_bars(rows: list[dict], path: Path, modes: Sequence[str]) -> None:
+    """Median time of every case and provider, a panel per mode, and the floor as a stroke through each case's bars."""
+    plt = _pyplot()
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    providers = [name for name in LINES if any(row["provider"] == name for row in rows)]
+    colours = dict(zip(LINES, plt.get_cmap("tab10").colors, strict=False))
+    width = 0.8 / len(providers)
+    figure, panels = plt.subplots(len(modes), 1, figsize=(9, 3 * len(modes)), layout="constrained", squeeze=False)
+    figure.suptitle("{device}, torch {torch}".format(**rows[0]))
+    for mode, axes in zip(modes, panels[:, 0], strict=True):
+        members = [row for row in rows if row["mode"] == mode]
+        for i, provider in enumerate(providers):
+            found = [row for row in members if row["provider"] == provider]
+            x = [cases.index(row["case"]) + (i - (len(providers) - 1) / 2) * width for row in found]
+            axes.bar(x, [row["ms_median"] for row in found], width, color=colours[provider], label=provider)
+        floors = {row["case"]: row["h100_floor_ms"] for row in members if row["h100_floor_ms"] != ""}
+        if floors:
+            places = [cases.index(case) for case in floors]
+            edges = [x - 0.4 for x in places], [x + 0.4 for x in places]
+            axes.hlines(list(floors.values()), *edges, color="black", label="least on an H100")
+        axes.set(title=f"{mode} (ms)", yscale="log", xticks=range(len(cases)), xticklabels=cases)
+        axes.grid(alpha=0.3, which="both", axis="y")
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
