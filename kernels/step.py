@@ -40,6 +40,8 @@ def step_kernel(
 ):
     """output [B, HV, V] and new_state [B, HV, K, V] of contiguous inputs; all arithmetic in float32.
 
+    new_state may be state itself: a program reads the columns it owns, which no other does, before it writes them.
+
     Reads q, k [B, H, K], v [B, HV, V], g, beta [B, HV], state [B, HV, K, V] (float32), A_log and dt_bias [HV] or None;
     BETA_SCALE > 0 takes beta as the logit of BETA_SCALE * sigmoid(beta). Grid (B * HV, V / BV). Mirrors `one_pass` of
     sleep_ops/reference.py.
@@ -72,6 +74,7 @@ def step_kernel(
     b_S += b_k[:, None] * (b_beta * b_v)[None, :]
     b_o = scale * tl.sum(b_S * b_q[:, None], 0)
     tl.store(output + i_bh * V + o_v, b_o.to(output.dtype.element_ty), mask=m_v)
+    tl.debug_barrier()  # threads that hold copies of an element must all have read it
     tl.store(new_state + o_s, b_S, mask=m_s)
 
 
@@ -89,11 +92,12 @@ def step(
     rule: str,
     use_qk_l2norm: bool,
     beta_scale: float,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Launch `step_kernel`; shapes as there, contiguous. Returns the output in v's dtype and a new state."""
+    """Launch `step_kernel`; shapes as there, contiguous. Returns the output in v's dtype and the new state."""
     H, K = k.shape[1:]
     B, HV, V = v.shape
-    output, new_state = torch.empty_like(v), torch.empty_like(state)
+    output, new_state = torch.empty_like(v), state if inplace else torch.empty_like(state)
     BV = min(BLOCK_V, triton.next_power_of_2(V))
     step_kernel[(B * HV, triton.cdiv(V, BV))](
         q,

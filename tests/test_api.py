@@ -16,7 +16,7 @@ SIGNATURES = {
         TOKENS,
         ["passes", "window", "output_pass", "scale", "initial_state", "cu_seqlens", "rule", *GATES],
     ),
-    "gated_delta_rule_step": ([*TOKENS, "state"], ["scale", "rule", *GATES]),
+    "gated_delta_rule_step": ([*TOKENS, "state"], ["scale", "rule", *GATES, "inplace"]),
     "segment_transition": (TOKENS[1:], ["cu_seqlens", "rule", *GATES]),
 }
 DEFAULTS = {
@@ -27,6 +27,7 @@ DEFAULTS = {
     "impl": "auto",
     "segments": None,
     "group": None,
+    "inplace": False,
 }
 
 

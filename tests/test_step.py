@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from sleep_ops.kernels import step as step_kernel_module
 from sleep_ops.ops import step as step_module
@@ -127,6 +128,48 @@ def test_state_is_not_written_to():
     assert torch.equal(inputs["state"], before)
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("rule", ["delta", "hebbian"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_in_place_it_writes_what_it_returns_otherwise(shape, rule, impl):
+    inputs = {name: x.detach() for name, x in make_inputs(shape, torch.float32, True).items()}
+    options = {"rule": rule, "impl": impl, **ACTIVATED}
+    want = gated_delta_rule_step(**inputs, **options)
+    state, version = inputs["state"], inputs["state"]._version
+    got = gated_delta_rule_step(**inputs, **options, inplace=True)
+    assert got.final_state is state and state._version > version
+    assert torch.equal(state, want.final_state) and torch.equal(got.output, want.output)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_in_place_without_gradients_or_not_at_all(impl):
+    inputs = make_inputs(SHAPES["square"], torch.float32, True)
+    before = inputs["state"].detach().clone()
+    with pytest.raises(ValueError, match="inplace: expected False .*, got True"):
+        gated_delta_rule_step(**inputs, impl=impl, inplace=True)
+    with torch.no_grad():
+        strided = inputs["state"].mT.contiguous().mT
+        with pytest.raises(ValueError, match="state: expected a contiguous tensor"):
+            gated_delta_rule_step(**{**inputs, "state": strided}, impl=impl, inplace=True)
+        assert torch.equal(inputs["state"], before) and torch.equal(strided, before)
+        gated_delta_rule_step(**inputs, impl=impl, inplace=True)
+    assert not torch.equal(inputs["state"], before)
+    double = {name: x.detach().double() for name, x in inputs.items()}
+    with pytest.raises(ValueError, match="state: expected dtype torch.float64"):
+        gated_delta_rule_step(**{**double, "state": before}, inplace=True)
+
+
+def test_checkpointed():
+    inputs = make_inputs(SHAPES["grouped"], torch.float32, True)
+
+    def recomputed(**inputs):
+        return checkpoint(lambda: gated_delta_rule_step(**inputs), use_reentrant=False)
+
+    options = {**ACTIVATED, "impl": "triton"}
+    got, want = run(recomputed, inputs, options), run(gated_delta_rule_step, inputs, options)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_everything_is_written(poisoned):
     inputs = {name: x.detach() for name, x in make_inputs(SHAPES["grouped"], torch.float32, False).items()}
     want = gated_delta_rule_step(**inputs, impl="triton")
@@ -151,6 +194,7 @@ def test_opcheck(gates):
     leaves = [x if x is None else x.detach() for x in args]
     cotangents = [x.detach() for x in step_module._step(*args, *options)]
     torch.library.opcheck(step_module._step_backward, (*cotangents, *leaves, *options))
+    torch.library.opcheck(step_module._step_inplace, (*leaves, *options))
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
@@ -161,6 +205,17 @@ def test_compiles_whole(impl):
     got, want = run(compiled, inputs, options), run(gated_delta_rule_step, inputs, options)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_compiles_whole_in_place(impl):
+    inputs = {name: x.detach() for name, x in make_inputs(SHAPES["square"], torch.float32, True).items()}
+    options = {**ACTIVATED, "impl": impl}
+    want = gated_delta_rule_step(**inputs, **options)
+    compiled = torch.compile(gated_delta_rule_step, fullgraph=True, backend="aot_eager")
+    got = compiled(**inputs, **options, inplace=True)
+    assert got.final_state is inputs["state"]
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=1e-5, atol=1e-6)
 
 
 BAD = {
@@ -174,6 +229,7 @@ BAD = {
     "rule": {"rule": "oja"},
     "impl": {"impl": "cuda"},
     "use_qk_l2norm": {"use_qk_l2norm": 1},
+    "inplace": {"inplace": "no"},
     "dt_bias": {"A_log": torch.zeros(2)},
     "allow_neg_eigval": {"allow_neg_eigval": True},
 }

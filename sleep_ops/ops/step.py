@@ -44,11 +44,15 @@ def gated_delta_rule_step(
     use_beta_sigmoid: bool = False,
     allow_neg_eigval: bool = False,
     impl: str = "auto",
+    inplace: bool = False,
 ) -> DeltaRuleOutput:
     """`gated_delta_rule` over one token: q, k [B, H, K], v [B, HV, V], g, beta [B, HV], state [B, HV, K, V].
 
     Returns output [B, HV, V] in v's dtype and a new state, float32 (float64 for float64 inputs); sums are float32 too.
     Options, dtypes, errors and "auto" are those of `gated_delta_rule`. Differentiable in every tensor.
+
+    inplace: write the new state into `state` and return that, for whoever alone holds it. ValueError where gradients
+    are recorded, and for a state that is not contiguous or not of the new one's dtype.
     """
     check_full("k", k, 3, "[B, H, K]")
     check_full("v", v, 3, "[B, HV, V]")
@@ -63,21 +67,36 @@ def gated_delta_rule_step(
     check_scale(scale)
     check_choice("rule", rule, RULES)
     check_choice("impl", impl, IMPLS)
-    check_flags(use_qk_l2norm=use_qk_l2norm)
+    check_flags(use_qk_l2norm=use_qk_l2norm, inplace=inplace)
     check_gates(value_heads, k.device, A_log, dt_bias, use_beta_sigmoid, allow_neg_eigval)
+    if inplace:
+        _check_inplace(state, (q, k, v, g, beta, state, A_log, dt_bias), state_dtype(v, state))
     impl = choose_rule_impl(impl, k)
     scale = key_dim**-0.5 if scale is None else float(scale)
     gates = {"A_log": A_log, "dt_bias": dt_bias}
     betas = {"use_beta_sigmoid": use_beta_sigmoid, "allow_neg_eigval": allow_neg_eigval}
     common = {"scale": scale, "rule": rule, "use_qk_l2norm": use_qk_l2norm}
     with torch.autocast(device_type=k.device.type, enabled=False):
+        if impl == "triton" and inplace:
+            return DeltaRuleOutput(_step_inplace(q, k, v, g, beta, state, **gates, **common, **betas), state)
         if impl == "triton":
             return DeltaRuleOutput(*_step(q, k, v, g, beta, state, **gates, **common, **betas))
         if impl == "torch":
-            return _step_torch(q, k, v, g, beta, state, **gates, **common, **betas)
-        tokens = [x[:, None] for x in (q, k, v, g, beta)]
-        o, state = gated_delta_rule_reference(*tokens, initial_state=state, **gates, **common, **betas)
-        return DeltaRuleOutput(o[:, 0].to(v.dtype), state)
+            o, new_state = _step_torch(q, k, v, g, beta, state, **gates, **common, **betas)
+        else:
+            tokens = [x[:, None] for x in (q, k, v, g, beta)]
+            o, new_state = gated_delta_rule_reference(*tokens, initial_state=state, **gates, **common, **betas)
+            o = o[:, 0].to(v.dtype)
+        return DeltaRuleOutput(o, state.copy_(new_state) if inplace else new_state)
+
+
+def _check_inplace(state: Tensor, inputs: tuple[Tensor | None, ...], dtype: torch.dtype) -> None:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise ValueError("inplace: expected False where an input requires grad (outside torch.no_grad), got True")
+    if not state.is_contiguous():
+        raise ValueError(f"state: expected a contiguous tensor with inplace, got strides {list(state.stride())}")
+    if state.dtype != dtype:
+        raise ValueError(f"state: expected dtype {dtype} with inplace, got {state.dtype}")
 
 
 def _step_torch(
@@ -117,13 +136,46 @@ def _step(
     allow_neg_eigval: bool,
 ) -> tuple[Tensor, Tensor]:
     """The step by `kernels/step.py`; arguments as in `gated_delta_rule_step`, already checked."""
+    options = (scale, rule, use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval)
+    return _launch(q, k, v, g, beta, state.contiguous(), A_log, dt_bias, *options, inplace=False)
+
+
+@torch.library.custom_op("sleep_ops::gated_delta_rule_step_inplace", mutates_args=("state",))
+def _step_inplace(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    scale: float,
+    rule: str,
+    use_qk_l2norm: bool,
+    use_beta_sigmoid: bool,
+    allow_neg_eigval: bool,
+) -> Tensor:
+    """The output of `_step`, its new state written into `state`, which is contiguous."""
+    options = (scale, rule, use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval)
+    return _launch(q, k, v, g, beta, state, A_log, dt_bias, *options, inplace=True)[0]
+
+
+@_step_inplace.register_fake
+def _(q, k, v, g, beta, state, *options):
+    return v.new_empty(v.shape)
+
+
+def _launch(
+    q, k, v, g, beta, state, A_log, dt_bias, scale, rule, use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, *, inplace
+):
     from sleep_ops.kernels.step import step
 
-    q, k, v, g, beta, state = (x.contiguous() for x in (q, k, v, g, beta, state))
+    q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
     factor = beta_scale(use_beta_sigmoid, allow_neg_eigval)
     options = {"scale": scale, "rule": rule, "use_qk_l2norm": use_qk_l2norm, "beta_scale": factor}
     with on_device(k):
-        return step(q, k, v, g, beta, state, A_log, dt_bias, **options)
+        return step(q, k, v, g, beta, state, A_log, dt_bias, inplace=inplace, **options)
 
 
 @_step.register_fake
