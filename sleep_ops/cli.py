@@ -413,6 +413,53 @@ def bench_kernels(
     console.print(f"wrote {out / f'{name}.csv'} and {out / f'{name}.png'}")
 
 
+@bench_app.command("train")
+def bench_train(
+    preset: Annotated[
+        str | None, option("rule110, depo, 1.4b, tiny; the first three on CUDA, tiny on the CPU by default.")
+    ] = None,
+    passes: Annotated[str, option("Values of N, separated by commas.")] = "1,2,4,8",
+    window: Annotated[str | None, option("Values of L, separated by commas; each preset's own by default.")] = None,
+    checkpointing: Annotated[str, option("Activation checkpointing: off, on, or both.")] = "off,on",
+    providers: Annotated[str, option("What to measure; fla where installed.")] = "ours,fla",
+    cuda_graph: Annotated[bool, option("Also with forward and backward as one recorded CUDA graph.")] = False,
+    batch: Annotated[int | None, option("Sequences; the preset's own by default.")] = None,
+    precision: Annotated[str, option("auto (bf16 on CUDA), bf16 or float32.")] = "auto",
+    repeats: Annotated[int | None, option("Timed steps; 5 on CUDA, 3 on the CPU by default.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Annotated[Path, option("Folder for train.csv and train.png.")] = Path("runs/bench"),
+) -> None:
+    """A training step: tokens per second and peak memory against passes and window."""
+    console = Console()
+    with _refusals(console):
+        from sleep_ops.bench.plot import plot_training
+        from sleep_ops.bench.training import TrainBenchmark
+
+        benchmark = TrainBenchmark(
+            presets=None if preset is None else tuple(preset.split(",")),
+            passes=_integers("passes", passes),
+            windows=None if window is None else _integers("windows", window),
+            checkpointing=tuple(checkpointing.split(",")),
+            providers=tuple(providers.split(",")),
+            cuda_graph=cuda_graph,
+            batch=batch,
+            precision=precision,
+            repeats=repeats,
+            seed=seed,
+            device=device,
+        )
+        rows = _measure(console, benchmark, out / "train.csv")
+        plot_training(rows, out / "train.png")
+    table = Table("preset", "provider", "mode", "checkpointing", "L", "N", "ms", "tokens/s", "peak MiB")
+    for row in rows:
+        memory = "" if row["peak_mib"] == "" else f"{row['peak_mib']:,.0f}"
+        names = [str(row[key]) for key in ("preset", "provider", "mode", "checkpointing", "window", "passes")]
+        table.add_row(*names, f"{row['ms_median']:.1f}", f"{row['tokens_per_second']:,.0f}", memory)
+    console.print(table)
+    console.print(f"wrote {out / 'train.csv'} and {out / 'train.png'}")
+
+
 def _measure(console: Console, benchmark, path: Path) -> list[dict]:
     """The rows of a benchmark, written to `path` after every step: whole however the command ends."""
     from rich.progress import Progress

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from typer.testing import CliRunner
 
 import sleep_ops.cli
@@ -134,11 +135,16 @@ def test_a_wrong_provider_is_reported_and_not_timed(tiny, monkeypatch):
     assert {row["provider"] for row in rows} == {"ours"} and len(notes) == 1 and "depo: torch is WRONG" in notes[0]
 
 
-def test_bars_have_a_stroke_for_the_floor_and_fit_graph_modes(tiny, tmp_path):
+def test_the_figure_has_every_case_beside_its_floor(tiny, tmp_path, monkeypatch):
     rows, _ = collect(cases=("depo", "jet"), dtype="bfloat16", providers=("torch",))
     graphs = [row | {"mode": f"{row['mode']}-graph", "peak_extra_mib": ""} for row in rows if "+" in row["mode"]]
-    plot_kernels(rows + graphs, tmp_path / "bars.png")
-    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    drawn = []
+    hlines = Axes.hlines
+    monkeypatch.setattr(Axes, "hlines", lambda self, y, *x, **z: (drawn.append(y), hlines(self, y, *x, **z))[1])
+    plot_kernels(rows + graphs, tmp_path / "cases.png")
+    assert (tmp_path / "cases.png").read_bytes().startswith(b"\x89PNG")
+    least = [[replace(case, dtype="bfloat16").floor_ms(mode) for case in TINY.values()] for mode in MODES]
+    assert drawn == [*least, least[2]]
 
 
 @pytest.mark.parametrize(

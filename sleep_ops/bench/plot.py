@@ -1,4 +1,4 @@
-"""The figures: lines against passes, tokens, windows; bars beside an H100's floor."""
+"""The figures: lines against passes, tokens, windows; the cases side by side with an H100's floor."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +25,13 @@ def plot_passes(rows: list[dict], path: Path) -> None:
 
 
 def plot_kernels(rows: list[dict], path: Path, sweep: str | None = None) -> None:
-    """Time of each mode and memory against what was swept; without a sweep bars, and an H100's floor."""
+    """Time of each mode and memory against what was swept; without a sweep the cases side by side."""
     rows = [row for row in rows if row["mode"] != "first-call"]
     if not rows:
         return
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     if sweep is None:
-        _plot_bars(rows, path, modes)
+        _plot_cases(rows, path, modes)
         return
     title = "{case}: batch {batch}, {value_heads} heads of {key_dim} x {value_dim}, N = {passes}, {dtype}, {device}"
     panels = [*map(_time, modes), _memory(rows, MODES[-1])]
@@ -39,13 +39,16 @@ def plot_kernels(rows: list[dict], path: Path, sweep: str | None = None) -> None
 
 
 def plot_training(rows: list[dict], path: Path) -> None:
-    """Tokens per second, and peak memory on CUDA, against N: a row of panels per preset, a line per window and way."""
-    rows = [row | {"line": "{provider} {mode}, L = {window}, {checkpointing}".format(**row)} for row in rows]
+    """Tokens per second, and peak memory on CUDA, against N, or against L where there is one N: a line per way."""
+    column, other = ("passes", "window") if len({row["passes"] for row in rows}) > 1 else ("window", "passes")
+    names = {"passes": "N", "window": "L"}
+    way = "{provider} {mode}, checkpointing {checkpointing}, "
+    rows = [row | {"line": way.format(**row) + f"{names[other]} = {row[other]}"} for row in rows]
     title = "{preset}: {batch} x {tokens} tokens, {layers} blocks of width {width}, {precision}, {device}"
     panels = [Panel(None, "tokens_per_second", "tokens/s")]
     if rows[0]["peak_mib"] != "":
         panels.append(Panel(None, "peak_mib", "peak MiB"))
-    _plot_lines(rows, path, "preset", title, panels, ("passes", "passes N"), "line")
+    _plot_lines(rows, path, "preset", title, panels, (column, f"{column} {names[column]}"), "line")
 
 
 def _time(mode: str) -> Panel:
@@ -108,27 +111,29 @@ def _plot_lines(
     plt.close(figure)
 
 
-def _plot_bars(rows: list[dict], path: Path, modes: Sequence[str]) -> None:
-    """Median time of every case and provider, a panel per mode, and the floor as a stroke through each case's bars."""
+def _plot_cases(rows: list[dict], path: Path, modes: Sequence[str]) -> None:
+    """Median time of every case and provider, a panel per mode, and an H100's floor as a stroke below each case's."""
     plt = _pyplot()
     cases = list(dict.fromkeys(row["case"] for row in rows))
     providers = [name for name in LINES if any(row["provider"] == name for row in rows)]
     colours = dict(zip(LINES, plt.get_cmap("tab10").colors, strict=False))
-    width = 0.8 / len(providers)
+    step = 0.6 / len(providers)
     figure, panels = plt.subplots(len(modes), 1, figsize=(9, 3 * len(modes)), layout="constrained", squeeze=False)
-    figure.suptitle("{device}, torch {torch}".format(**rows[0]))
+    figure.suptitle("{device}, torch {torch}, triton {triton}".format(**rows[0]))
     for mode, axes in zip(modes, panels[:, 0], strict=True):
         members = [row for row in rows if row["mode"] == mode]
         for i, provider in enumerate(providers):
             found = [row for row in members if row["provider"] == provider]
-            x = [cases.index(row["case"]) + (i - (len(providers) - 1) / 2) * width for row in found]
-            axes.bar(x, [row["ms_median"] for row in found], width, color=colours[provider], label=provider)
+            x = [cases.index(row["case"]) + (i - (len(providers) - 1) / 2) * step for row in found]
+            median, low, high = ([row[key] for row in found] for key in TIMES)
+            axes.vlines(x, low, high, color=colours[provider], alpha=0.5)
+            axes.plot(x, median, "o", color=colours[provider], label=provider)
         floors = {row["case"]: row["h100_floor_ms"] for row in members if row["h100_floor_ms"] != ""}
         if floors:
-            places = [cases.index(case) for case in floors]
-            edges = [x - 0.4 for x in places], [x + 0.4 for x in places]
+            edges = ([cases.index(case) + side for case in floors] for side in (-0.4, 0.4))
             axes.hlines(list(floors.values()), *edges, color="black", label="least on an H100")
         axes.set(title=f"{mode} (ms)", yscale="log", xticks=range(len(cases)), xticklabels=cases)
+        axes.margins(y=0.2)
         axes.grid(alpha=0.3, which="both", axis="y")
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
