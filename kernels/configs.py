@@ -59,15 +59,21 @@ def launch_key(K: int, V: int, dtype: torch.dtype, arch: str | None) -> tuple[st
     return "float32" if dtype == torch.float32 else "16-bit", block_size(K), block_size(V), arch
 
 
+def launch_row(K: int, V: int, dtype: torch.dtype, arch: str | None) -> tuple:
+    """The row of the table that holds for them."""
+    width, BK, BV, arch = launch_key(K, V, dtype, arch)
+    keys = [(width, *tiles, where) for tiles in ((BK, BV), (BK, None), (None, None)) for where in (arch, None)]
+    return next(LAUNCHES[key] for key in keys if key in LAUNCHES)
+
+
 def chunk_config(K: int, V: int, T: int, dtype: torch.dtype, arch: str | None = None) -> ChunkConfig:
     """Settings for head dims K and V, T tokens (of the longest sequence, or all of them) and q/k/v of `dtype`.
 
     arch: the GPU as `architecture` names it, None for the rows of any. Tiles wider than V are narrowed to it, chunks
     more than twice as long as the sequence are shortened.
     """
-    width, BK, BV, arch = launch_key(K, V, dtype, arch)
-    keys = [(width, *tiles, where) for tiles in ((BK, BV), (BK, None), (None, None)) for where in (arch, None)]
-    chunk, *launches = next(LAUNCHES[key] for key in keys if key in LAUNCHES)
+    chunk, *launches = launch_row(K, V, dtype, arch)
+    BV = block_size(V)
     while chunk > 16 and chunk >= 2 * T:
         chunk //= 2
     return ChunkConfig(chunk, *[Launch(min(block_v, BV), warps, stages) for block_v, warps, stages in launches])
