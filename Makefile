@@ -22,6 +22,10 @@ demo: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/sleep-ops bench passes --out runs/bench
+	$(BIN)/sleep-ops bench kernels --out runs/bench
+	$(BIN)/sleep-ops bench kernels --sweep tokens --case mid --out runs/bench
+	$(BIN)/sleep-ops bench kernels --sweep window --case long --out runs/bench
+	$(BIN)/sleep-ops bench train --out runs/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-json runs/bench/operators.json
 
 lint: $(VENV)/.installed

@@ -460,6 +460,42 @@ def bench_train(
     console.print(f"wrote {out / 'train.csv'} and {out / 'train.png'}")
 
 
+@bench_app.command("tune")
+def bench_tune(
+    case: Annotated[str, option("Cases of bench kernels, each of which stands for its head dims.")] = "long,jet",
+    chunks: Annotated[str, option("Lengths of a chunk to try, of 16, 32 and 64.")] = "16,32,64",
+    kernels: Annotated[str, option("Kernels to vary.")] = "prepare,scan,reverse,grad",
+    dtype: Annotated[str | None, option("float32, bfloat16 or float16; bfloat16 by default.")] = None,
+    write: Annotated[bool, option("Put the best rows into kernels/launches.py.")] = False,
+    repeats: Annotated[int, option("Timed repeats of every candidate.")] = 20,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Annotated[Path, option("Folder for tune.csv.")] = Path("runs/bench"),
+) -> None:
+    """Launch settings of the chunk kernels, measured on the GPU at hand: minutes for each case and chunk."""
+    console = Console()
+    with _refusals(console):
+        from sleep_ops.bench.tune import KERNELS, TuneBenchmark, write_rows
+
+        benchmark = TuneBenchmark(
+            cases=tuple(case.split(",")),
+            chunks=_integers("chunks", chunks),
+            kernels=tuple(kernels.split(",")),
+            dtype=dtype,
+            repeats=repeats,
+            seed=seed,
+            device=device,
+        )
+        _measure(console, benchmark, out / "tune.csv")
+        table = Table("width", "K", "V", "GPU", "chunk", *KERNELS, title="best (value columns, warps, stages)")
+        for row in benchmark.found.items():
+            table.add_row(*(str(cell) for part in row for cell in part))
+        console.print(table)
+        if write and benchmark.found:
+            console.print(f"wrote {write_rows(benchmark.found)}")
+    console.print(f"wrote {out / 'tune.csv'}")
+
+
 def _measure(console: Console, benchmark, path: Path) -> list[dict]:
     """The rows of a benchmark, written to `path` after every step: whole however the command ends."""
     from rich.progress import Progress

@@ -1,11 +1,14 @@
 """What all benchmarks share: cases and their arithmetic, providers, checks, and how calls are measured."""
 
 import functools
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import sleep_ops.cli
 from sleep_ops import gated_delta_rule
 from sleep_ops.bench import harness, providers
 from sleep_ops.bench.cases import KERNEL_CASES, PASSES_CASES, Case, make_inputs
@@ -190,6 +193,13 @@ def test_what_ours_keeps_for_the_backward_does_not_grow_with_passes(window):
     problem = operator_problem(providers.replayed, case, make_inputs(case, 0, CPU))
     few, many = (saved_mib(problem, n) for n in (4, 64))
     assert 0 < few and many <= 1.1 * few
+
+
+@pytest.mark.parametrize("command", ["passes", "kernels", "train", "tune"])
+def test_every_command_has_the_common_options(command):
+    result = CliRunner().invoke(sleep_ops.cli.app, ["bench", command, "--help"])
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+    assert result.exit_code == 0 and all(f"--{name}" in text for name in ("seed", "device", "out", "help"))
 
 
 def test_the_machine_is_described():

@@ -1,0 +1,315 @@
+"""`sleep-ops bench tune`: measures launch settings of the chunk kernels on the GPU at hand, for kernels/launches.py.
+
+A candidate is a row of the table, tried in its place. It is compiled first, without a launch: what Triton gives up on,
+replaces by a trap, spills too many registers of or gives more shared memory than there is, is left out. It is then
+compared with the float64 recurrence and timed, forward and backward of one pass in one CUDA graph; one that would be
+the best so far must also be right over replay passes, whose kernels are others, and give the same bits twice (what
+differs from run to run is a race). One kernel after another is varied, for every length of the chunk.
+
+None of it has run on a GPU yet, save for the compiling, which needs none.
+"""
+
+import functools
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sleep_ops.bench.cases import DTYPES, KERNEL_CASES, Case, make_inputs
+from sleep_ops.bench.checks import operator_check, wrong
+from sleep_ops.bench.harness import (
+    GRAPH_MODES,
+    MACHINE,
+    TIMES,
+    Problem,
+    environment,
+    first_line,
+    gradients,
+    measure,
+    run_of,
+)
+from sleep_ops.bench.providers import operator_problem, replayed
+from sleep_ops.bench.settings import check_choices, check_counts, check_dtype
+from sleep_ops.training.checkpoint import write_atomically
+from sleep_ops.training.config import resolve_device
+
+KERNELS = ("prepare", "scan", "reverse", "grad")  # in the order of a row of the table
+CHUNKS = (16, 32, 64)
+# Bytes a thread may spill: what the settings in use do at the most, up to K = V = 256 (tests/test_aot.py).
+MAX_SPILL_BYTES = 512
+REPLAYED = 4  # passes: at K = V they go through the map of a pass
+COLUMNS = [
+    *(*MACHINE, "case", "architecture", "dtype", "key_dim", "value_dim", "kernel", "chunk", *KERNELS),
+    *("repeats", *TIMES, "verdict"),
+]
+
+Row = tuple  # (chunk, then (block_v, warps, stages) of each of KERNELS)
+
+
+class Rejected(Exception):
+    """Why a candidate is not timed, or cannot be the best."""
+
+
+class Tried(NamedTuple):
+    """A candidate, the kernel varied in it, and its times or why there are none."""
+
+    kernel: str
+    row: Row
+    times: dict[str, float]
+    verdict: str
+
+
+class Compiled(NamedTuple):
+    """What the compiler made of a kernel: bytes a thread spills, bytes of shared memory, whether it gave up."""
+
+    kernel: str
+    spill_bytes: int
+    shared_bytes: int
+    traps: bool
+
+
+@dataclass(frozen=True)
+class TuneBenchmark:
+    """Rows of the table for the head dims of the named cases (those of `bench kernels`), each on that case.
+
+    chunks, kernels   what to vary; the rest is as in the row that holds now.
+    dtype             replaces the cases' own.
+    repeats           timed runs of every candidate, of ten replays of its graph each.
+
+    `run` leaves the best rows in `found`. Raises ValueError for a setting that is unknown or out of range, for cases
+    that share a row of the table, and on anything but an NVIDIA GPU.
+    """
+
+    cases: tuple[str, ...] = ("long", "jet")
+    chunks: tuple[int, ...] = CHUNKS
+    kernels: tuple[str, ...] = KERNELS
+    dtype: str | None = None
+    repeats: int = 20
+    seed: int = 0
+    device: str = "auto"
+    found: dict[tuple, Row] = field(default_factory=dict)
+
+    def __post_init__(self):
+        check_choices(self, cases=KERNEL_CASES["cuda"], kernels=KERNELS)
+        if not self.chunks or not set(self.chunks) <= set(CHUNKS) or len(set(self.chunks)) < len(self.chunks):
+            raise ValueError(f"chunks: expected distinct ones of {CHUNKS}, got {self.chunks!r}")
+        check_dtype(self)
+        check_counts(self, "repeats", seed=0)
+        device = resolve_device(self.device)
+        if device.type != "cuda" or torch.version.hip:
+            raise ValueError(f"device: expected an NVIDIA GPU, on which launch settings can be measured, got {device}")
+        shared = {}
+        for name in self.cases:
+            other = shared.setdefault(self._key(name), name)
+            if other != name:
+                raise ValueError(f"cases: expected one for every row of the table, got {other} and {name} for the same")
+
+    def _case(self, name: str) -> Case:
+        case = replace(KERNEL_CASES["cuda"][name], passes=1)
+        return case if self.dtype is None else replace(case, dtype=self.dtype)
+
+    def _key(self, name: str) -> tuple:
+        from sleep_ops.kernels.configs import architecture, launch_key
+
+        case = self._case(name)
+        return launch_key(case.key_dim, case.value_dim, DTYPES[case.dtype], architecture(resolve_device(self.device)))
+
+    @property
+    def steps(self) -> int:
+        """How often `run` yields."""
+        tried = sum(len(launches(kernel, self._key(name)[2])) for name in self.cases for kernel in self.kernels)
+        return (tried + len(self.cases)) * len(self.chunks)
+
+    def run(
+        self, tell: Callable[[str], None], show: Callable[[str], None] = lambda label: None
+    ) -> Iterator[list[dict]]:
+        """Yield the row of every candidate. tell: of the best; show: of what was just tried."""
+        from sleep_ops.kernels.configs import launch_row
+
+        device = resolve_device(self.device)
+        common = environment(device) | {"repeats": self.repeats}
+        for name in self.cases:
+            key, case = self._key(name), self._case(name)
+            sizes = {"case": name, "dtype": case.dtype, "key_dim": case.key_dim, "value_dim": case.value_dim}
+            sizes["architecture"] = key[3]
+            trial = Trial(case, key, self.repeats, self.seed, device)
+            base = launch_row(case.key_dim, case.value_dim, DTYPES[case.dtype], key[3])
+            best = None
+            for tried in search(base, self.chunks, self.kernels, key[2], trial):
+                show(f"{name}: {tried.kernel} {tried.row}")
+                if not tried.verdict and (best is None or tried.times["ms_median"] < best.times["ms_median"]):
+                    best = tried
+                settings = dict(zip(("chunk", *KERNELS), tried.row, strict=True))
+                row = common | sizes | settings | dict.fromkeys(TIMES, "") | tried._asdict() | tried.times
+                yield [{column: row[column] for column in COLUMNS}]
+            if best is not None:
+                self.found[key] = best.row
+                tell(f"{name}: {key}: {best.row}, {best.times['ms_median']:.3f} ms forward and backward")
+
+
+def launches(kernel: str, BV: int) -> list[tuple[int, int, int]]:
+    """Candidates (block_v, warps, stages) of a kernel for values of tile BV. chunk_prepare reads no values."""
+    blocks = [16] if kernel == "prepare" else [block for block in (16, 32, 64, 128) if block <= BV]
+    stages = (1, 2, 3) if kernel in ("scan", "reverse") else (1, 2)
+    return [(block, warps, number) for block in blocks for warps in (4, 8) for number in stages]
+
+
+def search(
+    base: Row, chunks: tuple[int, ...], kernels: tuple[str, ...], BV: int, trial: Callable[[Row, float], dict]
+) -> Iterator[Tried]:
+    """Vary one kernel's launch after another, for each chunk from `base`'s, keeping the fastest.
+
+    trial(row, time to beat) -> its times; raises Rejected.
+    """
+    for chunk in chunks:
+        best, to_beat = (chunk, *base[1:]), math.inf
+        for kernel in ("chunk", *kernels):
+            i = 1 + KERNELS.index(kernel) if kernel != "chunk" else 0
+            start = best
+            for value in [chunk] if kernel == "chunk" else launches(kernel, BV):
+                row = (*start[:i], value, *start[i + 1 :])
+                try:
+                    times = trial(row, to_beat)
+                except Rejected as why:
+                    yield Tried(kernel, row, {}, str(why))
+                    continue
+                yield Tried(kernel, row, times, "")
+                if times["ms_median"] < to_beat:
+                    best, to_beat = row, times["ms_median"]
+
+
+class Trial:
+    """Times of one pass, forward and backward, over `case` with a row of the table in the place of `key`."""
+
+    def __init__(self, case: Case, key: tuple, repeats: int, seed: int, device: torch.device):
+        self.case, self.key, self.repeats, self.seed, self.device = case, key, repeats, seed, device
+        self.replay = functools.partial(replayed, impl="triton")
+        self.problem = operator_problem(self.replay, case, make_inputs(case, seed, device))
+        self.shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+    def __call__(self, row: Row, to_beat: float) -> dict[str, float]:
+        with in_table(self.key, row):
+            self._check(1)
+            try:
+                run = run_of(self.problem, 1, GRAPH_MODES[1], self.device)
+            except RuntimeError as error:
+                raise Rejected(first_line(error)) from error
+            reasons = []
+            found = measure({"": run}, self.repeats, self.device, lambda _, why: reasons.append(why))
+            if reasons:
+                raise Rejected(reasons[0])
+            times = {name: found[""][name] for name in TIMES}
+            if times["ms_median"] < to_beat:
+                self._check(REPLAYED)
+                self._check_bits()
+        return times
+
+    def _check(self, passes: int) -> None:
+        with compiling_only() as compiled:
+            try:
+                _run(self.problem, passes)
+            except Exception as error:  # whatever the compiler raises
+                raise Rejected(f"does not compile: {first_line(error)}") from error
+        check_resources(compiled, self.shared_bytes)
+        errors = operator_check(self.replay, self.case, self.seed, self.device, (passes,))
+        if beyond := wrong(errors, self.case.dtype):
+            raise Rejected(f"WRONG: {beyond}")
+
+    def _check_bits(self) -> None:
+        pairs = zip(_run(self.problem, 1), _run(self.problem, 1), strict=True)
+        if not all(torch.equal(a, b) for a, b in pairs):
+            raise Rejected("WRONG: not the same bits twice")
+
+
+def _run(problem: Problem, passes: int) -> list[torch.Tensor]:
+    roots = problem.run(passes)
+    return [*roots, *gradients(problem, roots)]
+
+
+@contextmanager
+def in_table(key: tuple, row: Row):
+    """The launch table with `row` at `key`."""
+    from sleep_ops.kernels.launches import LAUNCHES
+
+    before = dict(LAUNCHES)
+    LAUNCHES[key] = row
+    try:
+        yield
+    finally:
+        LAUNCHES.clear()
+        LAUNCHES.update(before)
+
+
+@contextmanager
+def compiling_only():
+    """Triton kernels are compiled where they would be launched, and nothing is; gives the list of what came of them.
+
+    What the block computes is memory as it was found.
+    """
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[Compiled] = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        traps = "trap;" in kernel.asm["ptx"]
+        compiled.append(Compiled(self.__name__, spill_bytes(kernel.asm["cubin"]), kernel.metadata.shared, traps))
+        return kernel
+
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+@functools.cache
+def spill_bytes(cubin: bytes) -> int:
+    """Bytes of local memory a thread needs, read from the binary as Triton's own cuobjdump shows it."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(STACK|LOCAL):(\d+)", text))
+    return max(map(int, usage.values()))
+
+
+def check_resources(compiled: list[Compiled], shared_bytes: int) -> None:
+    """Raises Rejected for a kernel that traps, spills too much, or needs more than `shared_bytes` of shared memory."""
+    for kernel in compiled:
+        if kernel.traps:
+            raise Rejected(f"{kernel.kernel}: the compiler left a trap")
+        if kernel.spill_bytes > MAX_SPILL_BYTES:
+            raise Rejected(f"{kernel.kernel}: spills {kernel.spill_bytes} bytes, at most {MAX_SPILL_BYTES} expected")
+        if kernel.shared_bytes > shared_bytes:
+            got = f"{kernel.shared_bytes} bytes of shared memory"
+            raise Rejected(f"{kernel.kernel}: needs {got}, at most {shared_bytes} expected")
+
+
+def with_table(text: str, table: dict[tuple, Row]) -> str:
+    """The source of kernels/launches.py with this table in it."""
+    lines = [f"    {key}: {row},\n".replace("'", '"') for key, row in table.items()]
+    source = "LAUNCHES = {\n" + "".join(lines) + "}\n"
+    text, count = re.subn(r"^LAUNCHES = \{\n.*?^\}\n", lambda _: source, text, flags=re.MULTILINE | re.DOTALL)
+    assert count == 1
+    return text
+
+
+def write_rows(rows: dict[tuple, Row]) -> Path:
+    """Put rows into kernels/launches.py, in the place of those with the same keys, and return its path."""
+    from sleep_ops.kernels import launches as module
+
+    path = Path(module.__file__).resolve()
+    write_atomically(path, with_table(path.read_text(), module.LAUNCHES | rows).encode())
+    return path

@@ -1,0 +1,257 @@
+"""The table of launch settings, and `sleep-ops bench tune`, which measures and rewrites it: all that needs no GPU."""
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import sleep_ops.cli
+from sleep_ops.bench import tune
+from sleep_ops.bench.cases import Case
+from sleep_ops.bench.tune import Compiled, Rejected, Tried, TuneBenchmark, check_resources, in_table, launches, search
+from sleep_ops.kernels import launches as table
+from sleep_ops.kernels.configs import architecture, chunk_config, launch_key, launch_row
+
+TABLE = Path(__file__).parent.parent / "kernels" / "launches.py"
+ROW = (64, (16, 4, 1), (64, 8, 3), (32, 4, 2), (16, 4, 1))
+KEY = ("16-bit", 128, 64, "sm90")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were a GPU, up to the first call of it."""
+    monkeypatch.setattr(tune, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("sleep_ops.kernels.configs._known_architecture", lambda device: "sm90")
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(sleep_ops.cli.app, ["bench", "tune", *map(str, arguments)])
+    error = "" if result.exception is None else repr(result.exception)
+    assert result.exit_code == code, result.output + error
+    return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m", "", result.output))
+
+
+@pytest.mark.parametrize("T", [1, 16, 17, 64, 1 << 15])
+@pytest.mark.parametrize(("K", "V"), [(16, 16), (60, 128), (128, 100), (128, 512), (256, 64), (200, 8)])
+def test_default_rows(K, V, T):
+    """Chunks and value tiles of 32 in 16 bits up to K = 128, else 16; never wider than V, nor the chunk than T."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        size = 16 if dtype == torch.float32 or K > 128 else 32
+        config = chunk_config(K, V, T, dtype, "sm00")
+        assert config == chunk_config(K, V, T, dtype) and config.chunk == (16 if T <= 16 else size)
+        block = min(size, max(16, V))
+        assert {(launch.block_v, launch.warps) for launch in config[1:]} == {(block, 4)}
+        stages = 1 if dtype == torch.float32 else 2
+        assert [launch.stages for launch in config[1:]] == [1, stages, stages, 1]
+
+
+def test_the_most_particular_row_is_taken():
+    order = [("16-bit", None, None, None), ("16-bit", None, None, "sm90"), ("16-bit", 128, None, None)]
+    order += [("16-bit", 128, None, "sm90"), ("16-bit", 128, 64, None), ("16-bit", 128, 64, "sm90")]
+    assert launch_key(100, 40, torch.float16, "sm90") == order[-1]
+    with ExitStack() as stack:
+        for n, key in enumerate(order):
+            stack.enter_context(in_table(key, (n,)))
+            assert launch_row(100, 40, torch.float16, "sm90") == (n,)
+        assert launch_row(100, 40, torch.float16, None) == (4,)
+        assert launch_row(100, 80, torch.float16, "sm90") == (3,)
+        assert launch_row(64, 40, torch.float16, "sm90") == (1,)
+    assert launch_row(100, 40, torch.float16, "sm90") == table.LAUNCHES[order[0]]
+
+
+def test_other_gpus_and_dims_keep_their_rows():
+    with in_table(KEY, ROW):
+        assert launch_row(128, 64, torch.bfloat16, "sm90") == ROW
+        for K, V, dtype, arch in ((128, 64, torch.bfloat16, "sm100"), (128, 64, torch.float32, "sm90")):
+            assert launch_row(K, V, dtype, arch) != ROW
+        assert launch_row(128, 128, torch.bfloat16, "sm90") != ROW
+        config = chunk_config(128, 40, 1000, torch.bfloat16, "sm90")
+        assert config.chunk == 64 and config.scan == (64, 8, 3)
+        assert [chunk_config(128, 40, T, torch.bfloat16, "sm90").chunk for T in (1, 16, 17, 32, 33)] == [
+            16,
+            16,
+            32,
+            32,
+            64,
+        ]
+    assert KEY not in table.LAUNCHES
+
+
+def test_the_cpu_has_no_architecture():
+    assert architecture(torch.device("cpu")) is None
+
+
+def test_the_table_is_rewritten_as_it_stands_and_with_rows(tmp_path, monkeypatch):
+    text = TABLE.read_text()
+    assert tune.with_table(text, table.LAUNCHES) == text
+    path = tmp_path / "launches.py"
+    path.write_text(text)
+    monkeypatch.setattr(table, "__file__", str(path))
+    assert tune.write_rows({KEY: ROW, ("16-bit", 256, None, None): ROW}) == path
+    scope = {}
+    exec(path.read_text(), scope)
+    assert scope["LAUNCHES"] == table.LAUNCHES | {KEY: ROW, ("16-bit", 256, None, None): ROW}
+    assert (
+        list(scope["LAUNCHES"])[-1] == KEY and ast.get_docstring(ast.parse(path.read_text())) == table.__doc__.strip()
+    )
+    style = [sys.executable, "-m", "ruff", "format", "--check", "--config", str(TABLE.parent.parent / "pyproject.toml")]
+    assert subprocess.run([*style, str(path)], capture_output=True).returncode == 0
+
+
+def test_the_search_keeps_the_fastest_launch_of_every_kernel():
+    """With times that are a sum over kernels it ends at the best of each, having left out what is rejected."""
+    wanted = {"prepare": (16, 8, 2), "scan": (64, 4, 3), "reverse": (32, 8, 1), "grad": (16, 4, 2)}
+    seen = []
+
+    def trial(row, to_beat):
+        seen.append((row, to_beat))
+        if row[2][0] == 128:
+            raise Rejected("too wide")
+        far = sum(
+            a != b
+            for kernel, launch in zip(tune.KERNELS, row[1:], strict=True)
+            for a, b in zip(launch, wanted[kernel], strict=True)
+        )
+        return {"ms_median": far + 10 / row[0]}
+
+    base = (32, (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1))
+    tried = list(search(base, (16, 64), tune.KERNELS, 128, trial))
+    best = min((x for x in tried if not x.verdict), key=lambda x: x.times["ms_median"])
+    assert best.row == (64, *wanted.values())
+    assert len(tried) == len(seen) == 2 * (1 + sum(len(launches(kernel, 128)) for kernel in tune.KERNELS))
+    assert {x.verdict for x in tried if x.row[2][0] == 128} == {"too wide"}
+    for n, (row, to_beat) in enumerate(seen):  # the time to beat is the best so far with this chunk
+        earlier = [x.times["ms_median"] for x in tried[:n] if x.times and x.row[0] == row[0]]
+        assert to_beat == min(earlier, default=float("inf"))
+    assert tried[0] == Tried("chunk", (16, *base[1:]), tried[0].times, "")
+
+
+def test_candidates_are_no_wider_than_the_values():
+    assert {block for block, _, _ in launches("scan", 64)} == {16, 32, 64}
+    assert {warps for _, warps, _ in launches("grad", 16)} == {4, 8} and len(launches("prepare", 128)) == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        (dict(traps=True), "chunk_grad: the compiler left a trap"),
+        (dict(spill_bytes=513), "chunk_grad: spills 513 bytes, at most 512 expected"),
+        (dict(shared_bytes=1001), "chunk_grad: needs 1001 bytes of shared memory, at most 1000 expected"),
+    ],
+    ids=["trap", "spills", "shared"],
+)
+def test_what_the_compiler_made_of_a_candidate_decides(fault, why):
+    fine = Compiled("chunk_grad", 512, 1000, False)
+    check_resources([fine, fine], 1000)
+    with pytest.raises(Rejected, match=f"^{why}$"):
+        check_resources([fine, fine._replace(**fault)], 1000)
+
+
+SCRIPT = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:  # of a GPU that is not here
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+driver.set_active(Driver())
+from sleep_ops.bench.tune import compiling_only, in_table
+from sleep_ops.ops.chunk_triton import TritonPass
+q, k, v = (torch.randn(1, 40, 1, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+g, beta = (torch.zeros(1, 40, 1, requires_grad=True) for _ in range(2))
+row = (32, (16, 4, 1), (16, 4, 2), (16, 4, 2), (16, 4, 1))
+with in_table(("16-bit", 16, 16, None), row), compiling_only() as compiled:
+    output, state = TritonPass(k, v, g, beta).run(q, None, 0.25)
+    torch.autograd.grad(output.float().sum() + state.sum(), [q, k, v, g, beta])
+print([(x.kernel, x.traps, x.spill_bytes, x.shared_bytes > 0) for x in compiled])
+"""
+
+
+def test_compiling_without_launching(tmp_path):
+    """A forward and backward pass with nothing but a target: every kernel is compiled and looked at, none runs."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = ast.literal_eval(done.stdout)
+    assert [kernel for kernel, *_ in kernels] == [
+        *("chunk_prepare_kernel", "chunk_scan_kernel", "chunk_scan_kernel", "chunk_reverse_kernel"),
+        *("chunk_grad_kernel", "gate_backward_kernel"),
+    ]
+    assert all(not traps and spills == 0 and shared for _, traps, spills, shared in kernels[:-1])
+
+
+def test_it_refuses_a_machine_without_a_gpu(tmp_path):
+    text = run("--device", "cpu", "--out", tmp_path / "out", "--write", code=2)
+    assert "device: expected an NVIDIA GPU" in text and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--case", "tiny"), "cases:"),
+        (("--case", "long,depo"), "cases:"),
+        (("--chunks", "128"), "chunks:"),
+        (("--chunks", "16,16"), "chunks:"),
+        (("--kernels", "step"), "kernels:"),
+        (("--dtype", "int8"), "dtype:"),
+        (("--repeats", "0"), "repeats:"),
+        (("--seed", "-1"), "seed:"),
+    ],
+    ids=" ".join,
+)
+def test_bad_settings_are_named_and_nothing_is_written(gpu, tmp_path, arguments, named):
+    text = run("--out", tmp_path / "out", *arguments, code=2)
+    assert named in text and "expected" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_prints_and_writes_the_best_rows(gpu, tmp_path, monkeypatch):
+    class Trial:
+        def __init__(self, case: Case, key, repeats, seed, device):
+            assert case.passes == 1 and key in (("16-bit", 128, 128, "sm90"), ("16-bit", 128, 256, "sm90"))
+
+        def __call__(self, row, to_beat):
+            if row[4][1] == 8:
+                raise Rejected("WRONG: a race")
+            return dict.fromkeys(("ms_median", "ms_p20", "ms_p80"), 100 / row[2][0] + abs(row[0] - 32))
+
+    monkeypatch.setattr(tune, "Trial", Trial)
+    monkeypatch.setattr(tune, "environment", lambda device: dict.fromkeys(tune.MACHINE, ""))
+    path = tmp_path / "launches.py"
+    path.write_text(TABLE.read_text())
+    monkeypatch.setattr(table, "__file__", str(path))
+    text = run("--chunks", "16,32", "--kernels", "scan,grad", "--write", "--out", tmp_path)
+    best = (32, (32, 4, 1), (128, 4, 1), (32, 4, 2), (32, 4, 1))
+    assert f"long: ('16-bit', 128, 128, 'sm90'): {best}" in text and f"wrote {path}" in text
+    scope = {}
+    exec(path.read_text(), scope)
+    assert scope["LAUNCHES"] == table.LAUNCHES | {("16-bit", 128, V, "sm90"): best for V in (128, 256)}
+    lines = (tmp_path / "tune.csv").read_text().splitlines()
+    assert lines[0].split(",") == tune.COLUMNS
+    assert len(lines) - 1 == TuneBenchmark(chunks=(16, 32), kernels=("scan", "grad")).steps
+    assert sum("WRONG: a race" in line for line in lines) == 2 * 2 * len(launches("grad", 128)) // 2
+
+
+def test_defaults_of_the_command_are_those_of_the_benchmark(gpu):
+    parameters, default = inspect.signature(sleep_ops.cli.bench_tune).parameters, TuneBenchmark()
+    for name in ("dtype", "repeats", "seed", "device"):
+        assert parameters[name].default == getattr(default, name), name
+    for name, option in {"cases": "case", "chunks": "chunks", "kernels": "kernels"}.items():
+        assert parameters[option].default == ",".join(map(str, getattr(default, name)))
