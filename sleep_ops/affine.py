@@ -1,7 +1,8 @@
 """A pass over a segment of tokens as an affine map of the fast weights: S_out = P S_in + R, per head.
 
 With k, v, g and beta fixed, every write of the gated delta rule is affine in S, so segments compose and N replay
-passes are a power. For normalised keys, beta in [0, 2] and g <= 0 the norm of P is at most 1, so powers are stable.
+passes are a power. For normalised keys, beta in [0, 2] and g <= 0 the norm of P is at most 1, so powers are stable as
+far as P is exact (see `sleep_gated_delta_rule` on rounding).
 
     E_j^(0) = E_(j-1)^(N)      E_j^(n) = P_j E_j^(n-1) + R_j        states of window j before and after pass n
 
@@ -19,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, prepare_pass
 from sleep_ops.ops.windows import Windows
-from sleep_ops.validation import check_delta_rule, check_tensor
+from sleep_ops.validation import check_delta_rule, check_full, check_tensor
+
+REPEATED = 7  # up to as many products with a state are fewer columns than squares of the map, at K = V
 
 
 class NoFixedPoint(ValueError):
@@ -38,12 +41,14 @@ class Transition(NamedTuple):
 
     def apply(self, state: Tensor) -> Tensor:
         """The state left by the segment from `state` [N, HV, K, V], of P's dtype. ValueError for any other."""
+        self._check()
         check_tensor("state", state, self.R.shape, "[N, HV, K, V]", self.P.device, (self.P.dtype,))
         with full_precision(self.P):
             return _apply(self, state)
 
     def then(self, later: "Transition") -> "Transition":
         """This segment, then `later`: (P2 P1, P2 R1 + R2). ValueError unless both have the same shapes and dtype."""
+        self._check()
         if not isinstance(later, Transition):
             raise ValueError(f"later: expected a Transition, got {type(later).__name__}")
         for mine, other in zip(self, later, strict=True):
@@ -54,29 +59,30 @@ class Transition(NamedTuple):
     def power(self, n: int) -> "Transition":
         """n passes over the segment, by repeated squaring; n = 0 is the identity. ValueError for n < 0.
 
-        P^n errs by up to n times the rounding error of P, and by no more than 1 / (1 - |P|) times it.
+        On how errors grow with n see `sleep_gated_delta_rule`.
         """
+        self._check()
         if isinstance(n, bool) or not isinstance(n, int) or n < 0:
             raise ValueError(f"n: expected an integer >= 0, got {n!r}")
         with full_precision(self.P):
-            return _power(_squares(self, n), n) if n else Transition(_identity(self.P).expand_as(self.P), 0 * self.R)
+            return _power(self, n) if n else Transition(_identity(self.P).expand_as(self.P), torch.zeros_like(self.R))
 
     def fixed_point(self) -> Tensor:
         """The state infinitely many passes converge to from any start, (I - P)^-1 R, [N, HV, K, V].
 
-        Raises NoFixedPoint, a ValueError, where passes don't converge: P has an eigenvalue of modulus 1, as without
-        decay when the segment's keys don't span the key space. Looking for one makes the host wait for the device;
-        under torch.compile nothing is checked.
+        Raises NoFixedPoint, a ValueError, where powers of P don't vanish, as without decay when the segment's keys
+        don't span the key space, and for values that are not finite. Told apart by P^n with n = 2^18 (2^40 in
+        float64), so a spectral radius within about 1 / n of 1 counts as 1. The host waits for the device; under
+        torch.compile and CUDA graph capture nothing is checked.
         """
-        if not torch.compiler.is_compiling():
-            radius = torch.linalg.eigvals(self.P.detach()).abs().amax().item()
-            if not radius < 1 - self.P.shape[-1] * torch.finfo(self.P.dtype).eps:
-                raise NoFixedPoint(f"P: expected a spectral radius below 1 for a fixed point, got {radius:.9g}")
-        return torch.linalg.solve(_identity(self.P) - self.P, self.R)
+        self._check()
+        with full_precision(self.P):
+            return _fixed_point(self)
 
-    def by_step(self, windows: Windows) -> "tuple[Transition, ...]":
-        """Of the maps of all windows: those of each sequence's first window, of its second, ... ([num_seqs, ...])."""
-        return tuple(map(Transition, *(windows.by_step(x) for x in self)))
+    def _check(self) -> None:
+        check_full("R", self.R, 4, "[N, HV, K, V]")
+        N, HV, K, _ = self.R.shape
+        check_tensor("P", self.P, (N, HV, K, K), "[N, HV, K, K] beside R", self.R.device, (self.R.dtype,))
 
 
 def segment_transition(
@@ -121,31 +127,37 @@ def replay(
 
     transition: the windows' maps, P [windows, HV, K, K]; start [num_seqs, HV, K, V], None for zero. Returns states
     [windows, HV, K, V] before each window's `output_pass` ("first" or "last") and the final ones [num_seqs, HV, K, V].
-    ValueError for passes = math.inf where they don't converge.
+    A window that changes nothing (P = I, R = 0: no tokens, or closed gates) hands on its state, however many passes.
+    NoFixedPoint for passes = math.inf where those over another window don't converge.
 
-    Kept for the backward are P, R and start alone; the powers, about log2 N of them, are computed again there.
+    For the backward P, R and start are kept; the powers, up to 2 log2 N maps a window, are computed again there, one
+    after the other held at once (torch.compile decides for itself what to keep).
     """
-    start = torch.zeros_like(windows.by_step(transition.R)[0]) if start is None else start.to(transition.R.dtype)
-    if passes == math.inf:
-        return _replay_endlessly(transition, start, windows, output_pass)
+    start = torch.zeros_like(by_step(transition, windows)[0].R) if start is None else start.to(transition.R.dtype)
 
     def run(P: Tensor, R: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        return _replay(Transition(P, R), start, passes, windows, output_pass)
+        return (_replay_endlessly if passes == math.inf else _replay)(
+            Transition(P, R), start, passes, windows, output_pass
+        )
 
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if passes == math.inf or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return run(*transition, start)
     return checkpoint(run, *transition, start, use_reentrant=False, preserve_rng_state=False)
 
 
 def apply_power(transition: Transition, n: int, state: Tensor) -> Tensor:
-    """n passes from `state`, one by one or through squares of the map: whichever is fewer columns of products."""
-    K, V = transition.R.shape[-2:]
-    squares = (n.bit_length() - 1) * (K + V) + n.bit_count() * V
-    if n * V <= squares:
+    """n passes from `state`: one by one where they are few, else through squares of the map."""
+    if n <= REPEATED:
         for _ in range(n):
             state = _apply(transition, state)
         return state
-    return _apply_squares(_squares(transition, n), n, state)
+    while n:
+        if n & 1:
+            state = _apply(transition, state)
+        n >>= 1
+        if n:
+            transition = _then(transition, transition)
+    return state
 
 
 def chain(transitions: Sequence[Transition], start: Tensor | None, present: Tensor | None = None) -> list[Tensor]:
@@ -162,27 +174,45 @@ def chain(transitions: Sequence[Transition], start: Tensor | None, present: Tens
     return states
 
 
+def by_step(transition: Transition, windows: Windows) -> tuple[Transition, ...]:
+    """Of the maps of all windows: those of each sequence's first window, of its second, ... ([num_seqs, ...])."""
+    return tuple(map(Transition, *(windows.by_step(x) for x in transition)))
+
+
 def _replay(transition, start, passes, windows, output_pass):
     if windows.is_whole:
         last = apply_power(transition, passes - 1, start)
-        final = chain((transition,), last, windows.present)[1]
-        return start if output_pass == "first" else last, final
-    squares = _squares(transition, passes)
-    whole = _power(squares, passes).by_step(windows)
-    *firsts, final = chain(whole, start, windows.present)
+        return start if output_pass == "first" else last, chain((transition,), last, windows.present)[1]
+    most = _power(transition, passes - 1)
+    *firsts, final = chain(by_step(_then(most, transition), windows), start, windows.present)
     firsts = windows.by_window(firsts)
-    return firsts if output_pass == "first" else _apply_squares(squares, passes - 1, firsts), final
+    return firsts if output_pass == "first" else _apply(most, firsts), final
 
 
-def _replay_endlessly(transition, start, windows, output_pass):
-    """Wherever it started, a window ends in its fixed point."""
+def _replay_endlessly(transition, start, passes, windows, output_pass):
+    """Wherever it started, a window ends in its fixed point, unless it changes nothing."""
     P, R = transition
-    if windows.cu_seqlens is not None:  # a window without tokens is the identity: any contraction will do in its place
-        present = (windows.cu_seqlens.diff() > 0)[:, None, None, None]
-        P, R = P * present, R * present
-    limits = Transition(P, R).fixed_point()
-    *firsts, final = chain(Transition(torch.zeros_like(P), limits).by_step(windows), start, windows.present)
-    return windows.by_window(firsts) if output_pass == "first" else limits, final
+    identity = _identity(P)
+    still = ((P == identity).all(-1).all(-1) & (R == 0).all(-1).all(-1))[..., None, None]
+    limits = _fixed_point(Transition(P.masked_fill(still, 0.0), R))
+    *firsts, final = chain(by_step(Transition(still * identity, limits), windows), start, windows.present)
+    firsts = windows.by_window(firsts)
+    return firsts if output_pass == "first" else torch.where(still, firsts, limits), final
+
+
+def _fixed_point(transition: Transition) -> Tensor:
+    P, R = transition
+    capturing = P.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not torch.compiler.is_compiling() and not capturing:
+        squarings = 40 if P.dtype == torch.float64 else 18
+        power = P.detach()
+        for _ in range(squarings):
+            power = power @ power
+        size = torch.linalg.matrix_norm(power).amax().item()  # NaN where P is not finite, or its powers overflow
+        if not size < 0.5:
+            radius = size ** (0.5**squarings)
+            raise NoFixedPoint(f"P: expected a spectral radius below 1 for a fixed point, got {radius:.9g}")
+    return torch.linalg.solve_ex(_identity(P) - P, R).result
 
 
 def _apply(transition: Transition, state: Tensor) -> Tensor:
@@ -193,27 +223,15 @@ def _then(earlier: Transition, later: Transition) -> Transition:
     return Transition(later.P @ earlier.P, _apply(later, earlier.R))
 
 
-def _squares(transition: Transition, n: int) -> list[Transition]:
-    """The map's powers 1, 2, 4, ... up to n."""
-    squares = [transition]
-    for _ in range(n.bit_length() - 1):
-        squares.append(_then(squares[-1], squares[-1]))
-    return squares
-
-
-def _power(squares: list[Transition], n: int) -> Transition:
-    chosen = [square for i, square in enumerate(squares) if n >> i & 1]
-    result = chosen[0]
-    for square in chosen[1:]:
-        result = _then(result, square)
+def _power(transition: Transition, n: int) -> Transition:
+    result = None
+    while n:
+        if n & 1:
+            result = transition if result is None else _then(result, transition)
+        n >>= 1
+        if n:
+            transition = _then(transition, transition)
     return result
-
-
-def _apply_squares(squares: list[Transition], n: int, state: Tensor) -> Tensor:
-    for i, square in enumerate(squares):
-        if n >> i & 1:
-            state = _apply(square, state)
-    return state
 
 
 def _identity(P: Tensor) -> Tensor:

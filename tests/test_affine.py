@@ -154,6 +154,14 @@ def test_float32_from_half_inputs():
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-2)
 
 
+def test_parts_of_a_transition_are_checked():
+    P, R = torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 4)
+    for bad in (Transition(P[0], R), Transition(P.double(), R), Transition(P[..., :2], R)):
+        for use in (lambda t: t.apply(R), lambda t: t.power(2), lambda t: t.then(t), lambda t: t.fixed_point()):
+            with pytest.raises(ValueError, match="^P: expected .* got"):
+                use(bad)
+
+
 def test_bad_argument_is_named():
     inputs, _ = make_inputs()
     with pytest.raises(ValueError, match="^g: "):

@@ -149,3 +149,14 @@ def test_chunk_bound_holds_every_packing():
 
 def test_short_sequences_get_short_chunks():
     assert [chunk_config(64, 64, T, torch.float16).chunk for T in (1, 16, 17, 100)] == [16, 16, 32, 32]
+
+
+def test_strided_parameters_and_borders(device):
+    """Every small tensor may be a view: a column, an expanded row, every second entry."""
+    inputs = make_inputs(PACKED, torch.float32, device)
+    expected = evaluate(chunk_gated_delta_rule_triton, PACKED, inputs)
+    for name in ("A_log", "dt_bias", "cu_seqlens"):
+        inputs[name] = torch.stack([inputs[name], 99 + 0 * inputs[name]], -1)[..., 0]
+        assert not inputs[name].is_contiguous() or inputs[name].numel() == 1
+    for name, value in evaluate(chunk_gated_delta_rule_triton, PACKED, inputs).items():
+        assert torch.equal(value, expected[name]), name

@@ -32,33 +32,38 @@ def evaluate(inputs, part=slice(None), share=1.0, **options):
     leaves = {name: x for name, x in inputs.items() if not name.startswith("d_")}
     leaves = {n: (x[:, part] if n in TOKENS else x).clone().requires_grad_() for n, x in leaves.items()}
     output, state = gated_delta_rule(**leaves, **GATES, **options)
-    loss = (output * inputs["d_output"][:, part]).sum() + share * (state * inputs["d_state"]).sum()
+    loss = (output * inputs["d_output"][:, part]).sum()
+    if share:
+        loss = loss + share * (state * inputs["d_state"]).sum()
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     return {"output": output.detach(), "state": state.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def worker(rank, borders, segments, port, folder):
+def worker(rank, borders, segments, with_state, port, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = len(borders) - 1
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     try:
         part = slice(borders[rank], borders[rank + 1])
-        found = evaluate(make_inputs(), part, share=1 / ranks, group=dist.group.WORLD, segments=segments)
+        share = 1 / ranks if with_state else 0
+        found = evaluate(make_inputs(), part, share=share, group=dist.group.WORLD, segments=segments)
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    "borders, segments", [((0, 80, T), 1), ((0, 1, 100, T), 1), ((0, 5, T), 2)], ids=["two", "three", "two-cut"]
+    "borders, segments, with_state",
+    [((0, 80, T), 1, True), ((0, 1, 100, T), 1, True), ((0, 5, T), 2, True), ((0, 70, 100, T), 1, False)],
+    ids=["two", "three", "two-cut", "three-output-alone"],
 )
-def test_equals_one_process(borders, segments, tmp_path):
+def test_equals_one_process(borders, segments, with_state, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(worker, args=(borders, segments, port, str(tmp_path)), nprocs=len(borders) - 1)
+    mp.spawn(worker, args=(borders, segments, with_state, port, str(tmp_path)), nprocs=len(borders) - 1)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(borders) - 1)]
-    want = evaluate(make_inputs())
+    want = evaluate(make_inputs(), share=1.0 if with_state else 0)
     for name in ("output", *TOKENS):
         torch.testing.assert_close(torch.cat([p[name] for p in parts], 1), want[name], rtol=1e-10, atol=1e-10)
     for name in ("A_log", "dt_bias", "initial_state"):
@@ -78,5 +83,16 @@ def test_wrong_groups_are_named(tmp_path):
         alone, plain = gated_delta_rule(**inputs, group=dist.group.WORLD), gated_delta_rule(**inputs)
         torch.testing.assert_close(alone.output, plain.output)
         torch.testing.assert_close(alone.final_state, plain.final_state)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_second_derivatives_are_refused(tmp_path):
+    inputs = {name: x[:1].requires_grad_() for name, x in make_inputs().items() if name in TOKENS}
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store")), rank=0, world_size=1)
+    try:
+        state = gated_delta_rule(**inputs, group=dist.group.WORLD, impl="reference").final_state
+        with pytest.raises(RuntimeError, match="create_graph"):
+            torch.autograd.grad(state.sum(), inputs["v"], create_graph=True)
     finally:
         dist.destroy_process_group()

@@ -20,6 +20,7 @@ from sleep_ops.kernels.chunk_scan import chunk_reverse, chunk_scan
 from sleep_ops.kernels.configs import ChunkConfig, architecture, chunk_config
 from sleep_ops.ops.dispatch import on_device
 from sleep_ops.ops.gates import beta_scale
+from sleep_ops.validation import check_first_order
 
 
 def _config(k: Tensor, head_v_dim: int, longest: int) -> ChunkConfig:
@@ -156,6 +157,7 @@ def _differentiate_prepared(ctx, dG, d_active, dA):
     """dA is always None: chunk_scan's backward has taken A's part into the gradients of k, G and beta."""
     if dG is None:
         return (None,) * 12
+    check_first_order("gated_delta_rule")
     g, active, A_log, dt_bias, cu_seqlens, chunk_offsets = ctx.saved_tensors
     dg, dbeta, dA_log, d_dt_bias = _prepare_backward(
         dG, d_active, g, active, ctx.beta_dtype, A_log, dt_bias, cu_seqlens, chunk_offsets, ctx.chunk, ctx.beta_scale
@@ -290,6 +292,7 @@ def _save_scanned(ctx, inputs, output):
 
 
 def _differentiate_scanned(ctx, d_output, d_final_state):
+    check_first_order("gated_delta_rule")
     q, k, v, G, beta, A, initial_state, *packing = ctx.saved_tensors
     if q is None:
         d_output = None
@@ -333,6 +336,7 @@ class TritonPass:
         allow_neg_eigval: bool = False,
     ):
         self.k, self.v, self.use_qk_l2norm = k, v, use_qk_l2norm
+        A_log, dt_bias, cu_seqlens = (None if x is None else x.contiguous() for x in (A_log, dt_bias, cu_seqlens))
         self.longest = k.shape[1] if longest is None else longest
         chunk = _config(k, v.shape[3], self.longest).chunk
         self.packing = (cu_seqlens, _chunk_offsets(cu_seqlens, chunk))

@@ -91,3 +91,27 @@ def prepare_pass(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, impl: str, lo
     from sleep_ops.ops.chunk_triton import TritonPass
 
     return TritonPass(k, v, g, beta, longest=longest, **options)
+
+
+def run_pass(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    scale: float,
+    *,
+    impl: str,
+    cu_seqlens: Tensor | None = None,
+    **options,
+) -> tuple[Tensor | None, Tensor]:
+    """What `prepare_pass(...).run(q, state, scale)` gives; for Triton in one launch where the sequences are short."""
+    if impl == "triton" and cu_seqlens is None:
+        from sleep_ops.kernels.configs import window_config
+
+        if window_config(k.shape[3], v.shape[3], k.shape[1], k.dtype) is not None:
+            from sleep_ops.ops.window import window_gated_delta_rule
+
+            return window_gated_delta_rule(q, k, v, g, beta, scale=scale, initial_state=state, **options)
+    return prepare_pass(k, v, g, beta, impl=impl, cu_seqlens=cu_seqlens, **options).run(q, state, scale)

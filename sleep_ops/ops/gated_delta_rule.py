@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sleep_ops.affine import NoFixedPoint, Transition, chain, replay
+from sleep_ops.affine import NoFixedPoint, Transition, by_step, chain, replay
 from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, prepare_pass
+from sleep_ops.ops.packed import longest_sequence
 from sleep_ops.ops.windows import Windows
 from sleep_ops.reference import DeltaRuleOutput, sleep_gated_delta_rule_reference
 from sleep_ops.validation import check_count, check_delta_rule, check_passes
@@ -63,16 +64,18 @@ def gated_delta_rule(
             every dtype), or "reference" (the token recurrence in float32/float64). float64 is not for Triton.
         segments: how many parts, of a multiple of 64 tokens each, every sequence is cut into; they run at once, joined
             by their transitions, at about three times the work. 1 cuts nothing; None cuts long sequences where the GPU
-            would have too little to do (`num_segments` of kernels/configs.py), never packed ones.
+            would have too little to do (`num_segments` of kernels/configs.py), but not packed ones: to cut those the
+            host waits for their lengths.
         group: process group whose ranks hold consecutive parts of the sequences, in rank order and of any lengths >= 1.
             The ranks exchange their transitions by one all-gather, and in the backward gradients by a reduce-scatter.
             initial_state, the same on all, stands before the first rank's tokens; the final state, the same on all,
             comes after the last one's. Every rank's backward must run; what a replicated tensor (initial_state, A_log,
-            dt_bias) gets there is that rank's part of the gradient, to be summed over ranks. Not with cu_seqlens.
+            dt_bias) gets there is that rank's part of the gradient, to be summed over ranks. The ranks must agree in
+            everything but T and the values, in which tensors want gradients too. Not with cu_seqlens.
 
     Returns output [B, T, HV, V] in v's dtype and the final state. Differentiable in every float tensor, once (with
-    impl="reference" more often); autocast has no effect inside. Raises ValueError for a wrong shape, dtype, device or
-    option.
+    impl="reference" and no group more often), not by torch.func; autocast has no effect on the forward. Raises
+    ValueError for a wrong shape, dtype, device or option.
     """
     options = {
         "scale": scale,
@@ -91,24 +94,10 @@ def gated_delta_rule(
     if segments is not None:
         check_count("segments", segments)
     if group is not None:
-        from sleep_ops.ops.sequence_parallel import check_group, state_before_this_rank
+        from sleep_ops.ops.sequence_parallel import check_group
 
         check_group(group, cu_seqlens)
-    scale, state, impl = _scale(options, k), options.pop("initial_state"), choose_rule_impl(options.pop("impl"), k)
-    with full_precision(k):
-        parts = _cut(k, v, impl, cu_seqlens, segments)
-        if parts.is_whole and group is None:
-            return DeltaRuleOutput(*prepare_pass(k, v, g, beta, impl=impl, **options).run(q, state, scale))
-        q, *tokens = (parts.split(x) for x in (q, k, v, g, beta))
-        options["cu_seqlens"] = parts.cu_seqlens
-        one_pass = prepare_pass(*tokens, impl=impl, longest=parts.longest, **options)
-        transitions = Transition(*one_pass.transition()).by_step(parts)
-        final = None
-        if group is not None:
-            state, final = state_before_this_rank(transitions, state, group)
-        *starts, last = chain(transitions, state, parts.present)
-        output = one_pass.run(q, parts.by_window(starts), scale)[0]
-        return DeltaRuleOutput(parts.join(output), last if final is None else final)
+    return DeltaRuleOutput(*_one_pass(q, k, v, g, beta, segments=segments, group=group, **options))
 
 
 def sleep_gated_delta_rule(
@@ -139,19 +128,20 @@ def sleep_gated_delta_rule(
     last pass, or of its first (output_pass="first": causal, the state a window starts from has slept). passes=math.inf
     replays to convergence, (I - P)^-1 R of `Transition.fixed_point`. Other arguments as in `gated_delta_rule`.
 
-    Time and memory, also of the backward, do not grow with the passes but for about log2 N products of [K, K] by
-    [K, K + V] per window: every window is swept once as a map S -> P S + R, all windows at once, and once for outputs
-    from the state its last (or first) pass starts from. The passes run one after the other only where that is fewer
-    columns of state to sweep, in a single window of few passes, and with impl="reference". For the backward the
-    tensors of one pass are kept, and P and R of each window.
+    Time and memory, also of the backward, do not grow with the passes but for some 2 log2 N products of [K, K] by
+    [K, K + V] per window, and as many maps held in the backward: every window is swept once as a map S -> P S + R, all
+    windows at once, and once for outputs from the state its last (or first) pass starts from. Two passes over a single
+    window run one after the other, which is less to sweep; with impl="reference" all do. For the backward the tensors
+    of one pass are kept, and P and R of each window.
 
-    Errors: a pass errs by the rounding of its products, about 2^-9 of the state with bfloat16 inputs, 2^-12 with
-    float16 and 2^-22 with float32; N passes by at most N times that, and by 1 / (1 - |P|) times where decay makes
-    |P| < 1. With 16-bit inputs, no decay and N in the hundreds the directions that the keys barely reach are lost in
-    that rounding.
+    Errors: one pass errs by some roundings u of its products, relative to the state: about 2^-9 with bfloat16 inputs,
+    2^-12 with float16, 2^-22 with float32, several times that for windows of a thousand tokens. N passes err by at most
+    about N u while that is much less than 1, and by u / (1 - |P|) where decay makes |P| < 1. Beyond that nothing is
+    promised: the rounded P may have a norm above 1, and then errors grow exponentially (seen with bfloat16 and
+    float16, beta = 2 and no decay, from N in the hundreds on). Long sleeps in 16 bits want some decay.
 
-    The host waits for the device once with packed sequences and a window, and once with math.inf; never under
-    torch.compile, where convergence is not checked.
+    The host waits for the device once with packed sequences and a window, and with math.inf to see that passes
+    converge; never under torch.compile, where that is not checked.
 
     Raises ValueError as `gated_delta_rule` does, for passes < 1, window < 1 and an unknown output_pass, and for
     passes=math.inf where some window's passes don't converge.
@@ -242,13 +232,40 @@ def _cut(k: Tensor, v: Tensor, impl: str, cu_seqlens: Tensor | None, segments: i
 
             processors, arch = torch.cuda.get_device_properties(k.device).multi_processor_count, architecture(k.device)
             segments = num_segments(batch * v.shape[2], k.shape[3], v.shape[3], tokens, k.dtype, processors, arch)
-    length = -(-tokens // (segments * SEGMENT_MULTIPLE)) * SEGMENT_MULTIPLE if segments > 1 else None
-    return Windows(batch, tokens, length, cu_seqlens, k.device)
+    if segments == 1:
+        return Windows(batch, tokens, None, cu_seqlens, k.device)
+    longest = tokens if cu_seqlens is None else longest_sequence(cu_seqlens, tokens)
+    length = -(-longest // (segments * SEGMENT_MULTIPLE)) * SEGMENT_MULTIPLE
+    return Windows(batch, tokens, None if length >= longest else length, cu_seqlens, k.device)
+
+
+def _one_pass(q, k, v, g, beta, *, segments=None, group=None, **options) -> tuple[Tensor | None, Tensor]:
+    impl, scale, state = choose_rule_impl(options.pop("impl"), k), _scale(options, k), options.pop("initial_state")
+    with full_precision(k):
+        parts = _cut(k, v, impl, options["cu_seqlens"], segments)
+        if parts.is_whole and group is None:
+            return prepare_pass(k, v, g, beta, impl=impl, **options).run(q, state, scale)
+        q, *tokens = (None if x is None else parts.split(x) for x in (q, k, v, g, beta))
+        options["cu_seqlens"] = parts.cu_seqlens
+        one_pass = prepare_pass(*tokens, impl=impl, longest=parts.longest, **options)
+        transitions = by_step(Transition(*one_pass.transition()), parts)
+        if group is None:
+            *starts, final = chain(transitions, state, parts.present)
+        else:
+            from sleep_ops.ops.sequence_parallel import state_before_this_rank
+
+            state, final = state_before_this_rank(transitions, state, group)
+            *starts, _ = chain(transitions, state)
+        if q is None:
+            return None, final
+        return parts.join(one_pass.run(q, parts.by_window(starts), scale)[0]), final
 
 
 def _sleep(q, k, v, g, beta, passes, window, output_pass, **options) -> tuple[Tensor | None, Tensor]:
     check_passes(passes, window, output_pass)
     check_delta_rule(q, k, v, g, beta, **options)
+    if passes == 1:
+        return _one_pass(q, k, v, g, beta, **options)
     impl, scale, state = choose_rule_impl(options.pop("impl"), k), _scale(options, k), options.pop("initial_state")
     with full_precision(k):
         if impl == "reference" and passes != math.inf:
@@ -258,37 +275,21 @@ def _sleep(q, k, v, g, beta, passes, window, output_pass, **options) -> tuple[Te
                 query, k, v, g, beta, scale=scale, initial_state=state, **sleep, **options
             )
             return None if q is None else output.to(v.dtype), state
-        if passes == 1:
-            return prepare_pass(k, v, g, beta, impl=impl, **options).run(q, state, scale)
 
         windows = Windows(*k.shape[:2], window, options["cu_seqlens"], k.device)
         q, *tokens = (None if x is None else windows.split(x) for x in (q, k, v, g, beta))
         options["cu_seqlens"] = windows.cu_seqlens
         one_pass = prepare_pass(*tokens, impl=impl, longest=windows.longest, **options)
-        if windows.is_whole and _chained_is_cheaper(passes, k.shape[3], v.shape[3], q is not None):
-            output, state = _chained(one_pass, q, state, passes, output_pass, scale)
+        if passes == 2 and windows.is_whole:
+            # Two sweeps of V columns: fewer than one of K + V for the transition and one of V for outputs. From three
+            # passes on the transition is no slower (measured on a CPU), and the cost no longer grows with N.
+            first, state = one_pass.run(q if output_pass == "first" else None, state, scale)
+            last, state = one_pass.run(q if output_pass == "last" else None, state, scale)
+            output = first if output_pass == "first" else last
         else:
             try:
-                transition = Transition(*one_pass.transition())
-                begin, state = replay(transition, state, passes, windows, output_pass)
+                begin, state = replay(Transition(*one_pass.transition()), state, passes, windows, output_pass)
             except NoFixedPoint as error:
                 raise ValueError(f"passes: expected passes that converge for math.inf; {error}") from error
             output = None if q is None else one_pass.run(q, begin, scale)[0]
     return None if output is None else windows.join(output), state
-
-
-def _chained_is_cheaper(passes: int | float, key_dim: int, value_dim: int, output: bool) -> bool:
-    """Whether N sweeps of V columns in turn are fewer columns than K + V for the transition and V for outputs.
-
-    On a CPU the two forms take equal time about there: N = 3 where K = V.
-    """
-    return passes * value_dim < key_dim + value_dim * (2 if output else 1)
-
-
-def _chained(one_pass, q, state, passes: int, output_pass: str, scale: float) -> tuple[Tensor | None, Tensor]:
-    output = None
-    for n in range(passes):
-        wanted = n == (0 if output_pass == "first" else passes - 1)
-        o, state = one_pass.run(q if wanted else None, state, scale)
-        output = o if wanted else output
-    return output, state

@@ -7,27 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sleep_ops.affine import Transition, chain
-
-
-class _AllGather(torch.autograd.Function):
-    """x of every rank, in rank order; backwards the sum over ranks of what reached this rank's x."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        gathered = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, x, group=group)
-        return tuple(gathered)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        dx = torch.empty_like(grads[0])
-        dist.reduce_scatter(dx, [grad.contiguous() for grad in grads], group=ctx.group)
-        return dx, None
+from sleep_ops.validation import check_first_order
 
 
 def check_group(group: object, cu_seqlens: Tensor | None) -> None:
-    """Raise unless `group` is a process group that this process belongs to, and sequences are not packed."""
+    """Raise unless `group` is a process group (a process outside it holds none), and sequences are not packed."""
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(f"group: expected a torch.distributed process group or None, got {type(group).__name__}")
     if cu_seqlens is not None:
@@ -39,12 +23,39 @@ def state_before_this_rank(
 ) -> tuple[Tensor, Tensor]:
     """The states [N, HV, K, V] before this rank's tokens and after the last rank's, from `start` (None for zero).
 
-    transitions: this rank's, in order. One all-gather of P and R; differentiable, the backward a reduce-scatter.
+    transitions: this rank's, in order. One all-gather of P and R; differentiable, the backward a reduce-scatter, in
+    which every rank takes part whichever of the two states its loss depends on.
     """
     whole = transitions[0]
     for transition in transitions[1:]:
         whole = whole.then(transition)
-    K = whole.P.shape[-1]
-    gathered = _AllGather.apply(torch.cat(whole, -1), group)
+    start = torch.zeros_like(whole.R) if start is None else start.to(whole.R.dtype)
+    return _StateBeforeThisRank.apply(torch.cat(whole, -1), start, group)
+
+
+class _StateBeforeThisRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, whole, start, group):
+        gathered = [torch.empty_like(whole) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, whole, group=group)
+        ctx.group = group
+        ctx.save_for_backward(start, *gathered)
+        return _states(gathered, start, group)
+
+    @staticmethod
+    def backward(ctx, *d_states):
+        check_first_order("gated_delta_rule")
+        start, *gathered = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+        with torch.enable_grad():
+            states = _states(gathered, start, ctx.group)
+            d_start, *d_gathered = torch.autograd.grad(states, [start, *gathered], d_states, allow_unused=True)
+        d_gathered = [torch.zeros_like(x) if d is None else d for x, d in zip(gathered, d_gathered, strict=True)]
+        d_whole = torch.empty_like(gathered[0])
+        dist.reduce_scatter(d_whole, d_gathered, group=ctx.group)
+        return d_whole, d_start, None
+
+
+def _states(gathered: Sequence[Tensor], start: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    K = start.shape[-2]
     states = chain([Transition(x[..., :K], x[..., K:]) for x in gathered], start)
-    return states[dist.get_rank(group)], states[-1]
+    return states[dist.get_rank(group)].clone(), states[-1]  # an output must not be an input itself, as the start is

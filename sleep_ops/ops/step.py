@@ -172,6 +172,7 @@ def _launch(
     from sleep_ops.kernels.step import step
 
     q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
+    A_log, dt_bias = (None if x is None else x.contiguous() for x in (A_log, dt_bias))
     factor = beta_scale(use_beta_sigmoid, allow_neg_eigval)
     options = {"scale": scale, "rule": rule, "use_qk_l2norm": use_qk_l2norm, "beta_scale": factor}
     with on_device(k):

@@ -15,17 +15,18 @@ from sleep_ops.ops.packed import longest_sequence
 class Windows:
     """Windows of at most `window` tokens (None: one per sequence), counted from each sequence's start.
 
-    cu_seqlens: borders of the windows, None where they lie as a batch. longest: a bound on their tokens. steps: the
-    most windows a sequence has. present: bool [num_seqs, steps], which of them have tokens, or None where all have.
-    With packed sequences of more than one window the host reads the longest one's length, waiting for the device;
-    where it can't (torch.compile, CUDA graph capture) steps is the bound that T allows.
+    cu_seqlens: borders of the windows, None where they lie as a batch. longest: a bound on their tokens, None where
+    none is known but T. steps: the most windows a sequence has. present: bool [num_seqs, steps], which of them have
+    tokens, or None where all have. With packed sequences of more than one window the host reads the longest one's
+    length, waiting for the device; where it can't (torch.compile, CUDA graph capture) steps is the bound T allows.
     """
 
     def __init__(self, batch: int, tokens: int, window: int | None, cu_seqlens: Tensor | None, device: torch.device):
         self.shape, self.cu_seqlens, self.present, self._table = (batch, tokens), None, None, None
         packed = cu_seqlens is not None
-        self.window = self.longest = tokens if window is None else min(window, tokens)
+        self.window = tokens if window is None else min(window, tokens)
         self.steps = -(-tokens // self.window)
+        self.longest = None if packed and self.steps == 1 else self.window
         if packed and self.steps == 1:
             self.cu_seqlens, self.present = cu_seqlens, (cu_seqlens.diff() > 0)[:, None]
         elif packed:
@@ -36,19 +37,23 @@ class Windows:
             self.cu_seqlens = torch.cat([starts.flatten(), starts.new_full((1,), batch * tokens)])
 
     def _divide(self, cu_seqlens: Tensor, tokens: int) -> None:
-        """Borders of at most T // window + num_seqs windows, unused ones empty at the end, and where each stands."""
+        """Borders of at most T // window + num_seqs windows, unused ones empty at the end, and where each stands.
+
+        One more is never used: it stands where a sequence has no window.
+        """
         device, borders = cu_seqlens.device, cu_seqlens.long()
         num_seqs = borders.shape[0] - 1
         counts = (borders.diff() + self.window - 1) // self.window
         ends = counts.cumsum(0)
         first = ends - counts
-        number = torch.arange(tokens // self.window + num_seqs, device=device)
+        number = torch.arange(tokens // self.window + num_seqs + 1, device=device)
         sequence = torch.searchsorted(ends, number, right=True).clamp(max=num_seqs - 1)
         starts = borders[sequence] + (number - first[sequence]) * self.window
         starts = torch.where(number < ends[-1], starts, tokens)
         self.cu_seqlens = torch.cat([starts, starts.new_full((1,), tokens)])
 
-        self.steps = -(-longest_sequence(cu_seqlens, tokens) // self.window)
+        longest = longest_sequence(cu_seqlens, tokens)
+        self.longest, self.steps = min(self.window, longest), -(-longest // self.window)
         step = torch.arange(self.steps, device=device)
         self.present = step < counts[:, None]
         self._table = torch.where(self.present, first[:, None] + step, number.shape[0] - 1)
