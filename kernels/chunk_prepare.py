@@ -51,6 +51,37 @@ def unit_lower_inverse(b_L, C: tl.constexpr, PRECISION: tl.constexpr):
     return b_A
 
 
+@triton.jit
+def activate_gates(p_g, p_beta, A_log, dt_bias, i_hv, o_i, stride_g, stride_beta, num_rows, BETA_SCALE: tl.constexpr):
+    """Base-2 log decay summed over a chunk's rows, and active beta; past the last row the sum stays and beta is 0."""
+    m_i = o_i < num_rows
+    b_g = load_rows(p_g, o_i, stride_g, num_rows).to(tl.float32)
+    if A_log is not None:
+        b_rate = tl.exp(tl.load(A_log + i_hv).to(tl.float32))
+        b_g = -b_rate * softplus(b_g + tl.load(dt_bias + i_hv).to(tl.float32))
+    b_G = tl.cumsum(tl.where(m_i, b_g, 0.0), 0) * LOG2E
+    b_beta = load_rows(p_beta, o_i, stride_beta, num_rows).to(tl.float32)
+    if BETA_SCALE > 0:
+        b_beta = tl.where(m_i, BETA_SCALE * tl.sigmoid(b_beta), 0.0)
+    return b_G, b_beta
+
+
+@triton.jit
+def delta_rule_inverse(b_k, b_G, b_beta, C: tl.constexpr, PRECISION: tl.constexpr):
+    """A = L^{-1} of a chunk, float32."""
+    o_i = tl.arange(0, C)
+    b_kk = tl.dot(b_k, tl.trans(b_k), input_precision="ieee")
+    b_L = b_beta[:, None] * b_kk * pair_decay(b_G, o_i[:, None] > o_i[None, :])
+    return unit_lower_inverse(b_L, C, PRECISION)
+
+
+@triton.jit
+def log_decay_gradient(b_dg, b_x, b_rate):
+    """Cotangents of x and, token by token, of A_log from that of the log decay -exp(A_log) softplus(x)."""
+    b_dg *= -b_rate
+    return b_dg * tl.sigmoid(b_x), b_dg * softplus(b_x)
+
+
 @triton.jit(do_not_specialize=["T", "num_seqs"])
 def chunk_prepare_kernel(
     k,
@@ -93,23 +124,14 @@ def chunk_prepare_kernel(
     m_i = o_i < num_rows
     o_gate = start * HV + i_hv
 
-    b_g = load_rows(g + o_gate, o_i, HV, num_rows).to(tl.float32)
-    if A_log is not None:
-        b_rate = tl.exp(tl.load(A_log + i_hv).to(tl.float32))
-        b_g = -b_rate * softplus(b_g + tl.load(dt_bias + i_hv).to(tl.float32))
-    b_G = tl.cumsum(tl.where(m_i, b_g, 0.0), 0) * LOG2E
-    b_beta = load_rows(beta + o_gate, o_i, HV, num_rows).to(tl.float32)
-    if BETA_SCALE > 0:
-        b_beta = tl.where(m_i, BETA_SCALE * tl.sigmoid(b_beta), 0.0)
+    b_G, b_beta = activate_gates(g + o_gate, beta + o_gate, A_log, dt_bias, i_hv, o_i, HV, HV, num_rows, BETA_SCALE)
     tl.store(G + o_gate + o_i * HV, b_G, mask=m_i)
     tl.store(beta_out + o_gate + o_i * HV, b_beta, mask=m_i)
 
     if A is not None:
         p_k = k + start * stride_k + i_hv // (HV // H) * K
         b_k = load_key_tile(p_k, o_i, tl.arange(0, BK), stride_k, num_rows, K, USE_L2NORM)
-        b_kk = tl.dot(b_k, tl.trans(b_k), input_precision="ieee")
-        b_L = b_beta[:, None] * b_kk * pair_decay(b_G, o_i[:, None] > o_i[None, :])
-        b_A = unit_lower_inverse(b_L, C, PRECISION)
+        b_A = delta_rule_inverse(b_k, b_G, b_beta, C, PRECISION)
         store_tile(A + o_gate * C, b_A, o_i, o_i, HV * C, num_rows, C)
 
 
@@ -156,10 +178,9 @@ def gate_backward_kernel(
         b_rate = tl.exp(tl.load(A_log + o_h, mask=m_h, other=0.0).to(tl.float32))
         b_x = load_tile(g + o_gate, o_i, o_h, HV, num_rows, HV).to(tl.float32)
         b_x += tl.load(dt_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
-        b_dg *= -b_rate[None, :]
+        b_dg, b_drate = log_decay_gradient(b_dg, b_x, b_rate[None, :])
         p_partial = partial + i_c.to(tl.int64) * 2 * HV
-        tl.store(p_partial + o_h, tl.sum(b_dg * softplus(b_x), 0), mask=m_h)
-        b_dg *= tl.sigmoid(b_x)
+        tl.store(p_partial + o_h, tl.sum(b_drate, 0), mask=m_h)
         tl.store(p_partial + HV + o_h, tl.sum(b_dg, 0), mask=m_h)
     store_tile(dg + o_gate, b_dg, o_i, o_h, HV, num_rows, HV)
 

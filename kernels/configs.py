@@ -33,6 +33,13 @@ class ChunkConfig(NamedTuple):
     grad: Launch
 
 
+class WindowConfig(NamedTuple):
+    """Chunk length in tokens, which holds the whole window, and the launch of both kernels of window.py."""
+
+    chunk: int
+    launch: Launch
+
+
 def block_size(dim: int) -> int:
     """Tile size of a head dimension: the next power of two, at least 16 (the smallest tl.dot takes)."""
     return max(16, 1 << (dim - 1).bit_length())
@@ -77,6 +84,22 @@ def chunk_config(K: int, V: int, T: int, dtype: torch.dtype, arch: str | None = 
     while chunk > 16 and chunk >= 2 * T:
         chunk //= 2
     return ChunkConfig(chunk, *[Launch(min(block_v, BV), warps, stages) for block_v, warps, stages in launches])
+
+
+def window_config(K: int, V: int, T: int, dtype: torch.dtype) -> WindowConfig | None:
+    """Settings of the one-launch kernels for sequences of T tokens; None for those too long for them.
+
+    Up to 32 tokens, in float32 or with K > 128 up to 16. One chunk of 64 spills up to 3 kilobytes a thread, and on
+    sm_100 compiles to a trap at K = V = 128; one of 32 in float32 spills 1.6. Where a tile of 64 columns is the whole
+    state (K = V = 64) next to nothing spills on sm_90 and sm_100; elsewhere it spills more than one of 32.
+    """
+    BV = block_size(V)
+    longest = block_v = 16 if dtype == torch.float32 or block_size(K) > 128 else 32
+    if T > longest:
+        return None
+    if longest == 32 and block_size(K) == BV == 64:
+        block_v = 64
+    return WindowConfig(16 if T <= 16 else 32, Launch(min(block_v, BV), 4, 1))
 
 
 def num_segments(

@@ -23,11 +23,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sleep_ops.kernels import gated_norm, short_conv, step
+from sleep_ops.kernels import gated_norm, short_conv, step, window
 from sleep_ops.kernels.chunk_grad import chunk_grad_kernel
 from sleep_ops.kernels.chunk_prepare import chunk_prepare_kernel, gate_backward_kernel
 from sleep_ops.kernels.chunk_scan import chunk_reverse_kernel, chunk_scan_kernel
-from sleep_ops.kernels.configs import block_size, chunk_config
+from sleep_ops.kernels.configs import block_size, chunk_config, window_config
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -87,6 +87,25 @@ def chunk_cases(
         yield Case(f"{name}-{label}", kernel, arguments, launch.warps, launch.stages, archs)
 
 
+def window_cases(
+    K: int, V: int, T: int, dtype: str, *, initial_state: bool = True, groups: int = 1, archs=(80, 90, 100)
+):
+    """The kernels of windows of T tokens, with gate, sigmoid and normalisation."""
+    config = window_config(K, V, T, DTYPES[dtype])
+    data = ("q", "k", "v", "output", "d_output", "dq", "dk", "dv")
+    wide = ("g", "beta", "A_log", "dt_bias", "final_state", "d_final_state", "dg", "dbeta", "partial")
+    arguments: dict[str, Any] = {name: f"*{dtype}" for name in data} | {name: "*fp32" for name in wide}
+    arguments |= {name: "*fp32" if initial_state else None for name in ("initial_state", "d_initial_state")}
+    arguments |= {name: "i32" for name in ("T", *(f"stride_{x}" for x in ("q", "k", "v", "g", "beta")))}
+    arguments |= {"scale": "fp32", "H": 4, "HV": 4 * groups, "K": K, "V": V, "C": config.chunk, "BK": block_size(K)}
+    arguments |= {"BV": config.launch.block_v, "BETA_SCALE": 1.0, "IS_DELTA": True, "USE_L2NORM": True}
+    arguments |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32x3"}
+    label = f"{dtype}-K{K}-V{V}-T{T}" + ("" if initial_state else "-fresh")
+    for name in ("forward", "backward"):
+        kernel = getattr(window, f"window_{name}_kernel")
+        yield Case(f"window_{name}-{label}", kernel, arguments, config.launch.warps, config.launch.stages, archs)
+
+
 def short_conv_cases(dtype: str, *, packed: bool = False):
     """The short convolution over four taps, its weights and sums in float32."""
     arguments: dict[str, Any] = {name: f"*{dtype}" for name in ("x", "bias", "tail", "y", "dy", "dx", "dtail")}
@@ -133,6 +152,12 @@ CASES = [
     *chunk_cases(256, 256, "bf16"),
     *chunk_cases(96, 192, "fp16", archs=(90,)),
     *chunk_cases(64, 64, "fp32", archs=(80,)),
+    *window_cases(64, 64, 24, "bf16"),
+    *window_cases(64, 64, 24, "bf16", initial_state=False, archs=(90,)),
+    *window_cases(128, 128, 32, "bf16", groups=2),
+    *window_cases(96, 192, 32, "fp16", groups=2, archs=(90,)),
+    *window_cases(256, 256, 16, "bf16", archs=(90,)),
+    *window_cases(64, 64, 16, "fp32", archs=(80,)),
     *short_conv_cases("bf16"),
     *short_conv_cases("fp32", packed=True),
     *gated_norm_cases("bf16", 128),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sleep_ops.affine import NoFixedPoint, Transition, by_step, chain, replay
-from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, prepare_pass
+from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, prepare_pass, run_pass
 from sleep_ops.ops.packed import longest_sequence
 from sleep_ops.ops.windows import Windows
 from sleep_ops.reference import DeltaRuleOutput, sleep_gated_delta_rule_reference
@@ -244,7 +244,7 @@ def _one_pass(q, k, v, g, beta, *, segments=None, group=None, **options) -> tupl
     with full_precision(k):
         parts = _cut(k, v, impl, options["cu_seqlens"], segments)
         if parts.is_whole and group is None:
-            return prepare_pass(k, v, g, beta, impl=impl, **options).run(q, state, scale)
+            return run_pass(q, k, v, g, beta, state, scale, impl=impl, **options)
         q, *tokens = (None if x is None else parts.split(x) for x in (q, k, v, g, beta))
         options["cu_seqlens"] = parts.cu_seqlens
         one_pass = prepare_pass(*tokens, impl=impl, longest=parts.longest, **options)
