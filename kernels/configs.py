@@ -1,4 +1,4 @@
-"""Launch settings of the chunk kernels, read from the small table of launches.py; no autotuning at run time.
+"""Launch settings of the chunk kernels, read from the small tables of launches.py; no autotuning at run time.
 
 float32 products use no tensor cores, so their tiles live in registers: the smallest ones. In 16 bits, chunks of 32
 tokens keep every kernel but chunk_grad nearly free of register spills up to K = V = 128. With 64, chunk_grad spills
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from sleep_ops.kernels.launches import LAUNCHES
+from sleep_ops.kernels.launches import LAUNCHES, WINDOW_LAUNCHES
 
 
 class Launch(NamedTuple):
@@ -46,7 +46,7 @@ def block_size(dim: int) -> int:
 
 
 def architecture(device: torch.device) -> str | None:
-    """The GPU's name in the table, such as "sm90" or "gfx942"; None for other devices. No wait for the device."""
+    """The GPU's name in the tables, such as "sm90" or "gfx942"; None for other devices. No wait for the device."""
     if device.type != "cuda":
         return None
     # A compiler traces through the cache anyway, and says so.
@@ -62,15 +62,15 @@ _known_architecture = functools.cache(_architecture)
 
 
 def launch_key(K: int, V: int, dtype: torch.dtype, arch: str | None) -> tuple[str, int, int, str | None]:
-    """The most particular row of the table for these head dims, q/k/v of `dtype` and this GPU; it need not be there."""
+    """The most particular row of a table for these head dims, q/k/v of `dtype` and this GPU; it need not be there."""
     return "float32" if dtype == torch.float32 else "16-bit", block_size(K), block_size(V), arch
 
 
-def launch_row(K: int, V: int, dtype: torch.dtype, arch: str | None) -> tuple:
-    """The row of the table that holds for them."""
+def launch_row(K: int, V: int, dtype: torch.dtype, arch: str | None, table: dict = LAUNCHES) -> tuple:
+    """The row of a table that holds for them."""
     width, BK, BV, arch = launch_key(K, V, dtype, arch)
     keys = [(width, *tiles, where) for tiles in ((BK, BV), (BK, None), (None, None)) for where in (arch, None)]
-    return next(LAUNCHES[key] for key in keys if key in LAUNCHES)
+    return next(table[key] for key in keys if key in table)
 
 
 def chunk_config(K: int, V: int, T: int, dtype: torch.dtype, arch: str | None = None) -> ChunkConfig:
@@ -86,20 +86,20 @@ def chunk_config(K: int, V: int, T: int, dtype: torch.dtype, arch: str | None = 
     return ChunkConfig(chunk, *[Launch(min(block_v, BV), warps, stages) for block_v, warps, stages in launches])
 
 
-def window_config(K: int, V: int, T: int, dtype: torch.dtype) -> WindowConfig | None:
+def window_config(K: int, V: int, T: int, dtype: torch.dtype, arch: str | None = None) -> WindowConfig | None:
     """Settings of the one-launch kernels for sequences of T tokens; None for those too long for them.
 
     Up to 32 tokens, in float32 or with K > 128 up to 16. One chunk of 64 spills up to 3 kilobytes a thread, and on
     sm_100 compiles to a trap at K = V = 128; one of 32 in float32 spills 1.6. Where a tile of 64 columns is the whole
     state (K = V = 64) next to nothing spills on sm_90 and sm_100; elsewhere it spills more than one of 32.
     """
-    BV = block_size(V)
-    longest = block_v = 16 if dtype == torch.float32 or block_size(K) > 128 else 32
+    longest, (block_v, warps, stages) = launch_row(K, V, dtype, arch, WINDOW_LAUNCHES)
     if T > longest:
         return None
-    if longest == 32 and block_size(K) == BV == 64:
-        block_v = 64
-    return WindowConfig(16 if T <= 16 else 32, Launch(min(block_v, BV), 4, 1))
+    chunk = 16
+    while chunk < T:
+        chunk *= 2
+    return WindowConfig(chunk, Launch(min(block_v, block_size(V)), warps, stages))
 
 
 def num_segments(

@@ -1,14 +1,22 @@
-"""The table of launch settings; `sleep-ops bench tune --write` measures rows on the GPU at hand and rewrites it.
+"""The tables of launch settings; `sleep-ops bench tune --write` measures rows on the GPU at hand and rewrites them.
 
 Key: width of q, k and v; tile of K; tile of V (powers of two); architecture. None stands for any. The most particular
 row that fits is taken: both tiles before K's alone before none, and for each the architecture's own before any's.
 
-Row: tokens of a chunk, then (columns of the value tile, warps, pipeline stages) of the kernels prepare, scan, reverse
-and grad.
+A launch is (columns of the value tile, warps, pipeline stages). Rows of LAUNCHES: tokens of a chunk, and the launches
+of the kernels prepare, scan, reverse and grad. Rows of WINDOW_LAUNCHES: the most tokens for which one launch does
+everything, and that launch.
 """
 
 LAUNCHES = {
     ("float32", None, None, None): (16, (16, 4, 1), (16, 4, 1), (16, 4, 1), (16, 4, 1)),
     ("16-bit", None, None, None): (32, (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1)),
     ("16-bit", 256, None, None): (16, (16, 4, 1), (16, 4, 2), (16, 4, 2), (16, 4, 1)),
+}
+
+WINDOW_LAUNCHES = {
+    ("float32", None, None, None): (16, (16, 4, 1)),
+    ("16-bit", None, None, None): (32, (32, 4, 1)),
+    ("16-bit", 64, 64, None): (32, (64, 4, 1)),
+    ("16-bit", 256, None, None): (16, (16, 4, 1)),
 }

@@ -108,9 +108,9 @@ def run_pass(
 ) -> tuple[Tensor | None, Tensor]:
     """What `prepare_pass(...).run(q, state, scale)` gives; for Triton in one launch where the sequences are short."""
     if impl == "triton" and cu_seqlens is None:
-        from sleep_ops.kernels.configs import window_config
+        from sleep_ops.kernels.configs import architecture, window_config
 
-        if window_config(k.shape[3], v.shape[3], k.shape[1], k.dtype) is not None:
+        if window_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)) is not None:
             from sleep_ops.ops.window import window_gated_delta_rule
 
             return window_gated_delta_rule(q, k, v, g, beta, scale=scale, initial_state=state, **options)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sleep_ops.kernels.configs import window_config
+from sleep_ops.kernels.configs import architecture, window_config
 from sleep_ops.kernels.window import window_backward, window_forward
 from sleep_ops.ops.chunk_triton import _or_empty, _rows
 from sleep_ops.ops.dispatch import on_device
@@ -53,7 +53,7 @@ def _window(
             rule=rule,
             use_qk_l2norm=use_qk_l2norm,
             beta_scale=beta_scale,
-            config=window_config(k.shape[3], v.shape[3], k.shape[1], k.dtype),
+            config=window_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)),
         )
     return _or_empty(output, v), final_state
 
@@ -92,7 +92,7 @@ def _window_backward(
             rule=rule,
             use_qk_l2norm=use_qk_l2norm,
             beta_scale=beta_scale,
-            config=window_config(k.shape[3], v.shape[3], k.shape[1], k.dtype),
+            config=window_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)),
         )
     return tuple(_or_empty(x, k) for x in gradients)
 
