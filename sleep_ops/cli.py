@@ -462,9 +462,13 @@ def bench_train(
 
 @bench_app.command("tune")
 def bench_tune(
-    case: Annotated[str, option("Cases of bench kernels, each of which stands for its head dims.")] = "long,jet",
+    case: Annotated[
+        str, option("Cases of bench kernels, each of which stands for its head dims.")
+    ] = "long,jet,rule110",
     chunks: Annotated[str, option("Lengths of a chunk to try, of 16, 32 and 64.")] = "16,32,64",
-    kernels: Annotated[str, option("Kernels to vary.")] = "prepare,scan,reverse,grad",
+    kernels: Annotated[
+        str, option("Kernels to vary: of long sequences the first four, of the shortest the last.")
+    ] = "prepare,scan,reverse,grad,window",
     dtype: Annotated[str | None, option("float32, bfloat16 or float16; bfloat16 by default.")] = None,
     write: Annotated[bool, option("Put the best rows into kernels/launches.py.")] = False,
     repeats: Annotated[int, option("Timed repeats of every candidate.")] = 20,
@@ -475,7 +479,7 @@ def bench_tune(
     """Launch settings of the chunk kernels, measured on the GPU at hand: minutes for each case and chunk."""
     console = Console()
     with _refusals(console):
-        from sleep_ops.bench.tune import KERNELS, TuneBenchmark, write_rows
+        from sleep_ops.bench.tune import TABLES, TuneBenchmark, write_rows
 
         benchmark = TuneBenchmark(
             cases=tuple(case.split(",")),
@@ -487,9 +491,10 @@ def bench_tune(
             device=device,
         )
         _measure(console, benchmark, out / "tune.csv")
-        table = Table("width", "K", "V", "GPU", "chunk", *KERNELS, title="best (value columns, warps, stages)")
-        for row in benchmark.found.items():
-            table.add_row(*(str(cell) for part in row for cell in part))
+        table = Table("width", "K", "V", "GPU", "kernel", "value columns, warps, stages")
+        for (name, key), (tokens, *launches) in benchmark.found.items():
+            for kernel, launch in zip(("tokens", *TABLES[name]), (tokens, *launches), strict=True):
+                table.add_row(*map(str, key), kernel, str(launch))
         console.print(table)
         if write and benchmark.found:
             console.print(f"wrote {write_rows(benchmark.found)}")

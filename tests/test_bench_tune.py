@@ -1,6 +1,7 @@
 """The table of launch settings, and `sleep-ops bench tune`, which measures and rewrites it: all that needs no GPU."""
 
 import ast
+import csv
 import inspect
 import os
 import re
@@ -59,7 +60,7 @@ def test_the_most_particular_row_is_taken():
     assert launch_key(100, 40, torch.float16, "sm90") == order[-1]
     with ExitStack() as stack:
         for n, key in enumerate(order):
-            stack.enter_context(in_table(key, (n,)))
+            stack.enter_context(in_table("LAUNCHES", key, (n,)))
             assert launch_row(100, 40, torch.float16, "sm90") == (n,)
         assert launch_row(100, 40, torch.float16, None) == (4,)
         assert launch_row(100, 80, torch.float16, "sm90") == (3,)
@@ -68,7 +69,7 @@ def test_the_most_particular_row_is_taken():
 
 
 def test_other_gpus_and_dims_keep_their_rows():
-    with in_table(KEY, ROW):
+    with in_table("LAUNCHES", KEY, ROW):
         assert launch_row(128, 64, torch.bfloat16, "sm90") == ROW
         for K, V, dtype, arch in ((128, 64, torch.bfloat16, "sm100"), (128, 64, torch.float32, "sm90")):
             assert launch_row(K, V, dtype, arch) != ROW
@@ -91,47 +92,44 @@ def test_the_cpu_has_no_architecture():
 
 def test_the_table_is_rewritten_as_it_stands_and_with_rows(tmp_path, monkeypatch):
     text = TABLE.read_text()
-    assert tune.with_table(text, table.LAUNCHES) == text
+    for name in tune.TABLES:
+        assert tune.with_table(text, name, getattr(table, name)) == text
     path = tmp_path / "launches.py"
     path.write_text(text)
     monkeypatch.setattr(table, "__file__", str(path))
-    assert tune.write_rows({KEY: ROW, ("16-bit", 256, None, None): ROW}) == path
+    windows = {("float32", None, None, None): (16, (16, 8, 1))}
+    rows = {("LAUNCHES", KEY): ROW, ("LAUNCHES", ("16-bit", 256, None, None)): ROW}
+    assert tune.write_rows(rows | {("WINDOW_LAUNCHES", key): row for key, row in windows.items()}) == path
     scope = {}
     exec(path.read_text(), scope)
     assert scope["LAUNCHES"] == table.LAUNCHES | {KEY: ROW, ("16-bit", 256, None, None): ROW}
-    assert (
-        list(scope["LAUNCHES"])[-1] == KEY and ast.get_docstring(ast.parse(path.read_text())) == table.__doc__.strip()
-    )
+    assert scope["WINDOW_LAUNCHES"] == table.WINDOW_LAUNCHES | windows
+    assert list(scope["LAUNCHES"])[-1] == KEY and scope["__doc__"] == table.__doc__
     style = [sys.executable, "-m", "ruff", "format", "--check", "--config", str(TABLE.parent.parent / "pyproject.toml")]
     assert subprocess.run([*style, str(path)], capture_output=True).returncode == 0
 
 
 def test_the_search_keeps_the_fastest_launch_of_every_kernel():
     """With times that are a sum over kernels it ends at the best of each, having left out what is rejected."""
-    wanted = {"prepare": (16, 8, 2), "scan": (64, 4, 3), "reverse": (32, 8, 1), "grad": (16, 4, 2)}
+    kernels = tune.TABLES["LAUNCHES"]
+    wanted = dict(zip(kernels, ((16, 8, 2), (64, 4, 3), (32, 8, 1), (16, 4, 2)), strict=True))
     seen = []
 
     def trial(row, to_beat):
         seen.append((row, to_beat))
         if row[2][0] == 128:
             raise Rejected("too wide")
-        far = sum(
-            a != b
-            for kernel, launch in zip(tune.KERNELS, row[1:], strict=True)
-            for a, b in zip(launch, wanted[kernel], strict=True)
-        )
-        return {"ms_median": far + 10 / row[0]}
+        pairs = zip(row[1:], wanted.values(), strict=True)
+        return {"ms_median": sum(a != b for x, y in pairs for a, b in zip(x, y, strict=True))}
 
-    base = (32, (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1))
-    tried = list(search(base, (16, 64), tune.KERNELS, 128, trial))
-    best = min((x for x in tried if not x.verdict), key=lambda x: x.times["ms_median"])
-    assert best.row == (64, *wanted.values())
-    assert len(tried) == len(seen) == 2 * (1 + sum(len(launches(kernel, 128)) for kernel in tune.KERNELS))
+    base = (64, (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1))
+    tried = list(search(base, kernels, {kernel: launches(kernel, 128) for kernel in kernels}, trial))
+    best = min((x for x in tried if x.times), key=lambda x: x.times["ms_median"])
+    assert best.row == (64, *wanted.values()) and tried[0] == Tried("tokens", base, tried[0].times, "")
+    assert len(tried) == len(seen) == 1 + sum(len(launches(kernel, 128)) for kernel in kernels)
     assert {x.verdict for x in tried if x.row[2][0] == 128} == {"too wide"}
-    for n, (row, to_beat) in enumerate(seen):  # the time to beat is the best so far with this chunk
-        earlier = [x.times["ms_median"] for x in tried[:n] if x.times and x.row[0] == row[0]]
-        assert to_beat == min(earlier, default=float("inf"))
-    assert tried[0] == Tried("chunk", (16, *base[1:]), tried[0].times, "")
+    for n, (_, to_beat) in enumerate(seen):
+        assert to_beat == min((x.times["ms_median"] for x in tried[:n] if x.times), default=float("inf"))
 
 
 def test_candidates_are_no_wider_than_the_values():
@@ -171,7 +169,7 @@ from sleep_ops.ops.chunk_triton import TritonPass
 q, k, v = (torch.randn(1, 40, 1, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 g, beta = (torch.zeros(1, 40, 1, requires_grad=True) for _ in range(2))
 row = (32, (16, 4, 1), (16, 4, 2), (16, 4, 2), (16, 4, 1))
-with in_table(("16-bit", 16, 16, None), row), compiling_only() as compiled:
+with in_table("LAUNCHES", ("16-bit", 16, 16, None), row), compiling_only() as compiled:
     output, state = TritonPass(k, v, g, beta).run(q, None, 0.25)
     torch.autograd.grad(output.float().sum() + state.sum(), [q, k, v, g, beta])
 print([(x.kernel, x.traps, x.spill_bytes, x.shared_bytes > 0) for x in compiled])
@@ -207,6 +205,7 @@ def test_it_refuses_a_machine_without_a_gpu(tmp_path):
     [
         (("--case", "tiny"), "cases:"),
         (("--case", "long,depo"), "cases:"),
+        (("--case", "rule110", "--dtype", "float32", "--kernels", "windows"), "kernels:"),
         (("--chunks", "128"), "chunks:"),
         (("--chunks", "16,16"), "chunks:"),
         (("--kernels", "step"), "kernels:"),
@@ -224,29 +223,39 @@ def test_bad_settings_are_named_and_nothing_is_written(gpu, tmp_path, arguments,
 
 def test_the_command_prints_and_writes_the_best_rows(gpu, tmp_path, monkeypatch):
     class Trial:
-        def __init__(self, case: Case, key, repeats, seed, device):
-            assert case.passes == 1 and key in (("16-bit", 128, 128, "sm90"), ("16-bit", 128, 256, "sm90"))
+        def __init__(self, case: Case, table, key, repeats, seed, device):
+            assert case.passes == 1
+            self.short = table == "WINDOW_LAUNCHES"
+            assert key == ("16-bit", *((64, 64) if self.short else (128, case.value_dim)), "sm90")
 
         def __call__(self, row, to_beat):
-            if row[4][1] == 8:
+            launch = row[1] if self.short else row[2]
+            if row[-1][1] == 8:
                 raise Rejected("WRONG: a race")
-            return dict.fromkeys(("ms_median", "ms_p20", "ms_p80"), 100 / row[2][0] + abs(row[0] - 32))
+            return dict.fromkeys(("ms_median", "ms_p20", "ms_p80"), 100 / launch[0] + abs(row[0] - 32))
 
     monkeypatch.setattr(tune, "Trial", Trial)
     monkeypatch.setattr(tune, "environment", lambda device: dict.fromkeys(tune.MACHINE, ""))
     path = tmp_path / "launches.py"
     path.write_text(TABLE.read_text())
     monkeypatch.setattr(table, "__file__", str(path))
-    text = run("--chunks", "16,32", "--kernels", "scan,grad", "--write", "--out", tmp_path)
+    text = run("--chunks", "16,32", "--kernels", "scan,grad,window", "--write", "--out", tmp_path)
     best = (32, (32, 4, 1), (128, 4, 1), (32, 4, 2), (32, 4, 1))
     assert f"long: ('16-bit', 128, 128, 'sm90'): {best}" in text and f"wrote {path}" in text
     scope = {}
     exec(path.read_text(), scope)
     assert scope["LAUNCHES"] == table.LAUNCHES | {("16-bit", 128, V, "sm90"): best for V in (128, 256)}
-    lines = (tmp_path / "tune.csv").read_text().splitlines()
-    assert lines[0].split(",") == tune.COLUMNS
-    assert len(lines) - 1 == TuneBenchmark(chunks=(16, 32), kernels=("scan", "grad")).steps
-    assert sum("WRONG: a race" in line for line in lines) == 2 * 2 * len(launches("grad", 128)) // 2
+    assert scope["WINDOW_LAUNCHES"] == table.WINDOW_LAUNCHES | {("16-bit", 64, 64, "sm90"): (32, (64, 4, 1))}
+    with (tmp_path / "tune.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == tune.COLUMNS
+    assert len(rows) == TuneBenchmark(chunks=(16, 32), kernels=("scan", "grad", "window")).steps
+    races = 2 * 2 * len(launches("grad", 128)) // 2 + len(launches("window", 64)) // 2
+    assert sum(row["verdict"] == "WRONG: a race" and row["ms_median"] == "" for row in rows) == races
+    assert {(row["table"], row["window"] == "", row["grad"] == "") for row in rows} == {
+        ("LAUNCHES", True, False),
+        ("WINDOW_LAUNCHES", False, True),
+    }
 
 
 def test_defaults_of_the_command_are_those_of_the_benchmark(gpu):

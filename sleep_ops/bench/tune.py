@@ -4,7 +4,8 @@ A candidate is a row of the table, tried in its place. It is compiled first, wit
 replaces by a trap, spills too many registers of or gives more shared memory than there is, is left out. It is then
 compared with the float64 recurrence and timed, forward and backward of one pass in one CUDA graph; one that would be
 the best so far must also be right over replay passes, whose kernels are others, and give the same bits twice (what
-differs from run to run is a race). One kernel after another is varied, for every length of the chunk.
+differs from run to run is a race). One kernel after another is varied, for every length of the chunk; for a case so
+short that one launch does everything, that launch.
 
 None of it has run on a GPU yet, save for the compiling, which needs none.
 """
@@ -40,17 +41,19 @@ from sleep_ops.bench.settings import check_choices, check_counts, check_dtype
 from sleep_ops.training.checkpoint import write_atomically
 from sleep_ops.training.config import resolve_device
 
-KERNELS = ("prepare", "scan", "reverse", "grad")  # in the order of a row of the table
+KERNELS = ("prepare", "scan", "reverse", "grad", "window")
+# The kernels whose launches are in a row of each table, after its first number.
+TABLES = {"LAUNCHES": KERNELS[:4], "WINDOW_LAUNCHES": KERNELS[4:]}
 CHUNKS = (16, 32, 64)
 # Bytes a thread may spill: what the settings in use do at the most, up to K = V = 256 (tests/test_aot.py).
 MAX_SPILL_BYTES = 512
-REPLAYED = 4  # passes: at K = V they go through the map of a pass
+REPLAYED = 4  # passes, enough to go through the map of a pass
 COLUMNS = [
-    *(*MACHINE, "case", "architecture", "dtype", "key_dim", "value_dim", "kernel", "chunk", *KERNELS),
+    *(*MACHINE, "case", "table", "architecture", "dtype", "key_dim", "value_dim", "varied", "tokens", *KERNELS),
     *("repeats", *TIMES, "verdict"),
 ]
 
-Row = tuple  # (chunk, then (block_v, warps, stages) of each of KERNELS)
+Row = tuple  # a number of tokens, then (block_v, warps, stages) of each kernel
 
 
 class Rejected(Exception):
@@ -58,9 +61,9 @@ class Rejected(Exception):
 
 
 class Tried(NamedTuple):
-    """A candidate, the kernel varied in it, and its times or why there are none."""
+    """A candidate, the kernel varied in it (or "tokens"), and its times or why there are none."""
 
-    kernel: str
+    varied: str
     row: Row
     times: dict[str, float]
     verdict: str
@@ -77,24 +80,24 @@ class Compiled(NamedTuple):
 
 @dataclass(frozen=True)
 class TuneBenchmark:
-    """Rows of the table for the head dims of the named cases (those of `bench kernels`), each on that case.
+    """Rows of the tables for the head dims of the named cases (those of `bench kernels`), each on that case.
 
-    chunks, kernels   what to vary; the rest is as in the row that holds now.
+    chunks, kernels   what to vary, where the case has it; the rest is as in the row that holds now.
     dtype             replaces the cases' own.
     repeats           timed runs of every candidate, of ten replays of its graph each.
 
-    `run` leaves the best rows in `found`. Raises ValueError for a setting that is unknown or out of range, for cases
-    that share a row of the table, and on anything but an NVIDIA GPU.
+    `run` leaves the best rows in `found`, by table and key. Raises ValueError for a setting that is unknown or out of
+    range, for cases that share a row, and on anything but an NVIDIA GPU.
     """
 
-    cases: tuple[str, ...] = ("long", "jet")
+    cases: tuple[str, ...] = ("long", "jet", "rule110")
     chunks: tuple[int, ...] = CHUNKS
     kernels: tuple[str, ...] = KERNELS
     dtype: str | None = None
     repeats: int = 20
     seed: int = 0
     device: str = "auto"
-    found: dict[tuple, Row] = field(default_factory=dict)
+    found: dict[tuple[str, tuple], Row] = field(default_factory=dict)
 
     def __post_init__(self):
         check_choices(self, cases=KERNEL_CASES["cuda"], kernels=KERNELS)
@@ -105,52 +108,65 @@ class TuneBenchmark:
         device = resolve_device(self.device)
         if device.type != "cuda" or torch.version.hip:
             raise ValueError(f"device: expected an NVIDIA GPU, on which launch settings can be measured, got {device}")
-        shared = {}
+        places = {}
         for name in self.cases:
-            other = shared.setdefault(self._key(name), name)
+            other = places.setdefault(self._place(name), name)
             if other != name:
-                raise ValueError(f"cases: expected one for every row of the table, got {other} and {name} for the same")
+                raise ValueError(f"cases: expected one for every row of a table, got {other} and {name} for the same")
 
     def _case(self, name: str) -> Case:
         case = replace(KERNEL_CASES["cuda"][name], passes=1)
         return case if self.dtype is None else replace(case, dtype=self.dtype)
 
-    def _key(self, name: str) -> tuple:
-        from sleep_ops.kernels.configs import architecture, launch_key
+    def _place(self, name: str) -> tuple[str, tuple]:
+        """The table and the key in it that a case decides."""
+        from sleep_ops.kernels.configs import architecture, launch_key, window_config
 
-        case = self._case(name)
-        return launch_key(case.key_dim, case.value_dim, DTYPES[case.dtype], architecture(resolve_device(self.device)))
+        case, arch = self._case(name), architecture(resolve_device(self.device))
+        dims, dtype = (case.key_dim, case.value_dim), DTYPES[case.dtype]
+        short = window_config(*dims, case.tokens, dtype, arch) is not None
+        return "WINDOW_LAUNCHES" if short else "LAUNCHES", launch_key(*dims, dtype, arch)
+
+    def _searches(self, name: str) -> list[tuple[Row, dict[str, list]]]:
+        """Rows to start from, and what to vary in each."""
+        from sleep_ops.kernels import launches as tables
+        from sleep_ops.kernels.configs import launch_row
+
+        case, (table, key) = self._case(name), self._place(name)
+        dims, dtype = (case.key_dim, case.value_dim), DTYPES[case.dtype]
+        base = launch_row(*dims, dtype, key[3], getattr(tables, table))
+        varied = {kernel: launches(kernel, key[2]) for kernel in TABLES[table] if kernel in self.kernels}
+        sizes = self.chunks if table == "LAUNCHES" else base[:1]
+        return [((size, *base[1:]), varied) for size in sizes]
 
     @property
     def steps(self) -> int:
         """How often `run` yields."""
-        tried = sum(len(launches(kernel, self._key(name)[2])) for name in self.cases for kernel in self.kernels)
-        return (tried + len(self.cases)) * len(self.chunks)
+        searches = [search for name in self.cases for search in self._searches(name)]
+        return sum(1 + sum(map(len, varied.values())) for _, varied in searches)
 
     def run(
         self, tell: Callable[[str], None], show: Callable[[str], None] = lambda label: None
     ) -> Iterator[list[dict]]:
         """Yield the row of every candidate. tell: of the best; show: of what was just tried."""
-        from sleep_ops.kernels.configs import launch_row
-
         device = resolve_device(self.device)
         common = environment(device) | {"repeats": self.repeats}
         for name in self.cases:
-            key, case = self._key(name), self._case(name)
+            case, (table, key) = self._case(name), self._place(name)
             sizes = {"case": name, "dtype": case.dtype, "key_dim": case.key_dim, "value_dim": case.value_dim}
-            sizes["architecture"] = key[3]
-            trial = Trial(case, key, self.repeats, self.seed, device)
-            base = launch_row(case.key_dim, case.value_dim, DTYPES[case.dtype], key[3])
+            sizes |= {"table": table, "architecture": key[3]}
+            trial = Trial(case, table, key, self.repeats, self.seed, device)
             best = None
-            for tried in search(base, self.chunks, self.kernels, key[2], trial):
-                show(f"{name}: {tried.kernel} {tried.row}")
-                if not tried.verdict and (best is None or tried.times["ms_median"] < best.times["ms_median"]):
-                    best = tried
-                settings = dict(zip(("chunk", *KERNELS), tried.row, strict=True))
-                row = common | sizes | settings | dict.fromkeys(TIMES, "") | tried._asdict() | tried.times
-                yield [{column: row[column] for column in COLUMNS}]
+            for base, varied in self._searches(name):
+                for tried in search(base, TABLES[table], varied, trial):
+                    show(f"{name}: {tried.varied} {tried.row}")
+                    if tried.times and (best is None or tried.times["ms_median"] < best.times["ms_median"]):
+                        best = tried
+                    row = common | sizes | dict.fromkeys((*KERNELS, *TIMES), "") | tried._asdict() | tried.times
+                    row |= zip(("tokens", *TABLES[table]), tried.row, strict=True)
+                    yield [{column: row[column] for column in COLUMNS}]
             if best is not None:
-                self.found[key] = best.row
+                self.found[table, key] = best.row
                 tell(f"{name}: {key}: {best.row}, {best.times['ms_median']:.3f} ms forward and backward")
 
 
@@ -162,40 +178,38 @@ def launches(kernel: str, BV: int) -> list[tuple[int, int, int]]:
 
 
 def search(
-    base: Row, chunks: tuple[int, ...], kernels: tuple[str, ...], BV: int, trial: Callable[[Row, float], dict]
+    base: Row, kernels: tuple[str, ...], varied: dict[str, list], trial: Callable[[Row, float], dict]
 ) -> Iterator[Tried]:
-    """Vary one kernel's launch after another, for each chunk from `base`'s, keeping the fastest.
+    """`base`, then one kernel's launch after another varied, keeping the fastest row.
 
-    trial(row, time to beat) -> its times; raises Rejected.
+    kernels: whose launches a row holds. trial(row, time to beat) -> its times; raises Rejected.
     """
-    for chunk in chunks:
-        best, to_beat = (chunk, *base[1:]), math.inf
-        for kernel in ("chunk", *kernels):
-            i = 1 + KERNELS.index(kernel) if kernel != "chunk" else 0
-            start = best
-            for value in [chunk] if kernel == "chunk" else launches(kernel, BV):
-                row = (*start[:i], value, *start[i + 1 :])
-                try:
-                    times = trial(row, to_beat)
-                except Rejected as why:
-                    yield Tried(kernel, row, {}, str(why))
-                    continue
-                yield Tried(kernel, row, times, "")
-                if times["ms_median"] < to_beat:
-                    best, to_beat = row, times["ms_median"]
+    best, to_beat = base, math.inf
+    for name, values in {"tokens": base[:1], **varied}.items():
+        start, i = best, ("tokens", *kernels).index(name)
+        for value in values:
+            row = (*start[:i], value, *start[i + 1 :])
+            try:
+                times = trial(row, to_beat)
+            except Rejected as why:
+                yield Tried(name, row, {}, str(why))
+                continue
+            yield Tried(name, row, times, "")
+            if times["ms_median"] < to_beat:
+                best, to_beat = row, times["ms_median"]
 
 
 class Trial:
-    """Times of one pass, forward and backward, over `case` with a row of the table in the place of `key`."""
+    """Times of one pass, forward and backward, over `case` with a row in the place of `key` of a table."""
 
-    def __init__(self, case: Case, key: tuple, repeats: int, seed: int, device: torch.device):
-        self.case, self.key, self.repeats, self.seed, self.device = case, key, repeats, seed, device
+    def __init__(self, case: Case, table: str, key: tuple, repeats: int, seed: int, device: torch.device):
+        self.case, self.place, self.repeats, self.seed, self.device = case, (table, key), repeats, seed, device
         self.replay = functools.partial(replayed, impl="triton")
         self.problem = operator_problem(self.replay, case, make_inputs(case, seed, device))
         self.shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
     def __call__(self, row: Row, to_beat: float) -> dict[str, float]:
-        with in_table(self.key, row):
+        with in_table(*self.place, row):
             self._check(1)
             try:
                 run = run_of(self.problem, 1, GRAPH_MODES[1], self.device)
@@ -234,17 +248,18 @@ def _run(problem: Problem, passes: int) -> list[torch.Tensor]:
 
 
 @contextmanager
-def in_table(key: tuple, row: Row):
-    """The launch table with `row` at `key`."""
-    from sleep_ops.kernels.launches import LAUNCHES
+def in_table(name: str, key: tuple, row: Row):
+    """The table of that name with `row` at `key`."""
+    from sleep_ops.kernels import launches as tables
 
-    before = dict(LAUNCHES)
-    LAUNCHES[key] = row
+    table = getattr(tables, name)
+    before = dict(table)
+    table[key] = row
     try:
         yield
     finally:
-        LAUNCHES.clear()
-        LAUNCHES.update(before)
+        table.clear()
+        table.update(before)
 
 
 @contextmanager
@@ -297,19 +312,23 @@ def check_resources(compiled: list[Compiled], shared_bytes: int) -> None:
             raise Rejected(f"{kernel.kernel}: needs {got}, at most {shared_bytes} expected")
 
 
-def with_table(text: str, table: dict[tuple, Row]) -> str:
+def with_table(text: str, name: str, table: dict[tuple, Row]) -> str:
     """The source of kernels/launches.py with this table in it."""
     lines = [f"    {key}: {row},\n".replace("'", '"') for key, row in table.items()]
-    source = "LAUNCHES = {\n" + "".join(lines) + "}\n"
-    text, count = re.subn(r"^LAUNCHES = \{\n.*?^\}\n", lambda _: source, text, flags=re.MULTILINE | re.DOTALL)
+    source = f"{name} = {{\n{''.join(lines)}}}\n"
+    text, count = re.subn(rf"^{name} = \{{\n.*?^\}}\n", lambda _: source, text, flags=re.MULTILINE | re.DOTALL)
     assert count == 1
     return text
 
 
-def write_rows(rows: dict[tuple, Row]) -> Path:
-    """Put rows into kernels/launches.py, in the place of those with the same keys, and return its path."""
-    from sleep_ops.kernels import launches as module
+def write_rows(rows: dict[tuple[str, tuple], Row]) -> Path:
+    """Put rows, by table and key, into kernels/launches.py, in the place of those with the same keys; its path."""
+    from sleep_ops.kernels import launches as tables
 
-    path = Path(module.__file__).resolve()
-    write_atomically(path, with_table(path.read_text(), module.LAUNCHES | rows).encode())
+    path = Path(tables.__file__).resolve()
+    text = path.read_text()
+    for name in TABLES:
+        new = {key: row for (table, key), row in rows.items() if table == name}
+        text = with_table(text, name, getattr(tables, name) | new)
+    write_atomically(path, text.encode())
     return path
