@@ -258,6 +258,16 @@ def test_the_command_prints_and_writes_the_best_rows(gpu, tmp_path, monkeypatch)
     }
 
 
+def test_grad_is_varied_first(gpu):
+    """Chunks of 64 compile for one launch of grad or another at the most: nothing else is found before that."""
+    for name in ("long", "jet"):
+        assert [list(varied) for _, varied in TuneBenchmark()._searches(name)] == [
+            ["grad", "reverse", "scan", "prepare"]
+        ] * 3
+    ((base, varied),) = TuneBenchmark()._searches("rule110")
+    assert base == (32, (64, 4, 1)) and list(varied) == ["window"]
+
+
 def test_defaults_of_the_command_are_those_of_the_benchmark(gpu):
     parameters, default = inspect.signature(sleep_ops.cli.bench_tune).parameters, TuneBenchmark()
     for name in ("dtype", "repeats", "seed", "device"):
