@@ -497,8 +497,8 @@ def bench_tune(
                 table.add_row(*map(str, key), kernel, str(launch))
         console.print(table)
         if write and benchmark.found:
-            console.print(f"wrote {write_rows(benchmark.found)}")
-    console.print(f"wrote {out / 'tune.csv'}")
+            console.print(f"wrote {write_rows(benchmark.found)}", soft_wrap=True)
+    console.print(f"wrote {out / 'tune.csv'}", soft_wrap=True)
 
 
 def _measure(console: Console, benchmark, path: Path) -> list[dict]:

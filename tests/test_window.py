@@ -11,7 +11,7 @@ from sleep_ops.kernels import window as window_kernels
 from sleep_ops.kernels.configs import window_config
 from sleep_ops.ops.chunk_triton import TritonPass
 from sleep_ops.ops.gated_delta_rule import delta_rule_state, gated_delta_rule, sleep_gated_delta_rule
-from sleep_ops.ops.window import _read_in_place, window_gated_delta_rule
+from sleep_ops.ops.window_triton import _read_in_place, window_gated_delta_rule
 from sleep_ops.reference import gated_delta_rule_reference
 
 WINDOWS = [

@@ -111,7 +111,7 @@ def run_pass(
         from sleep_ops.kernels.configs import architecture, window_config
 
         if window_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)) is not None:
-            from sleep_ops.ops.window import window_gated_delta_rule
+            from sleep_ops.ops.window_triton import window_gated_delta_rule
 
             return window_gated_delta_rule(q, k, v, g, beta, scale=scale, initial_state=state, **options)
     return prepare_pass(k, v, g, beta, impl=impl, cu_seqlens=cu_seqlens, **options).run(q, state, scale)

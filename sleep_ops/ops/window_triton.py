@@ -113,13 +113,14 @@ def _save_inputs(ctx, inputs, output):
 
 def _differentiate(ctx, d_output, d_final_state):
     check_first_order("gated_delta_rule")
-    q, *_, A_log, dt_bias, initial_state = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
+    q, *_, A_log, dt_bias, initial_state = saved
     if q is None:
         d_output = None
     if d_output is None and d_final_state is None:
         return (None,) * 12
     dq, dk, dv, dg, dbeta, d_parameters, d_initial_state = _window_backward(
-        d_output, d_final_state, *ctx.saved_tensors, *ctx.options
+        d_output, d_final_state, *saved, *ctx.options
     )
     dq = None if d_output is None else dq
     parameters = (None, None)
