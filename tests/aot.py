@@ -3,8 +3,9 @@
     python tests/aot.py [--arch 80 90 100] [--only NAME]
 
 One record per kernel, configuration and architecture: registers a thread, bytes of local memory a thread (spills),
-bytes of shared memory a program, and whether the compiler gave up and left a trap. Run without TRITON_INTERPRET, in a
-process of its own: Triton reads that at import. Other modules' kernels join by adding a `Case` to CASES.
+bytes of shared memory a program, how many programs that lets a multiprocessor hold, which tensor-core instructions
+there are, and whether the compiler gave up and left a trap. Run without TRITON_INTERPRET, in a process of its own:
+Triton reads that at import. Other modules' kernels join by adding a `Case` to CASES.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from sleep_ops.kernels.chunk_scan import chunk_reverse_kernel, chunk_scan_kernel
 from sleep_ops.kernels.configs import block_size, chunk_config, window_config
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # bytes of a multiprocessor
+TENSOR_CORE = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")  # Blackwell's, Hopper's, everyone's instructions
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -166,6 +169,13 @@ CASES = [
 ]
 
 
+def programs_at_once(registers: int, shared: int, warps: int, arch: int) -> int:
+    """Programs that fit on one multiprocessor together: by registers, shared memory (1 KiB of it taken) and warps."""
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    by_shared = SHARED_MEMORY[arch] // (shared + 1024)
+    return min(by_registers, by_shared, 64 // warps, 32)
+
+
 @functools.cache
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of local memory of a thread, from the compiled binary."""
@@ -201,6 +211,8 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
         "registers": registers,
         "spill_bytes": spills,
         "shared_bytes": compiled.metadata.shared,
+        "programs": programs_at_once(registers, compiled.metadata.shared, case.warps, arch),
+        "tensor_core": next((name for name in TENSOR_CORE if name in compiled.asm["ptx"]), None),
         "traps": "trap;" in compiled.asm["ptx"],
         "seconds": round(time.perf_counter() - begin, 2),
     }

@@ -40,6 +40,16 @@ def test_no_kernel_is_replaced_by_a_trap(records):
     assert not [r for r in records if r["traps"]]
 
 
+def test_products_in_16_bits_are_for_tensor_cores(records):
+    chunked = [r for r in records if r["kernel"].startswith(("chunk_", "window_")) and "fp32" not in r["kernel"]]
+    assert chunked and all(r["tensor_core"] for r in chunked)
+
+
+def test_every_multiprocessor_holds_two_programs(records):
+    """Of the chunk and window kernels, so that one computes while another waits for memory."""
+    assert not [r for r in records if r["programs"] < 2 and r["kernel"].startswith(("chunk_", "window_"))]
+
+
 def test_shared_memory_fits(records):
     assert not [r for r in records if r["shared_bytes"] > SHARED_BYTES[r["arch"]]]
 
