@@ -141,13 +141,13 @@ def test_candidates_are_no_wider_than_the_values():
     ("fault", "why"),
     [
         (dict(traps=True), "chunk_grad: the compiler left a trap"),
-        (dict(spill_bytes=513), "chunk_grad: spills 513 bytes, at most 512 expected"),
+        (dict(spill_bytes=705), "chunk_grad: spills 705 bytes, at most 704 expected"),
         (dict(shared_bytes=1001), "chunk_grad: needs 1001 bytes of shared memory, at most 1000 expected"),
     ],
     ids=["trap", "spills", "shared"],
 )
 def test_what_the_compiler_made_of_a_candidate_decides(fault, why):
-    fine = Compiled("chunk_grad", 512, 1000, False)
+    fine = Compiled("chunk_grad", 704, 1000, False)
     check_resources([fine, fine], 1000)
     with pytest.raises(Rejected, match=f"^{why}$"):
         check_resources([fine, fine._replace(**fault)], 1000)
