@@ -133,7 +133,8 @@ def replay(
     For the backward P, R and start are kept; the powers, up to 2 log2 N maps a window, are computed again there, one
     after the other held at once (torch.compile decides for itself what to keep).
     """
-    start = torch.zeros_like(by_step(transition, windows)[0].R) if start is None else start.to(transition.R.dtype)
+    R = transition.R
+    start = R.new_zeros(windows.num_seqs, *R.shape[1:]) if start is None else start.to(R.dtype)
 
     def run(P: Tensor, R: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         return (_replay_endlessly if passes == math.inf else _replay)(

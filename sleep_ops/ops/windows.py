@@ -15,15 +15,17 @@ from sleep_ops.ops.packed import longest_sequence
 class Windows:
     """Windows of at most `window` tokens (None: one per sequence), counted from each sequence's start.
 
-    cu_seqlens: borders of the windows, None where they lie as a batch. longest: a bound on their tokens, None where
-    none is known but T. steps: the most windows a sequence has. present: bool [num_seqs, steps], which of them have
-    tokens, or None where all have. With packed sequences of more than one window the host reads the longest one's
-    length, waiting for the device; where it can't (torch.compile, CUDA graph capture) steps is the bound T allows.
+    num_seqs: sequences. cu_seqlens: borders of the windows, None where they lie as a batch. longest: a bound on their
+    tokens, None where none is known but T. steps: the most windows a sequence has. present: bool [num_seqs, steps],
+    which of them have tokens, or None where all have. With packed sequences of more than one window the host reads the
+    longest one's length, waiting for the device; where it can't (torch.compile, CUDA graph capture) steps is the bound
+    T allows.
     """
 
     def __init__(self, batch: int, tokens: int, window: int | None, cu_seqlens: Tensor | None, device: torch.device):
         self.shape, self.cu_seqlens, self.present, self._table = (batch, tokens), None, None, None
         packed = cu_seqlens is not None
+        self.num_seqs = cu_seqlens.shape[0] - 1 if packed else batch
         self.window = tokens if window is None else min(window, tokens)
         self.steps = -(-tokens // self.window)
         self.longest = None if packed and self.steps == 1 else self.window
@@ -42,7 +44,7 @@ class Windows:
         One more is never used: it stands where a sequence has no window.
         """
         device, borders = cu_seqlens.device, cu_seqlens.long()
-        num_seqs = borders.shape[0] - 1
+        num_seqs = self.num_seqs
         counts = (borders.diff() + self.window - 1) // self.window
         ends = counts.cumsum(0)
         first = ends - counts
