@@ -11,8 +11,9 @@ Notation of chunk_scan.py; S0 is the state before the chunk, dS1 the cotangent o
 
 The Hebbian rule has U = beta V, dV = beta dU, dbeta_i = <dU_i, V_i>, and no term in L, W or K S0.
 
-Triton 3.4 to 3.7.0 miscompiles products with a transposed accumulator on the left on Hopper. So dP^T is computed beside
-dP, A^T is asked for beside A, and the terms in W share one product with the symmetric W + W^T.
+Triton 3.4 to 3.7.0 miscompiles products with a transposed accumulator on the left on Hopper. So A^T is asked for beside
+A, (dP scale e^{G_i - G_j})^T is formed, once rounded, by an exact product with the identity, and the terms in W share
+one product with the symmetric W + W^T.
 """
 
 import torch
@@ -96,10 +97,9 @@ def value_head_gradient(
     if d_output is not None:
         p_q = q + start * stride_q + i_h * K
         b_q = load_key_tile(p_q, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
-        b_decayT = scale * pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
-        b_PT = (b_decayT * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")).to(dtype)
+        b_PT = scale * pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
+        b_PT = (b_PT * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")).to(dtype)
         b_dP = tl.zeros([C, C], tl.float32)
-        b_dPT = tl.zeros([C, C], tl.float32)
         b_dG -= tl.sum(b_q.to(tl.float32) * b_dq, 1)
 
     for i_v in range(0, NV):
@@ -170,7 +170,6 @@ def value_head_gradient(
                 b_dk += tl.dot(b_dkS, b_ST.to(dtype), input_precision="ieee")
         if d_output is not None:
             b_dP += tl.dot(b_dO.to(dtype), b_UT, input_precision="ieee")
-            b_dPT += tl.dot(b_U.to(dtype), tl.trans(b_dO.to(dtype)), input_precision="ieee")
             if states is not None:
                 b_dq += tl.dot(b_dQ, b_ST.to(dtype), input_precision="ieee")
 
@@ -182,8 +181,11 @@ def value_head_gradient(
         b_ds = scale * b_dP * pair_decay(b_G, o_i[:, None] >= o_i[None, :])
         b_dPP = b_ds * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         b_dG += tl.sum(b_dPP, 1) - tl.sum(b_dPP, 0)
-        b_dq += tl.dot(b_ds.to(dtype), b_k, input_precision="ieee")
-        b_dk += tl.dot((b_dPT * b_decayT).to(dtype), b_q, input_precision="ieee")
+        b_ds = b_ds.to(dtype)
+        b_dq += tl.dot(b_ds, b_k, input_precision="ieee")
+        b_I = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0).to(dtype)
+        b_dsT = tl.dot(b_I, tl.trans(b_ds), input_precision="ieee").to(dtype)
+        b_dk += tl.dot(b_dsT, b_q, input_precision="ieee")
     if b_A is not None:
         b_W = b_dL * pair_decay(b_G, o_i[:, None] > o_i[None, :])
         b_dLM = b_W * tl.dot(b_k, tl.trans(b_k), input_precision="ieee")
