@@ -41,3 +41,10 @@ def poisoned(monkeypatch):
             monkeypatch.setattr(module, "torch", poisoned_torch)
 
     return poison
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    """torch.compile gives a function a few recompilations in a process; tests in any order must not share them."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
