@@ -130,8 +130,8 @@ def replay(
     A window that changes nothing (P = I, R = 0: no tokens, or closed gates) hands on its state, however many passes.
     NoFixedPoint for passes = math.inf where those over another window don't converge.
 
-    For the backward P, R and start are kept; the powers, up to 2 log2 N maps a window, are computed again there, one
-    after the other held at once (torch.compile decides for itself what to keep).
+    For the backward P, R and start are kept; the powers, up to 2 log2 N maps a window, are computed again there, and
+    held together until it is through (torch.compile decides for itself what to keep).
     """
     R = transition.R
     start = R.new_zeros(windows.num_seqs, *R.shape[1:]) if start is None else start.to(R.dtype)

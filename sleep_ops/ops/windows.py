@@ -23,14 +23,14 @@ class Windows:
     """
 
     def __init__(self, batch: int, tokens: int, window: int | None, cu_seqlens: Tensor | None, device: torch.device):
-        self.shape, self.cu_seqlens, self.present, self._table = (batch, tokens), None, None, None
+        self.shape, self.cu_seqlens, self._present, self._table = (batch, tokens), None, None, None
         packed = cu_seqlens is not None
         self.num_seqs = cu_seqlens.shape[0] - 1 if packed else batch
         self.window = tokens if window is None else min(window, tokens)
         self.steps = -(-tokens // self.window)
         self.longest = None if packed and self.steps == 1 else self.window
         if packed and self.steps == 1:
-            self.cu_seqlens, self.present = cu_seqlens, (cu_seqlens.diff() > 0)[:, None]
+            self.cu_seqlens = cu_seqlens
         elif packed:
             self._divide(cu_seqlens, tokens)
         elif tokens % self.window:
@@ -57,14 +57,21 @@ class Windows:
         longest = longest_sequence(cu_seqlens, tokens)
         self.longest, self.steps = min(self.window, longest), -(-longest // self.window)
         step = torch.arange(self.steps, device=device)
-        self.present = step < counts[:, None]
-        self._table = torch.where(self.present, first[:, None] + step, number.shape[0] - 1)
+        self._present = step < counts[:, None]
+        self._table = torch.where(self._present, first[:, None] + step, number.shape[0] - 1)
         self._place = (number - first[sequence]).clamp(0, self.steps - 1), sequence
 
     @property
     def is_whole(self) -> bool:
         """Whether every sequence is one window, at its own place."""
         return self.steps == 1 and self._table is None
+
+    @property
+    def present(self) -> Tensor | None:
+        # An ordinary pass over packed sequences never asks, and launches nothing for it.
+        if self.is_whole and self.cu_seqlens is not None:
+            return (self.cu_seqlens.diff() > 0)[:, None]
+        return self._present
 
     def split(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [windows, window, ...], or [1, B * T, ...] with this layout's cu_seqlens."""
