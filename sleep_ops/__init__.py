@@ -2,7 +2,8 @@
 
 from sleep_ops.affine import Transition, segment_transition
 from sleep_ops.config import HybridConfig
-from sleep_ops.layers.gdn import GDNState, SleepGDNLayer
+from sleep_ops.layers.gdn import SleepGDNLayer
+from sleep_ops.layers.mixer import GDNState
 from sleep_ops.model import SleepHybridModel, SleepOutput
 from sleep_ops.ops.gated_delta_rule import DeltaRuleOutput, gated_delta_rule, sleep_gated_delta_rule
 from sleep_ops.ops.step import gated_delta_rule_step

@@ -1,4 +1,4 @@
-"""Everything that defines a hybrid model that sleeps, checked once."""
+"""How a model sleeps, and everything that defines a hybrid model that does; checked once."""
 
 import dataclasses
 import math
@@ -17,7 +17,6 @@ _CHOICES = {
     "sleep_on": SLEEP_ON,
     "conv_boundary": CONV_BOUNDARIES,
     "attention_backend": BACKENDS,
-    "rule": RULES,
     "impl": IMPLS,
 }
 
@@ -29,10 +28,9 @@ def expect(condition: bool, name: str, expected: str, got: object) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HybridConfig:
-    """Everything that defines a `SleepHybridModel`. Raises ValueError, naming the field, for values that can't be.
+class SleepSettings:
+    """How a model made of blocks wakes, sleeps and forgets. Raises ValueError, naming the field, for bad values.
 
-    vocab_size, hidden_size: tokens and width. layers: one of "attn", "gdn" per block, first block first.
     window: tokens read before the attention caches are evicted (L); None for neither eviction nor sleep.
     passes: sleep duration N; 1 is the ordinary hybrid, and the only choice where window is None. math.inf is for
         replaying alone: to the fixed point, a ValueError when a window is read that has none.
@@ -44,21 +42,11 @@ class HybridConfig:
     sleep_on: "every" full window sleeps before it is evicted; "unlabelled": only those without a loss token (the
         paper's Algorithm 1 to the letter).
     conv_boundary: convolution tail that refining passes start from: "snapshot" (as when the window began) or "zero".
-    num_heads, num_kv_heads, head_dim: attention's query heads, key/value heads (default num_heads) and head dim
-        (default hidden_size / num_heads).
-    gdn_num_heads, gdn_num_v_heads, gdn_head_dim, gdn_head_v_dim, conv_size, allow_neg_eigval, rule: see
-        `SleepGDNLayer`; heads and head dim default to attention's.
-    intermediate_size: SwiGLU width, default 8/3 hidden_size rounded up to a multiple of 16. rope_theta: base of the
-        rotary positions. norm_eps: of every RMSNorm. tie_embeddings: the head shares the embedding's weight.
-        initializer_range: standard deviation of the weights.
     attention_backend: "auto", "flash" or "torch" (see `causal_attention`); impl: kernels (see `gated_delta_rule`).
     activation_checkpointing: recompute each (window, pass) in the backward pass instead of storing it; what is replayed
         stays stored.
     """
 
-    vocab_size: int
-    hidden_size: int
-    layers: tuple[str, ...]
     window: int | None
     passes: int | float = 1
     loop: tuple[int, int] | None = None
@@ -66,71 +54,28 @@ class HybridConfig:
     eviction: str = "hard"
     sleep_on: str = "every"
     conv_boundary: str = "snapshot"
-    num_heads: int = 4
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    gdn_num_heads: int | None = None
-    gdn_num_v_heads: int | None = None
-    gdn_head_dim: int | None = None
-    gdn_head_v_dim: int | None = None
-    conv_size: int = 4
-    allow_neg_eigval: bool = False
-    rule: str = "delta"
-    intermediate_size: int | None = None
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    initializer_range: float = 0.02
     attention_backend: str = "auto"
     impl: str = "auto"
     activation_checkpointing: bool = False
 
     def __post_init__(self):
-        listed = isinstance(self.layers, tuple | list) and len(self.layers) > 0
-        expect(listed, "layers", "a tuple of at least one block, such as ('attn', 'gdn')", self.layers)
-        object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.loop, list):
             object.__setattr__(self, "loop", tuple(self.loop))
-        for name in ("vocab_size", "hidden_size", "num_heads", "conv_size"):
-            check_count(name, getattr(self, name))
-        for name in ("window", "num_kv_heads", "head_dim", "intermediate_size", *_GDN_SIZES):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        for name in ("rope_theta", "norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            expect(type(value) in (int, float) and 0 < value < math.inf, name, "a number > 0", value)
-        for name in ("allow_neg_eigval", "tie_embeddings", "activation_checkpointing"):
-            check_flags(**{name: getattr(self, name)})
+        if self.window is not None:
+            check_count("window", self.window)
+        check_flags(activation_checkpointing=self.activation_checkpointing)
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
-        for layer in self.layers:
-            expect(layer in LAYERS, "layers", f"each one of {LAYERS}", layer)
-        self._check_together()
-
-    def _check_together(self) -> None:
-        """What one field asks of another."""
-        if self.loop is not None:
-            pair = isinstance(self.loop, tuple) and len(self.loop) == 2 and all(type(i) is int for i in self.loop)
-            inside = pair and 0 <= self.loop[0] <= self.loop[1] < len(self.layers)
-            expect(inside, "loop", f"(first, last) with 0 <= first <= last < {len(self.layers)}", self.loop)
         self.resolve_passes(self.passes)
-        if self.head_dim is None and ("attn" in self.layers or self.gdn_head_dim is None):
-            expected = f"a divisor of hidden_size {self.hidden_size} where head_dim is None"
-            expect(self.hidden_size % self.num_heads == 0, "num_heads", expected, self.num_heads)
-        if "attn" in self.layers:
-            groups = self.num_kv_heads or self.num_heads
-            expect(self.num_heads % groups == 0, "num_kv_heads", f"a divisor of num_heads {self.num_heads}", groups)
-            head_dim = self.head_dim or self.hidden_size // self.num_heads
-            expect(head_dim % 2 == 0, "head_dim", "an even number (rotary)", head_dim)
-        if "gdn" in self.layers:
-            heads = self.gdn_num_heads or self.num_heads
-            value_heads = self.gdn_num_v_heads or heads
-            expect(value_heads % heads == 0, "gdn_num_v_heads", f"a multiple of {heads} heads", value_heads)
 
-    @property
-    def loop_range(self) -> tuple[int, int]:
-        """First and last looped block, both included."""
-        return self.loop or (0, len(self.layers) - 1)
+    def resolve_loop(self, num_blocks: int) -> tuple[int, int]:
+        """First and last looped block, both included, of a model of num_blocks. ValueError where they aren't in it."""
+        if self.loop is None:
+            return 0, num_blocks - 1
+        pair = isinstance(self.loop, tuple) and len(self.loop) == 2 and all(type(i) is int for i in self.loop)
+        inside = pair and 0 <= self.loop[0] <= self.loop[1] < num_blocks
+        expect(inside, "loop", f"(first, last) with 0 <= first <= last < {num_blocks}", self.loop)
+        return self.loop
 
     def resolve_passes(self, passes: int | float | None) -> int | float:
         """N for a call that asks for `passes` (None: this configuration's). ValueError where it can't be."""
@@ -150,10 +95,87 @@ class HybridConfig:
         return values | {"passes": "inf"} if self.passes == math.inf else values
 
     @classmethod
-    def from_dict(cls, values: dict) -> "HybridConfig":
+    def from_dict(cls, values: dict) -> "SleepSettings":
         """The inverse of `to_dict`; an unknown key is a ValueError."""
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         expect(not unknown, "values", "known configuration keys", unknown)
         if values.get("passes") == "inf":
             values = values | {"passes": math.inf}
         return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig(SleepSettings):
+    """Everything that defines a `SleepHybridModel`: its `SleepSettings` and its sizes.
+
+    vocab_size, hidden_size: tokens and width. layers: one of "attn", "gdn" per block, first block first.
+    num_heads, num_kv_heads, head_dim: attention's query heads, key/value heads (default num_heads) and head dim
+        (default hidden_size / num_heads).
+    gdn_num_heads, gdn_num_v_heads, gdn_head_dim, gdn_head_v_dim, conv_size, allow_neg_eigval, rule: see
+        `SleepGDNLayer`; heads and head dim default to attention's.
+    intermediate_size: SwiGLU width, default 8/3 hidden_size rounded up to a multiple of 16. rope_theta: base of the
+        rotary positions. norm_eps: of every RMSNorm. tie_embeddings: the head shares the embedding's weight.
+        initializer_range: standard deviation of the weights.
+
+    Raises ValueError, naming the field, for values that can't be.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[str, ...]
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    gdn_num_heads: int | None = None
+    gdn_num_v_heads: int | None = None
+    gdn_head_dim: int | None = None
+    gdn_head_v_dim: int | None = None
+    conv_size: int = 4
+    allow_neg_eigval: bool = False
+    rule: str = "delta"
+    intermediate_size: int | None = None
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        listed = isinstance(self.layers, tuple | list) and len(self.layers) > 0
+        expect(listed, "layers", "a tuple of at least one block, such as ('attn', 'gdn')", self.layers)
+        object.__setattr__(self, "layers", tuple(self.layers))
+        super().__post_init__()
+        for name in ("vocab_size", "hidden_size", "num_heads", "conv_size"):
+            check_count(name, getattr(self, name))
+        for name in ("num_kv_heads", "head_dim", "intermediate_size", *_GDN_SIZES):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        for name in ("rope_theta", "norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            expect(type(value) in (int, float) and 0 < value < math.inf, name, "a number > 0", value)
+        for name in ("allow_neg_eigval", "tie_embeddings"):
+            check_flags(**{name: getattr(self, name)})
+        check_choice("rule", self.rule, RULES)
+        for layer in self.layers:
+            expect(layer in LAYERS, "layers", f"each one of {LAYERS}", layer)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """What one field asks of another."""
+        self.resolve_loop(len(self.layers))
+        if self.head_dim is None and ("attn" in self.layers or self.gdn_head_dim is None):
+            expected = f"a divisor of hidden_size {self.hidden_size} where head_dim is None"
+            expect(self.hidden_size % self.num_heads == 0, "num_heads", expected, self.num_heads)
+        if "attn" in self.layers:
+            groups = self.num_kv_heads or self.num_heads
+            expect(self.num_heads % groups == 0, "num_kv_heads", f"a divisor of num_heads {self.num_heads}", groups)
+            head_dim = self.head_dim or self.hidden_size // self.num_heads
+            expect(head_dim % 2 == 0, "head_dim", "an even number (rotary)", head_dim)
+        if "gdn" in self.layers:
+            heads = self.gdn_num_heads or self.num_heads
+            value_heads = self.gdn_num_v_heads or heads
+            expect(value_heads % heads == 0, "gdn_num_v_heads", f"a multiple of {heads} heads", value_heads)
+
+    @property
+    def loop_range(self) -> tuple[int, int]:
+        """First and last looped block, both included."""
+        return self.resolve_loop(len(self.layers))

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sleep_ops import ragged
-from sleep_ops.layers.gdn import GDNWrites
-from sleep_ops.model import SleepHybridModel
+from sleep_ops.layers.mixer import GDNWrites
 from sleep_ops.ragged import Lengths
+from sleep_ops.reader import SleepReader
 from sleep_ops.sampling import check_sampling, sample
 from sleep_ops.sleep import SleepState
 
@@ -32,8 +32,8 @@ class SleepSession:
     passes: N, instead of the model's own. Raises ValueError where the model can't take it.
     """
 
-    def __init__(self, model: SleepHybridModel, passes: int | float | None = None):
-        self.model, self._passes = model, model.config.resolve_passes(passes)
+    def __init__(self, model: SleepReader, passes: int | float | None = None):
+        self.model, self._passes = model, model.settings.resolve_passes(passes)
         self.state: SleepState | None = None
         self.logits: Tensor | None = None
 
@@ -101,7 +101,7 @@ class SleepSession:
     @torch.no_grad()
     def sleep(self) -> None:
         """Sleeps now, before the window is full, and evicts; with nothing read since the last sleep it does nothing."""
-        if self.model.config.window is None:
+        if self.model.settings.window is None:
             raise ValueError("window: expected a model with a window, got None (it neither evicts nor sleeps)")
         if self.state is None or max(self.state.live) == 0:
             return
@@ -132,7 +132,7 @@ class SleepSession:
         every token returned but this filling. Returns the new tokens only, int64 `[B, <= max_new_tokens]`. Raises
         ValueError naming the argument.
         """
-        check_sampling(max_new_tokens, temperature, top_k, top_p, eos_token_id, self.model.config.vocab_size)
+        check_sampling(max_new_tokens, temperature, top_k, top_p, eos_token_id, self.model.vocab_size)
         if input_ids is not None:
             self.read(input_ids, attention_mask)
         if self.logits is None or 0 in self.seen:
@@ -178,7 +178,7 @@ class SleepSession:
         header = {
             "format": FORMAT,
             "version": str(VERSION),
-            "config": json.dumps(_identity(self.model), sort_keys=True),
+            "config": json.dumps(self.model.identity(), sort_keys=True),
             "rows": json.dumps([self.state.seen, self.state.live, self.state.kept, self.state.labelled]),
             "passes": str(self.passes),
         }
@@ -191,7 +191,7 @@ class SleepSession:
             partial.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, model: SleepHybridModel) -> "SleepSession":
+    def load(cls, path: str | os.PathLike, model: SleepReader) -> "SleepSession":
         """Reads what `save` wrote, onto the model's device and no wider than its dtype.
 
         The configuration must be the model's; that its weights are those the session was read with is up to the caller.
@@ -211,7 +211,7 @@ class SleepSession:
             raise ValueError(f"path: expected format {FORMAT!r} version {VERSION}, got {got}")
         if header.pop("digest", None) != _digest(tensors, header):
             raise ValueError("path: expected what was saved, got other contents (their digest differs)")
-        saved, own = json.loads(header["config"]), json.loads(json.dumps(_identity(model)))
+        saved, own = json.loads(header["config"]), json.loads(json.dumps(model.identity()))
         saved.setdefault("sleep_kind", "refine")  # of files written when there was no other kind
         different = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))
         if different:
@@ -234,7 +234,7 @@ class SleepSession:
             for i in range(len(empty.blocks))
         )
         state = SleepState(fill("blocks"), fill("start"), tensors.get("hidden"), writes, *rows)
-        weight = model.embed.weight
+        weight = model.embedding_weight
         widest = max(x.element_size() for x in (*fill("blocks")[0], tensors["logits"]))
         session.state = state.to(weight.device, weight.dtype if widest > weight.element_size() else None)
         session.logits = tensors["logits"].to(weight.device)
@@ -250,13 +250,6 @@ def _named(state: SleepState) -> dict[str, Tensor]:
     if state.hidden is not None:
         named["hidden"] = state.hidden
     return named
-
-
-def _identity(model: SleepHybridModel) -> dict:
-    """The configuration without what changes neither the state's meaning nor its shape."""
-    free = ("passes", "sleep_on", "attention_backend", "impl", "activation_checkpointing", "initializer_range")
-    identity = {k: v for k, v in model.config.to_dict().items() if k not in free}
-    return identity | {"loop": model.config.loop_range}
 
 
 def _digest(tensors: dict[str, Tensor], header: dict[str, str]) -> str:

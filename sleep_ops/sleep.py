@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from sleep_ops import ragged
 from sleep_ops.layers.attention import AttentionState, Segment
 from sleep_ops.layers.block import Block, BlockState
-from sleep_ops.layers.gdn import GDNState, GDNWrites
+from sleep_ops.layers.mixer import GDNState, GDNWrites
 from sleep_ops.ragged import Lengths
 
 EVICTIONS = ("hard", "sliding")
@@ -106,8 +106,10 @@ class SleepStack:
     blocks: objects with the methods of `Block`. window: L tokens, or None for no eviction and no sleep. loop: first and
     last looped block, both included. kind: of the further passes, "refine" or "replay". eviction: "hard" or "sliding".
     conv_boundary: what convolution tail a refining pass starts from, "snapshot" (as when the window began) or "zero".
+    between: what the looped blocks' outputs go through before a refining pass is fed with them; None for nothing.
     checkpointing: recompute every run of blocks in the backward pass instead of storing it; one unit per window and
-    pass. All replays of a block over a window are one unit, and what it replays is stored.
+    pass. All replays of a block over a window are one unit, and what it replays is stored. random: blocks draw random
+    numbers (dropout), the same ones again when they are recomputed.
     """
 
     def __init__(
@@ -119,10 +121,13 @@ class SleepStack:
         eviction: str,
         kind: str = "refine",
         conv_boundary: str = "snapshot",
+        between: Callable[[Tensor], Tensor] | None = None,
         checkpointing: bool = False,
+        random: bool = False,
     ):
         self.blocks, self.window, self.loop, self.eviction = blocks, window, loop, eviction
-        self.kind, self.conv_boundary, self.checkpointing = kind, conv_boundary, checkpointing
+        self.kind, self.conv_boundary, self.between = kind, conv_boundary, between
+        self.checkpointing, self.random = checkpointing, random
         looped = range(loop[0], loop[1] + 1) if kind == "replay" else ()
         self.replayed = tuple(i for i in looped if blocks[i].fast_weights)
 
@@ -268,6 +273,7 @@ class SleepStack:
             for i in range(first, last + 1):
                 blocks[i] = self._pass_start(i, blocks[i], state)
             output = n < passes or refine_after
+            h = h if self.between is None else self.between(h)
             h, run, _ = self._run(range(first, last + 1), h, tuple(blocks), segment, output=output, closed=True)
             blocks = list(run)
         if refine_after:
@@ -343,7 +349,7 @@ class SleepStack:
     def _unit(self, function: Callable, *arguments):
         """function(*arguments); with checkpointing, its inputs are stored and the rest is computed again backward."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=self.random)
         return function(*arguments)
 
     def _check_begun(self, state: SleepState, passes: int | float) -> None:

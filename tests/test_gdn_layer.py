@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sleep_ops.layers.gdn import GDNState, SleepGDNLayer
+from sleep_ops.layers.gdn import SleepGDNLayer
+from sleep_ops.layers.mixer import GDNState
 from sleep_ops.reference import sleep_gated_delta_rule_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,7 +17,7 @@ import sleep_ops.cli
 import sleep_ops.session
 from sleep_ops import HybridConfig, SleepGDNLayer, SleepHybridModel, SleepSession, gated_delta_rule
 from sleep_ops.layers.attention import rotate
-from sleep_ops.layers.gdn import GDNWrites
+from sleep_ops.layers.mixer import GDNWrites
 from sleep_ops.training import load_run
 
 VOCAB, WINDOW, LENGTH = 11, 5, 18

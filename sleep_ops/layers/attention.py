@@ -29,25 +29,42 @@ class Segment:
         self.width = max(lengths)
         ragged_rows = not ragged.uniform(lengths)
         self.length_tensor = ragged.tensor(lengths, device) if ragged_rows else None
-        self.mask = None
-        if ragged_rows or not ragged.uniform(held):  # otherwise one offset serves all, and attention masks by itself
-            keys = max(ragged.add(held, lengths))
-            offset, real = ragged.tensor(held, device), ragged.tensor(lengths, device)
-            self.mask = visible_keys(self.width, keys, offset, real, window)
+        self.aligned = not ragged_rows and ragged.uniform(held)
+        self._masks: dict[int | None, Tensor] = {}
         self._rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Which keys the queries see where each sees at most `window`: see `visible_keys`.
+
+        None where one offset serves all rows: then attention masks by itself.
+        """
+        if self.aligned:
+            return None
+        if window not in self._masks:
+            keys = max(ragged.add(self.held, self.lengths))
+            offset, real = ragged.tensor(self.held, self.device), ragged.tensor(self.lengths, self.device)
+            self._masks[window] = visible_keys(self.width, keys, offset, real, window)
+        return self._masks[window]
+
+    def positions(self) -> Tensor:
+        """Absolute positions of the tokens, int64 `[B or 1, T]`."""
+        if ragged.uniform(self.seen):  # no copy from the host: it would end a CUDA graph capture
+            return torch.arange(self.seen[0], self.seen[0] + self.width, device=self.device)[None]
+        return ragged.tensor(self.seen, self.device)[:, None] + torch.arange(self.width, device=self.device)
 
     def rotary(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 `[B or 1, T, 1, head_dim / 2]`, at the absolute positions (RoFormer, eq. 15)."""
         if (head_dim, theta) not in self._rotary:
-            if ragged.uniform(self.seen):  # no copy from the host: it would end a CUDA graph capture
-                positions = torch.arange(self.seen[0], self.seen[0] + self.width, device=self.device)[None].double()
-            else:
-                first = ragged.tensor(self.seen, self.device)[:, None]
-                positions = (first + torch.arange(self.width, device=self.device)).double()
+            positions = self.positions().double()
             frequency = theta ** (-torch.arange(0, head_dim, 2, device=self.device).double() / head_dim)
             angle = (positions[..., None] * frequency)[:, :, None]
             self._rotary[head_dim, theta] = angle.cos().float(), angle.sin().float()
         return self._rotary[head_dim, theta]
+
+
+def narrower(a: int | None, b: int | None) -> int | None:
+    """The smaller of two windows, None being no limit."""
+    return min((w for w in (a, b) if w is not None), default=None)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -61,7 +78,8 @@ class Attention(nn.Module):
     """Multi-head (or grouped-query) causal attention whose cache is passed in and returned, never kept inside.
 
     hidden_size: width; num_heads, num_kv_heads: query and key/value heads; head_dim: even; rope_theta: rotary base;
-    backend: see `causal_attention`.
+    sliding_window: the most keys a query sees, where that is fewer than the model's window allows; backend: see
+    `causal_attention`.
     """
 
     def __init__(
@@ -72,13 +90,14 @@ class Attention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         rope_theta: float = 10000.0,
+        sliding_window: int | None = None,
         backend: str = "auto",
     ):
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_dim = head_dim or hidden_size // num_heads
-        self.rope_theta, self.backend = rope_theta, backend
+        self.rope_theta, self.sliding_window, self.backend = rope_theta, sliding_window, backend
         self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
@@ -96,9 +115,9 @@ class Attention(nn.Module):
         """x `[B, T, hidden]` at `segment` -> (same shape, cache with this segment's keys and values appended)."""
         q = rotate(self._heads(self.q_proj(x)), *segment.rotary(self.head_dim, self.rope_theta))
         state = self.update_state(x, state, segment)
-        y = causal_attention(
-            q, state.keys, state.values, window=segment.window, mask=segment.mask, backend=self.backend
-        )
+        window = narrower(segment.window, self.sliding_window)
+        mask = segment.mask(window)
+        y = causal_attention(q, state.keys, state.values, window=window, mask=mask, backend=self.backend)
         return self.o_proj(y.flatten(2)), state
 
     def update_state(self, x: Tensor, state: AttentionState, segment: Segment) -> AttentionState:

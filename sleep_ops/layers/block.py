@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sleep_ops.layers.attention import Attention, AttentionState, Segment
-from sleep_ops.layers.gdn import GDNState, GDNWrites, SleepGDNLayer
+from sleep_ops.layers.mixer import GDNMixer, GDNState, GDNWrites
 
 BlockState: TypeAlias = AttentionState | GDNState
 
@@ -31,13 +31,13 @@ class Block(nn.Module):
     `return_writes` and `replay` are for the former.
     """
 
-    def __init__(self, mixer: Attention | SleepGDNLayer, hidden_size: int, intermediate_size: int, norm_eps: float):
+    def __init__(self, mixer: Attention | GDNMixer, hidden_size: int, intermediate_size: int, norm_eps: float):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.mixer = mixer
         self.mlp_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.mlp = SwiGLU(hidden_size, intermediate_size)
-        self.fast_weights = isinstance(mixer, SleepGDNLayer)
+        self.fast_weights = isinstance(mixer, GDNMixer)
 
     def forward(
         self, h: Tensor, state: BlockState, segment: Segment, *, return_writes: bool = False

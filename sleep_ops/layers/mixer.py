@@ -1,0 +1,250 @@
+"""What all gated-delta-rule mixers share: an explicit state, padding, packing, replay passes.
+
+Yang, Kautz, Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464, with the replay passes of Lee et al., "Do Language
+Models Need Sleep?", arXiv 2605.26099, over fixed q, k, v, g, beta.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sleep_ops.ops.gated_delta_rule import delta_rule_state, gated_delta_rule, sleep_gated_delta_rule
+from sleep_ops.ops.gates import CLOSED
+from sleep_ops.ops.step import gated_delta_rule_step
+from sleep_ops.validation import (
+    FLOAT_DTYPES,
+    check_cu_seqlens,
+    check_full,
+    check_lengths,
+    check_state,
+    check_tensor,
+)
+
+MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOAT_DTYPES)
+
+
+class GDNState(NamedTuple):
+    """What a GDN layer keeps of the tokens before: N is the batch size, or the number of packed sequences.
+
+    fast_weights [N, HV, K, V], float32 (float64 in a float64 layer); conv_tail [N, conv_size - 1, channels], the last
+    convolution inputs, oldest first, channels being those of q, k and v in this order (of v alone in a `JetBlock`).
+    """
+
+    fast_weights: Tensor
+    conv_tail: Tensor
+
+
+class GDNWrites(NamedTuple):
+    """What the tokens of a pass write, whatever fast weights they meet: all that replaying the pass needs.
+
+    k [B, T, H, K] and v [B, T, HV, V], convolved; a, b [B, T, HV], the raw inputs of the decay and of beta, closed at
+    padding (it leaves the fast weights as they are).
+    """
+
+    k: Tensor
+    v: Tensor
+    a: Tensor
+    b: Tensor
+
+
+class GDNMixer(nn.Module):
+    """What every gated-delta-rule mixer does with its projections: states, padding, packing, passes and replays.
+
+    A subclass has the sizes hidden_size, num_heads (H), head_dim (K), num_v_heads (HV), head_v_dim (V), conv_size and
+    tail_channels (what its convolutions carry from token to token), the parameters A_log and dt_bias [HV], and
+
+        _dtype()                                           what it expects of x
+        _project(x, tail, lengths, cu_seqlens)             -> (q [B, T, H, K], GDNWrites, new tail, gate)
+        _project_writes(x, tail, lengths)                  -> (GDNWrites, new tail), where no output is wanted
+        _emit(o [B, T, HV, V], gate)                       -> y [B, T, hidden_size], zero where o is
+
+    Padded positions of x are zero and `lengths` marks them at the right; the gates are closed there by this class.
+    """
+
+    passes: int | float = 1
+    window: int | None = None
+    output_pass, rule, impl = "first", "delta", "auto"
+    allow_neg_eigval = False
+
+    def _project_writes(self, x: Tensor, tail: Tensor | None, lengths: Tensor | None) -> tuple[GDNWrites, Tensor]:
+        _, writes, tail, _ = self._project(x, tail, lengths, None)
+        return writes, tail
+
+    def init_state(self, batch_size: int, *, device=None, dtype=None) -> GDNState:
+        """A state of zeros: fast weights in float32 (float64 in a float64 layer), the tail in `dtype`."""
+        device = self.A_log.device if device is None else device
+        kept = torch.float64 if self._dtype() == torch.float64 else torch.float32
+        return GDNState(
+            torch.zeros(batch_size, self.num_v_heads, self.head_dim, self.head_v_dim, device=device, dtype=kept),
+            torch.zeros(
+                batch_size,
+                self.conv_size - 1,
+                self.tail_channels,
+                device=device,
+                dtype=self._dtype() if dtype is None else dtype,
+            ),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: GDNState | None = None,
+        attention_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+        return_writes: bool = False,
+    ) -> Tensor | tuple[Tensor, GDNState] | tuple[Tensor, GDNState, GDNWrites]:
+        """Mix the tokens of x.
+
+        Args:
+            x: [B, T, hidden_size].
+            state: what the tokens before left behind; None for none. With passes > 1 every call begins a new window.
+            attention_mask: [B, T], nonzero at real tokens. Padding may lie anywhere in a row: its output is zero,
+                windows count real tokens only, and a row of padding keeps its state.
+            lengths: int64 [B], real tokens per row, padding at the right: the same without moving tokens.
+            cu_seqlens: int32 or int64 [num_seqs + 1], borders of sequences packed into B = 1.
+
+        Returns y, (y, state) with `return_state`, or (y, state, writes) with `return_writes`: what `replay` takes, the
+        real tokens at the left of their row. Raises ValueError for a wrong shape, dtype or device, or for more than one
+        of attention_mask, lengths and cu_seqlens.
+        """
+        self._check(x, state, attention_mask, lengths, cu_seqlens)
+        if attention_mask is None:
+            y, state, writes = self._mix(x, state, lengths, cu_seqlens)
+        else:
+            place, lengths = _left_places(attention_mask != 0)
+            place = place[..., None].expand_as(x)
+            y, state, writes = self._mix(torch.zeros_like(x).scatter(1, place, x), state, lengths, None)
+            y = y.gather(1, place)
+        if return_writes:
+            return y, state, writes
+        return (y, state) if return_state else y
+
+    def update_state(
+        self, x: Tensor, state: GDNState | None, *, lengths: Tensor | None = None, return_writes: bool = False
+    ) -> GDNState | tuple[GDNState, GDNWrites]:
+        """The state `forward` leaves behind, without outputs: and of the rest as little as the mixer can.
+
+        x [B, T, hidden_size]; lengths int64 [B] or None, as in `forward`. Returns state, or (state, writes) with
+        `return_writes`.
+        """
+        self._check(x, state, None, lengths, None)
+        if lengths is not None:
+            x = x.masked_fill(_padded(x, lengths), 0)
+        fast_weights, tail = (None, None) if state is None else state
+        writes, tail = self._project_writes(x, tail, lengths)
+        writes = _closed(writes, lengths)
+        fast_weights = delta_rule_state(
+            *writes, passes=self.passes, window=self.window if self.passes > 1 else None,
+            initial_state=fast_weights, **self._rule_options(),
+        )  # fmt: skip
+        state = GDNState(fast_weights, tail)
+        return (state, writes) if return_writes else state
+
+    def replay(
+        self, writes: GDNWrites, fast_weights: Tensor, *, passes: int | float, lengths: Tensor | None = None
+    ) -> Tensor:
+        """The fast weights [B, HV, K, V] that `passes` further passes over the same writes make of `fast_weights`.
+
+        writes: of B rows, from `forward` or `update_state`, or several calls' joined along T. passes: >= 1, or math.inf
+        for the fixed point. lengths: int64 [B], how many of each row's writes count, from the left; None for all.
+        Raises ValueError for a wrong shape, dtype, device or number, and with math.inf where passes don't converge.
+        """
+        self._check_replay(writes, fast_weights, lengths)
+        writes = _closed(writes, lengths)
+        return delta_rule_state(*writes, passes=passes, initial_state=fast_weights, **self._rule_options())
+
+    def _mix(self, x, state, lengths, cu_seqlens):
+        if lengths is not None:
+            x = x.masked_fill(_padded(x, lengths), 0)  # whatever stands there, NaN included, reaches no gradient
+        fast_weights, tail = (None, None) if state is None else state
+        q, writes, tail, gate = self._project(x, tail, lengths, cu_seqlens)
+        writes = _closed(writes, lengths)
+        options = self._rule_options()
+        if self.passes > 1:
+            o, fast_weights = sleep_gated_delta_rule(
+                q, *writes, passes=self.passes, window=self.window, output_pass=self.output_pass,
+                initial_state=fast_weights, cu_seqlens=cu_seqlens, **options,
+            )  # fmt: skip
+        elif x.shape[1] == 1 and fast_weights is not None and cu_seqlens is None:
+            token = (t[:, 0] for t in (q, *writes))
+            o, fast_weights = gated_delta_rule_step(*token, fast_weights, **options)
+            o = o[:, None]
+        else:
+            o, fast_weights = gated_delta_rule(q, *writes, initial_state=fast_weights, cu_seqlens=cu_seqlens, **options)
+
+        return self._emit(o, gate), GDNState(fast_weights, tail), writes
+
+    def _rule_options(self):
+        A_log, dt_bias = (p if p.dtype == torch.float64 else p.float() for p in (self.A_log, self.dt_bias))
+        return dict(
+            rule=self.rule, use_qk_l2norm=True, A_log=A_log, dt_bias=dt_bias, use_beta_sigmoid=True,
+            allow_neg_eigval=self.allow_neg_eigval, impl=self.impl,
+        )  # fmt: skip
+
+    def _check(self, x, state, attention_mask, lengths, cu_seqlens):
+        check_full("x", x, 3, "[B, T, hidden_size]")
+        batch, tokens, _ = x.shape
+        check_tensor("x", x, (batch, tokens, self.hidden_size), "[B, T, hidden_size]", self.A_log.device)
+        dtype = self._dtype()  # not a float's where the projection is quantised: then x is its affair
+        if dtype in FLOAT_DTYPES and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"x: expected dtype {dtype} of the layer, got {x.dtype}")
+        given = dict(attention_mask=attention_mask, lengths=lengths, cu_seqlens=cu_seqlens)
+        given = [name for name, value in given.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: expected None together with {given[0]}, got both")
+        num_seqs = batch
+        if attention_mask is not None:
+            check_tensor("attention_mask", attention_mask, (batch, tokens), "[B, T]", x.device, MASK_DTYPES)
+        elif lengths is not None:
+            check_lengths(lengths, batch, tokens, x.device)
+        elif cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, batch, tokens, x.device)
+            num_seqs = cu_seqlens.shape[0] - 1
+        if state is None:
+            return
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise ValueError(f"state: expected GDNState(fast_weights, conv_tail), got {type(state).__name__}")
+        fast_weights, tail = state
+        shape = (num_seqs, self.num_v_heads, self.head_dim, self.head_v_dim)
+        check_state("state.fast_weights", fast_weights, shape, x)
+        shape = (num_seqs, self.conv_size - 1, self.tail_channels)
+        check_tensor("state.conv_tail", tail, shape, "[N, conv_size - 1, channels]", x.device)
+
+    def _check_replay(self, writes, fast_weights, lengths):
+        if not isinstance(writes, tuple) or len(writes) != 4:
+            raise ValueError(f"writes: expected GDNWrites(k, v, a, b), got {type(writes).__name__}")
+        k, v, a, b = writes
+        check_full("writes.k", k, 4, "[B, T, H, K]")
+        batch, tokens, device = k.shape[0], k.shape[1], self.A_log.device
+        keys, values = (batch, tokens, self.num_heads, self.head_dim), (batch, tokens, self.num_v_heads)
+        check_tensor("writes.k", k, keys, "[B, T, H, K]", device)
+        check_tensor("writes.v", v, (*values, self.head_v_dim), "[B, T, HV, V]", device, (k.dtype,))
+        check_tensor("writes.a", a, values, "[B, T, HV]", device)
+        check_tensor("writes.b", b, values, "[B, T, HV]", device)
+        check_state("fast_weights", fast_weights, (batch, self.num_v_heads, self.head_dim, self.head_v_dim), k)
+        if lengths is not None:
+            check_lengths(lengths, batch, tokens, device)
+
+
+def _left_places(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each token of mask [B, T] goes when real ones move to the left in order, and how many are real."""
+    lengths = mask.sum(1)
+    place = torch.where(mask, mask.cumsum(1) - 1, lengths[:, None] + (~mask).cumsum(1) - 1)
+    return place, lengths
+
+
+def _closed(writes: GDNWrites, lengths: Tensor | None) -> GDNWrites:
+    """The writes with the raw gates a and b [B, T, HV] shut at the right padding."""
+    if lengths is None:
+        return writes
+    padded = _padded(writes.a, lengths)
+    return writes._replace(a=writes.a.masked_fill(padded, CLOSED), b=writes.b.masked_fill(padded, CLOSED))
+
+
+def _padded(x: Tensor, lengths: Tensor) -> Tensor:
+    """True at the right padding of x [B, T, .]: [B, T, 1]."""
+    return (torch.arange(x.shape[1], device=x.device) >= lengths[:, None])[..., None]
