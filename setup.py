@@ -21,6 +21,7 @@ setup(
         "sleep_ops.bench",
         "sleep_ops.ops",
         "sleep_ops.layers",
+        "sleep_ops.adapters",
         "sleep_ops.tasks",
         "sleep_ops.training",
     ],
@@ -36,10 +37,13 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn"],
-        "hf": ["transformers>=5.7"],
+        "hf": ["transformers>=5.7", "accelerate"],
         "train": ["tensorboard"],
         "bench": ["pytest-benchmark", "pandas"],
-        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "transformers", "kernels"],
+        "test": [
+            *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff"),
+            *("transformers", "accelerate", "peft", "kernels"),
+        ],
     },
     entry_points={"console_scripts": ["sleep-ops=sleep_ops.cli:main"]},
 )

@@ -64,7 +64,9 @@ class Segment:
 
 def narrower(a: int | None, b: int | None) -> int | None:
     """The smaller of two windows, None being no limit."""
-    return min((w for w in (a, b) if w is not None), default=None)
+    if a is None or b is None:
+        return b if a is None else a
+    return min(a, b)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
