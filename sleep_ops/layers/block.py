@@ -27,16 +27,19 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """h + mixer(norm(h)), then h + mlp(norm(h)); the mixer's state is passed in and returned.
 
+    intermediate_size: the MLP's; None for a block without one, which can be put between the blocks of another model.
     `fast_weights` says whether the state is a fast-weight memory (GDN) or a cache of keys and values (attention);
     `return_writes` and `replay` are for the former.
     """
 
-    def __init__(self, mixer: Attention | GDNMixer, hidden_size: int, intermediate_size: int, norm_eps: float):
+    def __init__(self, mixer: Attention | GDNMixer, hidden_size: int, intermediate_size: int | None, norm_eps: float):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.mixer = mixer
-        self.mlp_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.mlp = SwiGLU(hidden_size, intermediate_size)
+        self.mlp = None
+        if intermediate_size is not None:
+            self.mlp_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+            self.mlp = SwiGLU(hidden_size, intermediate_size)
         self.fast_weights = isinstance(mixer, GDNMixer)
 
     def forward(
@@ -49,7 +52,9 @@ class Block(nn.Module):
         else:
             y, state = self.mixer(x, state, segment)
         h = h + y
-        return h + self.mlp(self.mlp_norm(h)), state, writes if return_writes else None
+        if self.mlp is not None:
+            h = h + self.mlp(self.mlp_norm(h))
+        return h, state, writes if return_writes else None
 
     def update_state(
         self, h: Tensor, state: BlockState, segment: Segment, *, return_writes: bool = False
