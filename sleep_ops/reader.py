@@ -34,7 +34,7 @@ class Reading(NamedTuple):
 
     rows: where the tokens stand. ids: `[rows, max(lengths)]`. labels: int64 likewise, or None; counted: bool likewise,
     the positions whose loss is taken. has_loss: a host function of (starts, parts), which rows have loss there;
-    loss_tokens: how many positions have. passes, state, all_logits, return_state: as in `SleepHybridModel.forward`,
+    loss_tokens: how many positions have. passes, state, all_logits, return_state: as in `SleepReader.forward`,
     resolved.
     """
 
@@ -114,6 +114,49 @@ class SleepReader:
             expect(inside, "input_ids", f"0 to {self.vocab_size - 1}", f"{low} to {high}")
         return rows, ids
 
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        passes: int | float | None = None,
+        state: SleepState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        all_logits: bool | None = None,
+        return_state: bool = True,
+    ) -> SleepOutput:
+        """Algorithm 1: reads the text window by window, predicts awake, sleeps on full windows, evicts.
+
+        input_ids: int32 or int64 `[B, T]`. labels: likewise, and *not shifted here*: `labels[b, t]` is what position t
+        has to predict (for language modelling, the next token), -100 for no loss. loss_mask: bool `[B, T]`, the
+        positions that count (default: `labels != -100`); on the CPU it saves a wait for the device, and every position
+        it marks must then have a label. attention_mask: `[B, T]`, 1 = real token; padding may stand anywhere, windows
+        count real tokens. cu_seqlens: packed input, `[num_seqs + 1]` with B = 1.
+        passes: N, instead of the configuration's. state: from an earlier call, to read on. all_logits: logits of every
+        window (default: only when there is neither a label nor a loss mask). return_state=False saves what only a
+        continuation would see: the sleep on a last full window, and any window after the last loss.
+
+        Returns a SleepOutput: logits of the windows with loss alone (or of all, see all_logits), the columns they
+        belong to in `positions`, the mean loss, and the state.
+
+        Raises ValueError naming the argument for wrong shapes, dtypes or values, for labels without a loss token, and
+        for passes=math.inf where a window's replays don't converge.
+        """
+        reading = self.plan(
+            input_ids,
+            labels,
+            loss_mask,
+            attention_mask,
+            passes,
+            state,
+            cu_seqlens=cu_seqlens,
+            all_logits=all_logits,
+            return_state=return_state,
+        )
+        return self.run(reading)
+
     def plan(
         self,
         input_ids: Tensor,
@@ -127,7 +170,7 @@ class SleepReader:
         all_logits: bool | None = None,
         return_state: bool = True,
     ) -> Reading:
-        """The first half of a call, with the arguments and errors of `SleepHybridModel.forward`.
+        """The first half of a call, with the arguments and errors of `forward`.
 
         Checks, and works out all that the host must know.
 
