@@ -22,6 +22,7 @@ setup(
         "sleep_ops.ops",
         "sleep_ops.layers",
         "sleep_ops.adapters",
+        "sleep_ops.adapters.hf",
         "sleep_ops.tasks",
         "sleep_ops.training",
     ],

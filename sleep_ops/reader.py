@@ -247,3 +247,10 @@ class SleepReader:
 def _readable(x: Tensor) -> bool:
     """Whether the host can look at values without waiting for a device or leaving a compiled graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def reader_of(model: object) -> SleepReader:
+    """The model itself, or what `sleepify` gave a model of another library. ValueError for one that does not sleep."""
+    reader = model if isinstance(model, SleepReader) else getattr(model, "sleep", None)
+    expect(isinstance(reader, SleepReader), "model", "one that sleeps (see sleepify)", type(model).__name__)
+    return reader

@@ -15,7 +15,7 @@ from torch import Tensor
 from sleep_ops import ragged
 from sleep_ops.layers.mixer import GDNWrites
 from sleep_ops.ragged import Lengths
-from sleep_ops.reader import SleepReader
+from sleep_ops.reader import SleepReader, reader_of
 from sleep_ops.sampling import check_sampling, sample
 from sleep_ops.sleep import SleepState
 
@@ -33,7 +33,8 @@ class SleepSession:
     """
 
     def __init__(self, model: SleepReader, passes: int | float | None = None):
-        self.model, self._passes = model, model.settings.resolve_passes(passes)
+        self.model = reader_of(model)
+        self._passes = self.model.settings.resolve_passes(passes)
         self.state: SleepState | None = None
         self.logits: Tensor | None = None
 
@@ -198,6 +199,7 @@ class SleepSession:
         Raises FileNotFoundError, and ValueError for a file that is damaged, of another format or version, or of a model
         with another configuration.
         """
+        model = reader_of(model)
         if not Path(path).exists():
             raise FileNotFoundError(f"path: expected a saved session, found nothing at {path}")
         try:

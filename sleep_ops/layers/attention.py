@@ -30,6 +30,7 @@ class Segment:
         ragged_rows = not ragged.uniform(lengths)
         self.length_tensor = ragged.tensor(lengths, device) if ragged_rows else None
         self.aligned = not ragged_rows and ragged.uniform(held)
+        self.shared: dict[str, object] = {}  # what the blocks of another model work out once for all of them
         self._masks: dict[int | None, Tensor] = {}
         self._rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
 

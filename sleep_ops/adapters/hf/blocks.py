@@ -1,0 +1,62 @@
+"""A transformers decoder layer as a block of `SleepStack`: explicit state in, explicit state out."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from sleep_ops.adapters.hf.cache import LayerCache
+from sleep_ops.layers.attention import AttentionState, Segment
+from sleep_ops.layers.block import BlockState
+from sleep_ops.layers.mixer import GDNMixer, GDNWrites
+
+
+class LayerBlock:
+    """One layer of a transformers model, with the methods of `layers.block.Block`.
+
+    The layer is called as its own model calls it, whole, so that hooks, adapters, FSDP and compiled layers work; so
+    `update_state` saves nothing. arguments(h, segment): what else the layer is called with, rotary positions first of
+    all.
+    """
+
+    def __init__(self, layer: nn.Module, arguments: Callable[[Tensor, Segment], dict], config: PreTrainedConfig):
+        self.layer, self._arguments, self._config = layer, arguments, config
+        self._mixer: GDNMixer | None = getattr(layer, "linear_attn", None)
+        self.fast_weights = self._mixer is not None
+
+    def __call__(
+        self, h: Tensor, state: BlockState, segment: Segment, *, return_writes: bool = False
+    ) -> tuple[Tensor, BlockState, GDNWrites | None]:
+        """h `[B, T, hidden]` at `segment` -> (h, the state after it, what it wrote or None where that is not asked)."""
+        cache = LayerCache(state, segment, record=return_writes)
+        h = self.layer(
+            h,
+            attention_mask=None,
+            past_key_values=cache,
+            use_cache=True,
+            sleep_segment=segment,
+            **self._arguments(h, segment),
+        )
+        return h, cache.state, cache.writes
+
+    def update_state(
+        self, h: Tensor, state: BlockState, segment: Segment, *, return_writes: bool = False
+    ) -> tuple[BlockState, GDNWrites | None]:
+        """The state and writes of `__call__`."""
+        return self(h, state, segment, return_writes=return_writes)[1:]
+
+    def replay(
+        self, writes: GDNWrites, fast_weights: Tensor, passes: int | float, lengths: Tensor | None = None
+    ) -> Tensor:
+        """See `GDNMixer.replay`."""
+        return self._mixer.replay(writes, fast_weights, passes=passes, lengths=lengths)
+
+    def init_state(self, batch_size: int, *, device=None, dtype: torch.dtype | None = None) -> BlockState:
+        """Zero fast weights, or an empty cache."""
+        if self.fast_weights:
+            return self._mixer.init_state(batch_size, device=device, dtype=dtype)
+        weight, heads = next(self.layer.parameters()), self._config.num_key_value_heads
+        head_dim = self.layer.self_attn.head_dim
+        empty = torch.empty(batch_size, 0, heads, head_dim, device=device or weight.device, dtype=dtype or weight.dtype)
+        return AttentionState(empty, empty)

@@ -1,0 +1,68 @@
+"""One layer's explicit state in the shape of a transformers cache, for the time of one call.
+
+transformers changes its caches in place, which autograd can't follow through a second pass. A `LayerCache` holds the
+state a layer starts from, and after the call the new tensors it left.
+"""
+
+import math
+
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sleep_ops import ragged
+from sleep_ops.layers.attention import AttentionState, Segment, narrower
+from sleep_ops.layers.block import BlockState
+from sleep_ops.layers.mixer import GDNMixer, GDNWrites
+from sleep_ops.ops.attention import causal_attention
+
+ATTENTION = "sleep_ops"  # this project's attention among those of transformers
+
+
+class LayerCache:
+    """The state of a layer before a segment, and after the layer was called the one after it.
+
+    writes: what a fast-weight layer wrote, if `record`.
+    """
+
+    def __init__(self, state: BlockState, segment: Segment, *, record: bool = False):
+        self.state, self.segment, self.record = state, segment, record
+        self.writes: GDNWrites | None = None
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """What transformers' attention calls: keys and values `[B, HKV, T, D]` are appended, and all returned."""
+        held, lengths = self.segment.held, self.segment.lengths
+        new = (x.transpose(1, 2) for x in (keys, values))
+        pairs = zip(self.state, new, strict=True)
+        self.state = AttentionState(*(ragged.append(old.to(x.dtype), held, x, lengths) for old, x in pairs))
+        return self.state.keys.transpose(1, 2), self.state.values.transpose(1, 2)
+
+    def mix(self, mixer: GDNMixer, x: Tensor) -> Tensor:
+        """What this project's mixers call: x `[B, T, hidden_size]` -> the same shape."""
+        lengths = self.segment.length_tensor
+        y, self.state, writes = mixer.read(x, state=self.state, lengths=lengths, return_writes=True)
+        self.writes = writes if self.record else None
+        return y
+
+
+def attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
+    """transformers' attention interface: query `[B, H, T, D]`, key, value `[B, HKV, S, D]` -> (`[B, T, H, D]`, None).
+
+    Inside a window, which the layer is told of as `sleep_segment`, causal attention to the keys of the segment's cache,
+    by flash-attn where that is installed; otherwise PyTorch's, as transformers calls it.
+    """
+    segment, backend = options.pop("sleep_segment", None), options.pop("sleep_backend", "auto")
+    if segment is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    scaling = options.get("scaling")
+    if scaling is not None and not math.isclose(scaling, query.shape[-1] ** -0.5):
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    window = narrower(segment.window, options.get("sliding_window"))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    mask = segment.mask(window)
+    return causal_attention(q, k, v, window=window, mask=mask, backend=backend), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,69 @@
+"""`model.generate` for models that sleep: transformers' settings, processors, criteria and streamers over a session."""
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from sleep_ops.config import expect
+from sleep_ops.session import SleepSession
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    *,
+    passes: int | float | None = None,
+    session: SleepSession | None = None,
+    **model_kwargs,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """The decoding loop behind `model.generate(input_ids, custom_generate=generate)`; the default once `sleepify` ran.
+
+    passes: N, instead of the model's own. session: a `SleepSession` to go on from; input_ids then come after what it
+    has read, and in the end it has read everything returned. Greedy or sampled; the memory does not grow with the text.
+    Raises ValueError for other generation modes.
+    """
+    mode = generation_config.get_generation_mode()
+    possible = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    expect(mode in possible, "generation mode", "greedy or sampled (num_beams=1)", mode.value)
+    expect(session is None or passes is None, "passes", "None with a session, which has its own", passes)
+    keep = session is not None
+    session = session or SleepSession(model, passes)
+    logits = session.read(input_ids, model_kwargs.get("attention_mask"))
+    alive = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    all_scores, all_logits = [], []
+    while bool(alive.any()):
+        logits = logits.float()
+        scores = logits_processor(input_ids, logits)
+        if generation_config.output_scores:
+            all_scores.append(scores)
+        if generation_config.output_logits:
+            all_logits.append(logits)
+        if generation_config.do_sample:
+            token = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
+        else:
+            token = scores.argmax(-1)
+        if not bool(alive.all()):
+            token = torch.where(alive, token, generation_config._pad_token_tensor)
+        input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+        if streamer is not None:
+            streamer.put(token.cpu())
+        reading = alive
+        alive = alive & ~stopping_criteria(input_ids, scores)
+        if keep or bool(alive.any()):
+            logits = session.read(token[:, None], None if bool(reading.all()) else reading[:, None])
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return input_ids
+    return GenerateDecoderOnlyOutput(
+        sequences=input_ids, scores=tuple(all_scores) or None, logits=tuple(all_logits) or None
+    )

@@ -1,0 +1,58 @@
+"""Fast-weight blocks between the layers of a model that has none (or too few)."""
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sleep_ops.adapters.hf.families import check_family
+from sleep_ops.config import expect
+from sleep_ops.layers.block import Block
+from sleep_ops.layers.gdn import SleepGDNLayer
+
+
+def insert_fast_weights(
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    *,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    num_v_heads: int | None = None,
+    head_v_dim: int | None = None,
+    conv_size: int = 4,
+    allow_neg_eigval: bool = False,
+) -> PreTrainedModel:
+    """Puts a Gated DeltaNet block (norm, mixer, residual; no MLP) after each of the given layers; returns the model.
+
+    layers: distinct layer numbers. num_heads, head_dim: default the attention's query heads and their size; the rest as
+    in `SleepGDNLayer`. Its output projection is zero, so at the start the model computes what it did before. Only the
+    sleeping forward pass of `sleepify` runs these blocks. Their parameters are `model.fast_weights.N...`; all other
+    names stay. The configuration remembers them as `fast_weights`, for `from_pretrained` of this package.
+
+    Raises ValueError for a model of an unsupported family, for layers it does not have, and where blocks are there
+    already.
+    """
+    check_family(model)
+    config, backbone = model.config, model.model
+    expect(not hasattr(backbone, "fast_weights"), "model", "one without inserted blocks", "one that has them")
+    count = len(backbone.layers)
+    layers = list(layers)
+    inside = all(type(i) is int and 0 <= i < count for i in layers) and len(set(layers)) == len(layers) > 0
+    expect(inside, "layers", f"distinct layer numbers from 0 to {count - 1}", layers)
+    sizes = dict(
+        num_heads=num_heads or config.num_attention_heads,
+        head_dim=head_dim or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_v_heads=num_v_heads,
+        head_v_dim=head_v_dim,
+        conv_size=conv_size,
+        allow_neg_eigval=allow_neg_eigval,
+    )
+    blocks = nn.ModuleDict()
+    for i in sorted(layers):
+        mixer = SleepGDNLayer(config.hidden_size, norm_eps=config.rms_norm_eps, **sizes)
+        nn.init.zeros_(mixer.o_proj.weight)
+        weight = next(backbone.layers[i].parameters())
+        blocks[str(i)] = Block(mixer, config.hidden_size, None, config.rms_norm_eps).to(weight.device, weight.dtype)
+    backbone.fast_weights = blocks
+    config.fast_weights = {"layers": sorted(layers), **sizes}
+    return model

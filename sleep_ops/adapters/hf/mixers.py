@@ -1,0 +1,176 @@
+"""The gated-delta-rule mixers of transformers' hybrids on this project's kernels, with their own weights and names.
+
+Each is a subclass of the class it stands in for, so an existing layer changes class and keeps its parameters, adapters
+and hooks. Submodules are called, never reached into, but for the weights of the convolution and of the output norm.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import monkey_patching
+from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGatedDeltaNet
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+from sleep_ops.adapters.hf.cache import LayerCache
+from sleep_ops.config import expect
+from sleep_ops.layers.mixer import GDNMixer, GDNState, GDNWrites
+from sleep_ops.ops.gated_norm import gated_rms_norm
+from sleep_ops.ops.short_conv import short_convolution
+from sleep_ops.validation import IMPLS, check_choice
+
+
+class _Mixer(GDNMixer):
+    """What the families share: one convolution over q, k and v, a gated norm, an output projection.
+
+    A subclass gives `_inputs(x)` -> (q, k, v joined [B, T, 2K + V], raw decay a, raw beta b, gate z [B, T, HV, V]),
+    and `_output()` -> (norm, projection).
+    """
+
+    num_heads = property(lambda self: self.num_k_heads)
+    head_dim = property(lambda self: self.head_k_dim)
+    conv_size = property(lambda self: self.conv_kernel_size)
+    tail_channels = property(lambda self: self.conv_dim)
+
+    def forward(self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **kwargs):
+        """Called by transformers' layers. hidden_states `[B, T, hidden_size]` -> the same shape.
+
+        cache_params: a transformers cache, whose states of this layer are read and replaced; or a `LayerCache`.
+        attention_mask `[B, T]`, 1 = real token, padding anywhere. cu_seq_lens_q: borders of packed sequences.
+        """
+        if isinstance(cache_params, LayerCache):
+            return cache_params.mix(self, hidden_states)
+        borders, state = kwargs.get("cu_seq_lens_q"), None
+        if cache_params is not None and (seen := cache_params.get_conv_state(self.layer_idx)) is not None:
+            recording = cache_params.is_recording_past(self.layer_idx)
+            expect(not recording, "past_key_values", "a cache that is never rolled back", "one that records its past")
+            tail = seen[..., seen.shape[-1] - (self.conv_size - 1) :].transpose(1, 2)
+            state = GDNState(cache_params.get_recurrent_state(self.layer_idx).clone(), tail)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -hidden_states.shape[1] :]
+        y, state = self.read(
+            hidden_states, state=state, attention_mask=attention_mask, cu_seqlens=borders, return_state=True
+        )
+        if cache_params is not None:
+            tail = state.conv_tail.transpose(1, 2)
+            cache_params.update_conv_state(tail, self.layer_idx, conv_kernel_size=self.conv_size)
+            cache_params.update_recurrent_state(state.fast_weights, self.layer_idx)
+        return y
+
+    read = GDNMixer.forward
+
+    def _project(self, x, tail, lengths, cu_seqlens):
+        qkv, a, b, gate = self._inputs(x)
+        weight = self.conv1d.weight.squeeze(1)
+        qkv, tail = short_convolution(
+            qkv, weight, tail=tail, lengths=lengths, cu_seqlens=cu_seqlens, impl=self._plain_impl()
+        )
+        q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        q, k = (t.unflatten(-1, (self.num_k_heads, self.head_k_dim)) for t in (q, k))
+        return q, GDNWrites(k, v.unflatten(-1, (self.num_v_heads, self.head_v_dim)), a, b), tail, gate
+
+    def _emit(self, o, gate):
+        norm, projection = self._output()
+        o = gated_rms_norm(o, gate, norm.weight, eps=norm.variance_epsilon, impl=self._plain_impl())
+        return projection(o.flatten(2))
+
+    def _plain_impl(self) -> str:
+        return "torch" if self.impl == "reference" else self.impl
+
+
+class _QwenMixer(_Mixer):
+    def _output(self):
+        return self.norm, self.out_proj
+
+
+class _SplitInputs(_QwenMixer):
+    """in_proj_qkv, in_proj_z, in_proj_b, in_proj_a."""
+
+    def _dtype(self) -> torch.dtype:
+        return self.in_proj_qkv.weight.dtype
+
+    def _inputs(self, x):
+        z = self.in_proj_z(x).unflatten(-1, (self.num_v_heads, self.head_v_dim))
+        return self.in_proj_qkv(x), self.in_proj_a(x), self.in_proj_b(x), z
+
+
+class SleepQwen3_5Mixer(_SplitInputs, Qwen3_5GatedDeltaNet):
+    """Qwen3_5GatedDeltaNet on this project's kernels."""
+
+
+class SleepQwen3_5MoeMixer(_SplitInputs, Qwen3_5MoeGatedDeltaNet):
+    """Qwen3_5MoeGatedDeltaNet on this project's kernels."""
+
+
+class SleepQwen3NextMixer(_QwenMixer, Qwen3NextGatedDeltaNet):
+    """Qwen3NextGatedDeltaNet on this project's kernels: projections interleaved per key head."""
+
+    def _dtype(self) -> torch.dtype:
+        return self.in_proj_qkvz.weight.dtype
+
+    def _inputs(self, x):
+        groups = self.num_v_heads // self.num_k_heads
+        values = groups * self.head_v_dim
+        per_head = self.in_proj_qkvz(x).unflatten(-1, (self.num_k_heads, -1))
+        q, k, v, z = per_head.split([self.head_k_dim, self.head_k_dim, values, values], dim=-1)
+        b, a = self.in_proj_ba(x).unflatten(-1, (self.num_k_heads, -1)).split(groups, dim=-1)
+        qkv = torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], dim=-1)
+        z = z.flatten(2).unflatten(-1, (self.num_v_heads, self.head_v_dim))
+        return qkv, a.flatten(2), b.flatten(2), z
+
+
+class SleepOlmoHybridMixer(_Mixer, OlmoHybridGatedDeltaNet):
+    """OlmoHybridGatedDeltaNet on this project's kernels."""
+
+    def _dtype(self) -> torch.dtype:
+        return self.q_proj.weight.dtype
+
+    def _inputs(self, x):
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        gate = self.g_proj(x).unflatten(-1, (self.num_v_heads, self.head_v_dim))
+        return qkv, self.a_proj(x), self.b_proj(x), gate
+
+    def _output(self):
+        return self.o_norm, self.o_proj
+
+
+MIXERS = {
+    Qwen3_5GatedDeltaNet: SleepQwen3_5Mixer,
+    Qwen3_5MoeGatedDeltaNet: SleepQwen3_5MoeMixer,
+    Qwen3NextGatedDeltaNet: SleepQwen3NextMixer,
+    OlmoHybridGatedDeltaNet: SleepOlmoHybridMixer,
+}
+
+
+def replace_mixers(model: nn.Module, *, impl: str = "auto") -> nn.Module:
+    """Puts this project's kernels under every gated-delta-rule mixer of a live model, in place; returns the model.
+
+    impl: as in `gated_delta_rule`. Weights, their names, adapters and hooks stay; a second call changes `impl` alone.
+    Raises ValueError where there is no such mixer.
+    """
+    check_choice("impl", impl, IMPLS)
+    found = [m for m in model.modules() if type(m) in MIXERS or isinstance(m, _Mixer)]
+    expect(len(found) > 0, "model", f"one with {' or '.join(c.__name__ for c in MIXERS)}", type(model).__name__)
+    for module in found:
+        if type(module) in MIXERS:
+            module.__class__ = MIXERS[type(module)]
+        module.impl = impl
+    return model
+
+
+@contextmanager
+def replaced_mixers() -> Iterator[None]:
+    """Models built or loaded inside have this project's kernels from the start:
+
+    with replaced_mixers():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    """
+    mapping = {original.__name__: ours for original, ours in MIXERS.items()}
+    monkey_patching.register_patch_mapping(mapping)
+    try:
+        yield
+    finally:
+        monkey_patching.unregister_patch_mapping(list(mapping))

@@ -1,0 +1,89 @@
+"""What `SleepReader` asks of a model, answered for a transformers causal language model."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sleep_ops.adapters.hf.blocks import LayerBlock
+from sleep_ops.config import SleepSettings
+from sleep_ops.layers.attention import Segment
+from sleep_ops.reader import SleepReader
+
+
+class HFReader(SleepReader):
+    """Reads texts with the parts of `model`: its embedding, layers, final norm and head.
+
+    The blocks are the model's layers, each followed by the fast-weight block inserted after it, if there is one. They
+    are looked up at every call, so layers may be wrapped, compiled or sharded at any time. chosen: the settings, with
+    `loop` in layers of the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, chosen: SleepSettings):
+        self.model, self.chosen = model, chosen
+
+    @property
+    def settings(self) -> SleepSettings:
+        """`chosen`, with `loop` in blocks."""
+        inserted = sorted(map(int, self._inserted()))
+        if self.chosen.loop is None or not inserted:
+            return self.chosen
+        first, last = self.chosen.loop
+        first, last = first + sum(i < first for i in inserted), last + sum(i <= last for i in inserted)
+        return replace(self.chosen, loop=(first, last))
+
+    @property
+    def sleep_blocks(self) -> Sequence:
+        inserted, blocks = self._inserted(), []
+        for i, layer in enumerate(self.model.model.layers):
+            blocks.append(LayerBlock(layer, self._arguments, self.model.config))
+            if str(i) in inserted:
+                blocks.append(inserted[str(i)])
+        return blocks
+
+    @property
+    def random_blocks(self) -> bool:
+        dropouts = (m for m in self.model.model.layers.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+        return self.training and any(m.p > 0 for m in dropouts)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.embedding_weight.shape[0]
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def training(self) -> bool:
+        return self.model.training
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(ids)
+
+    def predict(self, h: Tensor) -> Tensor:
+        return self.model.lm_head(self.model.model.norm(h))
+
+    def identity(self) -> dict:
+        config = self.model.config
+        sizes = {
+            name: getattr(config, name) for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+        }
+        return super().identity() | sizes | {"fast_weights": getattr(config, "fast_weights", None)}
+
+    def _inserted(self) -> nn.ModuleDict | dict:
+        return getattr(self.model.model, "fast_weights", {})
+
+    def _arguments(self, h: Tensor, segment: Segment) -> dict:
+        """What the layers are called with beside hidden states and cache."""
+        if "rotary" not in segment.shared:
+            rotary = getattr(self.model.model, "rotary_emb", None)
+            with torch.no_grad():
+                segment.shared["rotary"] = None if rotary is None else rotary(h, position_ids=segment.positions())
+        return {
+            "position_embeddings": segment.shared["rotary"],
+            "position_ids": segment.positions(),
+            "sleep_backend": self.chosen.attention_backend,
+        }

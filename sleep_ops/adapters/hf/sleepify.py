@@ -1,0 +1,166 @@
+"""`sleepify`: the forward pass of a transformers causal language model, replaced by one that sleeps."""
+
+from dataclasses import dataclass, replace
+from types import MethodType
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from sleep_ops.adapters.hf import inputs
+from sleep_ops.adapters.hf.cache import ATTENTION
+from sleep_ops.adapters.hf.families import HYBRIDS, check_family, check_fast_weights
+from sleep_ops.adapters.hf.generation import generate
+from sleep_ops.adapters.hf.mixers import replace_mixers
+from sleep_ops.adapters.hf.reader import HFReader
+from sleep_ops.config import SleepSettings, expect
+from sleep_ops.sleep import SleepState
+
+
+@dataclass
+class SleepCausalLMOutput(ModelOutput):
+    """What a sleepified model returns; what is None is left out.
+
+    loss: mean over the loss tokens, or their sum over `num_items_in_batch`. logits: `[B, T', vocab_size]`, from first
+    passes only (causal): of every position, or of the windows with loss alone, see `all_logits`; then positions,
+    int64 `[T']`, tells the columns. state: what a continuation passes as `state`, where asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    positions: Tensor | None = None
+    state: SleepState | None = None
+
+
+def sleepify(
+    model: PreTrainedModel,
+    *,
+    window: int | None = None,
+    passes: int | float | None = None,
+    loop: tuple[int, int] | None = None,
+    eviction: str | None = None,
+    sleep_kind: str | None = None,
+    sleep_on: str | None = None,
+    conv_boundary: str | None = None,
+    activation_checkpointing: bool | None = None,
+    attention_backend: str | None = None,
+    impl: str | None = None,
+) -> PreTrainedModel:
+    """Makes a transformers causal language model read every text with sleep, in place; returns it.
+
+    model: of the families in `families.py` (qwen3_5, qwen3_5_moe, olmo_hybrid, qwen3_next, or an attention-only model
+    after `insert_fast_weights`). The other arguments are those of `SleepSettings`; loop counts the model's layers. What
+    is not given is as the model's configuration remembers it from an earlier call (`config.sleep`, saved and loaded
+    with the model), else `SleepSettings`' default; the first time, window must be given.
+
+    Afterwards `model(...)` takes transformers' usual arguments and returns a `SleepCausalLMOutput`; `model.generate`
+    decodes through a `SleepSession`; `gradient_checkpointing_enable` recomputes each (window, pass). Mixers run on this
+    project's kernels, attention on its own; weights and their names stay.
+
+    Raises ValueError, with the model unchanged, for a family that can't sleep, for settings that can't be, and for a
+    window longer than the model has positions.
+    """
+    given = {k: v for k, v in locals().items() if k != "model" and v is not None}
+    check_family(model)
+    check_fast_weights(model)
+    values = (getattr(model.config, "sleep", None) or {}) | given
+    expect("window" in values, "window", "a number of tokens", None)
+    chosen = SleepSettings.from_dict(values)
+    chosen.resolve_loop(len(model.model.layers))
+    longest = getattr(model.config, "max_position_embeddings", None)
+    fits = longest is None or chosen.window <= longest
+    expect(fits, "window", f"at most the model's {longest} positions", chosen.window)
+    if getattr(model, "is_gradient_checkpointing", False):
+        model.gradient_checkpointing_disable()
+        chosen = replace(chosen, activation_checkpointing=True)
+
+    if model.config.model_type in HYBRIDS:
+        replace_mixers(model, impl=chosen.impl)
+    model.set_attn_implementation(ATTENTION)
+    model.sleep = HFReader(model, chosen)
+    model.config.sleep = chosen.to_dict()
+    model.forward = MethodType(_forward, model)
+    model.generate = MethodType(_generate, model)
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        setattr(model, f"{name}_enable", MethodType(_checkpointing_enable, model))
+        setattr(model, f"{name}_disable", MethodType(_checkpointing_disable, model))
+    return model
+
+
+def _forward(
+    self,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values=None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int = 0,
+    *,
+    shift_labels: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    passes: int | float | None = None,
+    state: SleepState | None = None,
+    all_logits: bool | None = None,
+    return_state: bool = False,
+    return_dict: bool | None = None,
+    **options,
+) -> SleepCausalLMOutput | tuple:
+    """Reads the text window by window, predicts awake, sleeps on full windows, evicts (Algorithm 1).
+
+    input_ids, attention_mask (padding anywhere), labels (shifted here), shift_labels (already shifted),
+    num_items_in_batch, logits_to_keep: as in transformers. position_ids: None, plain, or those of packed sequences
+    (B = 1); cu_seqlens or cu_seq_lens_q: their borders. loss_mask, passes, state, return_state: as in
+    `SleepHybridModel.forward`. all_logits: of every window, not only of those with loss (default: without labels, and
+    in evaluation). Raises ValueError naming the argument.
+    """
+    inputs.check_unused(
+        options,
+        past_key_values=(past_key_values, "None: a model that sleeps keeps its own state"),
+        inputs_embeds=(inputs_embeds, "None: windows are cut from input_ids"),
+    )
+    expect(isinstance(input_ids, Tensor) and input_ids.dim() == 2, "input_ids", "a tensor [B, T]", input_ids)
+    borders = cu_seqlens if cu_seqlens is not None else cu_seq_lens_q
+    if borders is None:
+        borders = inputs.sequence_borders(position_ids, attention_mask, input_ids, state)
+    targets = inputs.shifted(labels, shift_labels)
+    if all_logits is None:
+        all_logits = targets is None or not self.training or logits_to_keep > 0
+    reading = self.sleep.plan(
+        input_ids,
+        targets,
+        loss_mask,
+        attention_mask,
+        passes,
+        state,
+        cu_seqlens=borders,
+        all_logits=all_logits,
+        return_state=return_state,
+    )
+    read = self.sleep.run(reading)
+    loss = read.loss
+    if loss is not None and num_items_in_batch is not None:
+        loss = loss * reading.loss_tokens / num_items_in_batch
+    logits, positions = read.logits, read.positions
+    if all_logits:
+        logits, positions = logits[:, -logits_to_keep:] if logits_to_keep else logits, None
+    output = SleepCausalLMOutput(loss=loss, logits=logits, positions=positions, state=read.state)
+    return output.to_tuple() if return_dict is False else output
+
+
+def _generate(self, *args, custom_generate=generate, **kwargs):
+    """transformers' `generate`, decoding through a `SleepSession` unless told otherwise; see `generation.generate`."""
+    return type(self).generate(self, *args, custom_generate=custom_generate, **kwargs)
+
+
+def _checkpointing_enable(self, *args, **kwargs) -> None:
+    """Recompute each (window, pass) in the backward pass; transformers' own arguments have no meaning here."""
+    self.sleep.chosen = replace(self.sleep.chosen, activation_checkpointing=True)
+
+
+def _checkpointing_disable(self, *args, **kwargs) -> None:
+    self.sleep.chosen = replace(self.sleep.chosen, activation_checkpointing=False)
