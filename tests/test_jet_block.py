@@ -1,0 +1,419 @@
+"""The dynamic convolution and the Jet block, against plain transcriptions."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sleep_ops.layers.jet import JetBlock
+from sleep_ops.layers.mixer import GDNState
+from sleep_ops.ops.dynamic_conv import dynamic_convolution
+from sleep_ops.ops.short_conv import short_convolution
+from sleep_ops.reference import sleep_gated_delta_rule_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SLEEPS = {
+    "plain": {},
+    "two_passes": dict(passes=2, window=4),
+    "no_window": dict(passes=2, window=None, output_pass="last"),
+    "hebbian": dict(rule="hebbian"),
+    "conv3": dict(conv_size=3),
+    "conv1": dict(conv_size=1),
+}
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def close(actual, expected, **options):
+    options = dict(rtol=1e-4, atol=1e-5) | options
+    if isinstance(actual, tuple):
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, **options)
+    else:
+        torch.testing.assert_close(actual, expected, **options)
+
+
+def convolved(x, kernels, tail, silu=True):
+    """One sequence x [T, D], token by token: (outputs, the inputs a continuation needs)."""
+    W = kernels.shape[-1]
+    seen = torch.cat([tail, x])
+    out = torch.stack([(seen[t : t + W] * kernels[t].T).sum(0) for t in range(x.shape[0])])
+    return F.silu(out) if silu else out, seen[len(seen) - W + 1 :]
+
+
+@pytest.mark.parametrize("activation", ["silu", None], ids=str)
+@pytest.mark.parametrize("tailed", [True, False], ids=["tail", "fresh"])
+@pytest.mark.parametrize("T, W", [(7, 4), (2, 4), (1, 4), (5, 1)], ids=lambda n: str(n))
+def test_convolves_as_written(T, W, tailed, activation):
+    x, kernels = normal(2, T, 3, dtype=torch.float64), normal(2, T, 3, W, seed=1, dtype=torch.float64)
+    tail = normal(2, W - 1, 3, seed=2, dtype=torch.float64) if tailed else None
+    output, carried = dynamic_convolution(x, kernels, tail=tail, activation=activation)
+    for b in range(2):
+        before = tail[b] if tailed else x.new_zeros(W - 1, 3)
+        close(
+            (output[b], carried[b]), convolved(x[b], kernels[b], before, activation == "silu"), rtol=1e-12, atol=1e-12
+        )
+
+
+def test_equal_kernels_are_a_short_convolution():
+    x, weight, tail = normal(2, 9, 5), normal(5, 4, seed=1), normal(2, 3, 5, seed=2)
+    lengths = torch.tensor([9, 4], device=DEVICE)
+    expected = short_convolution(x, weight, tail=tail, lengths=lengths, impl="torch")
+    close(dynamic_convolution(x, weight.expand(2, 9, 5, 4), tail=tail, lengths=lengths), expected)
+
+
+@pytest.mark.parametrize("tailed", [True, False], ids=["tail", "fresh"])
+def test_padded_and_packed_rows_equal_single_ones(tailed):
+    lengths, W = (6, 0, 2, 3), 4
+    x, kernels = normal(4, 6, 3, dtype=torch.float64), normal(4, 6, 3, W, seed=1, dtype=torch.float64)
+    tail = normal(4, W - 1, 3, seed=2, dtype=torch.float64) if tailed else None
+    count = torch.tensor(lengths, device=DEVICE)
+    for b, n in enumerate(lengths):
+        x[b, n:] = 0
+    output, carried = dynamic_convolution(x, kernels, tail=tail, lengths=count)
+    borders = F.pad(count.cumsum(0), (1, 0))
+    flat_x = torch.cat([x[b, :n] for b, n in enumerate(lengths)])[None]
+    flat_kernels = torch.cat([kernels[b, :n] for b, n in enumerate(lengths)])[None]
+    packed, packed_carried = dynamic_convolution(flat_x, flat_kernels, tail=tail, cu_seqlens=borders)
+    close(packed_carried, carried, rtol=0, atol=0)
+    for b, n in enumerate(lengths):
+        before = tail[b] if tailed else x.new_zeros(W - 1, 3)
+        expected = convolved(x[b, :n], kernels[b, :n], before) if n else (x[b, :0], before)
+        close((output[b, :n], carried[b]), expected, rtol=1e-12, atol=1e-12)
+        close(packed[0, borders[b] : borders[b + 1]], expected[0], rtol=1e-12, atol=1e-12)
+        assert not output[b, n:].any()
+
+
+@pytest.mark.parametrize("kind", ["rows", "padded", "packed"])
+def test_gradients_of_the_convolution(kind):
+    options = {"padded": dict(lengths=torch.tensor([5, 2])), "packed": dict(cu_seqlens=torch.tensor([0, 2, 5]))}
+    options = {name: value.to(DEVICE) for name, value in options.get(kind, {}).items()}
+    rows = 1 if kind == "packed" else 2
+    inputs = normal(rows, 5, 2, dtype=torch.float64), normal(rows, 5, 2, 3, seed=1, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (*inputs, normal(2, 2, 2, seed=2, dtype=torch.float64))]
+    for activation in ("silu", None):
+        assert torch.autograd.gradcheck(
+            lambda x, kernels, tail, a=activation: dynamic_convolution(x, kernels, tail=tail, activation=a, **options),
+            inputs,
+        )
+
+
+def test_low_precision_sums_in_float32():
+    x, kernels = normal(2, 9, 5, dtype=torch.bfloat16), normal(2, 9, 5, 4, seed=1, dtype=torch.bfloat16)
+    inputs = x.requires_grad_(), kernels.requires_grad_()
+    output = dynamic_convolution(*inputs).output
+    wide = [t.detach().float().requires_grad_() for t in inputs]
+    exact = dynamic_convolution(*wide).output
+    assert torch.equal(output, exact.bfloat16())
+    grads = torch.autograd.grad(output.float().sum(), inputs)
+    for grad, expected in zip(grads, torch.autograd.grad(exact.sum(), wide), strict=True):
+        assert torch.equal(grad, expected.bfloat16())
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (dict(x=torch.zeros(2, 5)), "x"),
+        (dict(kernels=torch.zeros(2, 5, 3)), "kernels"),
+        (dict(kernels=torch.zeros(2, 4, 3, 4)), "kernels"),
+        (dict(kernels=torch.zeros(2, 5, 3, 0)), "kernels"),
+        (dict(tail=torch.zeros(2, 4, 3)), "tail"),
+        (dict(lengths=torch.tensor([6, 1])), "lengths"),
+        (dict(lengths=torch.tensor([5, 1]), cu_seqlens=torch.tensor([0, 5])), "lengths"),
+        (dict(cu_seqlens=torch.tensor([0, 5])), "cu_seqlens"),
+        (dict(activation="relu"), "activation"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
+def test_bad_inputs_of_the_convolution_name_the_argument(change, name):
+    arguments = dict(x=torch.zeros(2, 5, 3), kernels=torch.zeros(2, 5, 3, 4)) | change
+    with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
+        dynamic_convolution(arguments.pop("x"), arguments.pop("kernels"), **arguments)
+
+
+def make(seed=0, dtype=torch.float32, **options):
+    """A small block whose kernels do differ from token to token."""
+    torch.manual_seed(seed)
+    shape = dict(num_heads=2, head_dim=8, num_v_heads=4, head_v_dim=6, kernel_hidden=5)
+    layer = JetBlock(20, **(shape | options))
+    for parameter in layer.dynamic_conv1d.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return layer.to(DEVICE, dtype)
+
+
+def tokens(B=3, T=11, seed=1, dtype=torch.float32):
+    return normal(B, T, 20, seed=seed, dtype=dtype)
+
+
+def some_state(layer, B=3, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return GDNState(*(torch.randn(t.shape, generator=generator).to(t) for t in layer.init_state(B)))
+
+
+def test_published_names_and_sizes():
+    layer = JetBlock(16, num_heads=2, head_dim=12, head_v_dim=32)
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
+        "q_proj.weight": (24, 16),
+        "k_proj.weight": (24, 16),
+        "v_proj.weight": (64, 16),
+        "b_proj.weight": (2, 16),
+        "a_proj.weight": (2, 16),
+        "g_proj.weight": (64, 16),
+        "o_proj.weight": (16, 64),
+        "dynamic_conv1d.kernel_generator.w1.weight": (8, 16),
+        "dynamic_conv1d.kernel_generator.w2.weight": (256, 8),
+        "dynamic_conv1d.kernel_generator.w2.bias": (256,),
+        "o_norm.weight": (32,),
+        "A_log": (2,),
+        "dt_bias": (2,),
+    }
+    state = layer.init_state(3)
+    assert state.fast_weights.shape == (3, 2, 12, 32) and state.conv_tail.shape == (3, 3, 64)
+    assert layer.o_norm.eps == 1e-5 and not layer.allow_neg_eigval
+
+
+@pytest.mark.parametrize("sleep", SLEEPS)
+def test_replays_what_the_reference_replays(sleep):
+    layer = make(dtype=torch.float64, **SLEEPS[sleep])
+    weights = dict(layer.named_parameters())
+    x, state = tokens(dtype=torch.float64), some_state(layer)
+
+    def linear(name):
+        return x @ weights[f"{name}.weight"].T
+
+    generator = "dynamic_conv1d.kernel_generator"
+    kernels = F.silu(linear(f"{generator}.w1")) @ weights[f"{generator}.w2.weight"].T + weights[f"{generator}.w2.bias"]
+    kernels = kernels.unflatten(-1, (24, layer.conv_size))
+    rows = [convolved(linear("v_proj")[b], kernels[b], state.conv_tail[b]) for b in range(3)]
+    v, tail = (torch.stack(part) for part in zip(*rows, strict=True))
+    o, fast_weights = sleep_gated_delta_rule_reference(
+        F.silu(linear("q_proj")).unflatten(-1, (2, 8)),
+        F.silu(linear("k_proj")).unflatten(-1, (2, 8)),
+        v.unflatten(-1, (4, 6)),
+        linear("a_proj"),
+        linear("b_proj"),
+        passes=layer.passes,
+        window=layer.window,
+        output_pass=layer.output_pass,
+        initial_state=state.fast_weights,
+        rule=layer.rule,
+        use_qk_l2norm=True,
+        A_log=layer.A_log,
+        dt_bias=layer.dt_bias,
+        use_beta_sigmoid=True,
+    )
+    o = o * (o.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weights["o_norm.weight"]
+    y = (o * F.silu(linear("g_proj").unflatten(-1, (4, 6)))).flatten(2) @ weights["o_proj.weight"].T
+    actual, new_state = layer(x, state=state, return_state=True)
+    close((actual, *new_state), (y, fast_weights, tail), rtol=1e-9, atol=1e-9)
+
+
+def test_new_dynamic_convolutions_start_static_and_learn():
+    torch.manual_seed(0)
+    layer = JetBlock(20, num_heads=4, head_dim=16).to(DEVICE)
+    generator = layer.dynamic_conv1d.kernel_generator
+    x = tokens()
+    close(generator(x), generator.w2.bias.expand(3, 11, -1), rtol=0, atol=0)
+    assert abs(generator.w2.bias.std() - 0.02) < 0.004
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
+    assert all(p.grad.abs().sum() > 0 for p in generator.parameters())
+    assert (generator(x) - generator.w2.bias).abs().max() > 0
+
+
+@pytest.mark.parametrize("options", [{}, dict(passes=2, window=4)], ids=["plain", "two_passes"])
+def test_split_at_windows_equals_whole_run(options):
+    layer, x = make(**options), tokens(T=12)
+    y, state = layer(x, state=some_state(layer), return_state=True)
+    parts, carried = [], some_state(layer)
+    for part in x.split([4, 8], dim=1):
+        out, carried = layer(part, state=carried, return_state=True)
+        parts.append(out)
+    close((torch.cat(parts, 1), *carried), (y, *state))
+
+
+def test_one_token_calls_equal_the_whole_run():
+    layer, x = make(), tokens(T=6)
+    y, final = layer(x, state=some_state(layer), return_state=True)
+    steps, carried = [], some_state(layer)
+    for t in range(6):
+        out, carried = layer(x[:, t : t + 1], state=carried, return_state=True)
+        steps.append(out)
+    close((torch.cat(steps, 1), *carried), (y, *final))
+    weights = list(layer.parameters())
+    stepped = torch.autograd.grad(torch.cat(steps, 1).square().sum() + carried.fast_weights.square().sum(), weights)
+    whole = torch.autograd.grad(y.square().sum() + final.fast_weights.square().sum(), weights)
+    close(stepped, whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("passes, window", [(1, None), (2, 4), (3, None)], ids=str)
+def test_outputs_never_depend_on_later_tokens(passes, window):
+    layer, x = make(passes=passes, window=window), tokens()
+    y = layer(x)
+    for cut in (1, 4, 6):
+        changed = x.clone()
+        changed[:, cut:] = tokens(seed=9)[:, cut:]
+        close(layer(changed)[:, :cut], y[:, :cut], rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(layer(changed)[:, cut:], y[:, cut:])
+
+
+@pytest.mark.parametrize("options", [{}, dict(passes=2, window=3)], ids=["plain", "two_passes"])
+@pytest.mark.parametrize("side", ["left", "right", "scattered", "lengths"])
+def test_padding_changes_nothing(options, side):
+    layer = make(**options)
+    real = (11, 4, 1, 0)
+    state = some_state(layer, B=4)
+    x, mask = tokens(B=4).fill_(float("nan")), torch.zeros(4, 11, dtype=torch.long, device=DEVICE)
+    rows = [tokens(B=1, T=max(n, 1), seed=n)[0, :n] for n in real]
+    for b, n in enumerate(real):
+        places = {"left": range(11 - n, 11), "scattered": range(0, 2 * n, 2) if n < 6 else range(n)}
+        mask[b, list(places.get(side, range(n)))] = 1
+        x[b, mask[b].bool()] = rows[b]
+    padding = dict(lengths=mask.sum(1)) if side == "lengths" else dict(attention_mask=mask)
+    y, new_state = layer(x, state=state, return_state=True, **padding)
+    assert not y[mask == 0].any()
+    for b, n in enumerate(real):
+        alone = GDNState(*(t[b : b + 1] for t in state))
+        if n == 0:
+            close(tuple(t[b : b + 1] for t in new_state), alone, rtol=0, atol=0)
+            continue
+        expected, expected_state = layer(rows[b][None], state=alone, return_state=True)
+        close(y[b, mask[b].bool()][None], expected)
+        close(tuple(t[b : b + 1] for t in new_state), expected_state)
+    loss = y.square().sum() + new_state.fast_weights.square().sum()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, list(layer.parameters())))
+
+
+@pytest.mark.parametrize("options", [{}, dict(passes=2, window=3)], ids=["plain", "two_passes"])
+def test_packed_sequences_equal_separate_ones(options):
+    layer, x = make(**options), tokens(B=1, T=12)
+    borders = (0, 5, 5, 6, 12)
+    state = some_state(layer, B=4)
+    y, new_state = layer(x, state=state, cu_seqlens=torch.tensor(borders, device=DEVICE), return_state=True)
+    for n, (start, stop) in enumerate(itertools.pairwise(borders)):
+        alone = expected_state = GDNState(*(t[n : n + 1] for t in state))
+        if stop > start:
+            expected, expected_state = layer(x[:, start:stop], state=alone, return_state=True)
+            close(y[:, start:stop], expected)
+        close(tuple(t[n : n + 1] for t in new_state), expected_state)
+
+
+@pytest.mark.parametrize("lengths", [None, (11, 2, 0)], ids=["full", "padded"])
+@pytest.mark.parametrize("T", [1, 11])
+def test_update_state_is_the_state_of_forward_for_less(lengths, T):
+    layer, x = make(passes=2, window=4), tokens(T=T)
+    lengths = None if lengths is None else torch.tensor(lengths, device=DEVICE).clamp(max=T)
+    expected, writes = layer(x, state=some_state(layer), lengths=lengths, return_writes=True)[1:]
+    for module in (layer.q_proj, layer.g_proj, layer.o_proj, layer.o_norm):
+        module.register_forward_hook(lambda *a: pytest.fail("computed for nothing"))
+    state, updated = layer.update_state(x, some_state(layer), lengths=lengths, return_writes=True)
+    close(state, expected)
+    close(updated, writes)
+
+
+def test_replay_repeats_the_writes():
+    x = tokens()
+    layer, awake = make(passes=3, window=None), make()
+    _, expected = layer(x, state=some_state(layer), return_state=True)
+    _, state, writes = awake(x, state=some_state(awake), return_writes=True)
+    close(awake.replay(writes, state.fast_weights, passes=2), expected.fast_weights)
+
+
+def test_gradients_reach_every_parameter_the_input_and_the_state():
+    layer = make(passes=2, window=4)
+    x = tokens().requires_grad_()
+    state = GDNState(*(t.requires_grad_() for t in some_state(layer)))
+    y, new_state = layer(x, state=state, return_state=True)
+    (y.square().sum() + new_state.fast_weights.square().sum()).backward()
+    for name, p in [*layer.named_parameters(), ("x", x), ("fast_weights", state[0]), ("conv_tail", state[1])]:
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+
+
+def test_triton_layer_equals_torch_layer():
+    results = []
+    for impl in ("torch", "triton"):
+        layer = make(impl=impl)
+        state = GDNState(*(t.requires_grad_() for t in some_state(layer)))
+        y, new_state = layer(tokens(), state=state, return_state=True)
+        loss = y.square().sum() + new_state.fast_weights.square().sum()
+        results.append((y, *new_state, *torch.autograd.grad(loss, [*state, *layer.parameters()])))
+    close(*results, rtol=2e-2 if DEVICE == "cuda" else 1e-3, atol=2e-2 if DEVICE == "cuda" else 1e-3)
+
+
+def test_autocast_keeps_gates_and_states_in_float32():
+    layer, x = make(), tokens()
+    y, state = layer(x, return_state=True)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        low, low_state = layer(x, state=layer.init_state(3), return_state=True)
+        updated = layer.update_state(x, layer.init_state(3))
+    assert low.dtype == torch.bfloat16 and low_state.conv_tail.dtype == torch.bfloat16
+    assert low_state.fast_weights.dtype == torch.float32
+    close(updated, low_state)
+    close(low.float(), y, rtol=0.1, atol=0.05)
+    low.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    layer, x = make(passes=2, window=4), tokens()
+    weights = list(layer.parameters())
+    plain = torch.autograd.grad(layer(x).square().sum(), weights)
+    saved = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), weights)
+    close(saved, plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("padding", [None, "lengths"], ids=["full", "padded"])
+def test_traces_as_one_graph(padding):
+    layer, x = make(), tokens()
+    options = {} if padding is None else dict(lengths=torch.tensor([11, 3, 0], device=DEVICE))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
+    y, state = compiled(x, state=some_state(layer), return_state=True, **options)
+    expected = layer(x, state=some_state(layer), return_state=True, **options)
+    close((y, *state), (expected[0], *expected[1]))
+    grads = [torch.autograd.grad(out.square().sum(), list(layer.parameters())) for out in (y, expected[0])]
+    close(*grads, rtol=1e-3, atol=1e-4)
+
+
+def test_copies_are_alike():
+    layer, x = make(passes=2, window=4), tokens()
+    other = copy.deepcopy(layer)
+    assert torch.equal(other(x), layer(x))
+    assert [n for n, p in other.named_parameters() if getattr(p, "_no_weight_decay", False)] == ["A_log", "dt_bias"]
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (dict(hidden_size=0), "hidden_size"),
+        (dict(num_heads=0), "num_heads"),
+        (dict(num_v_heads=3), "num_v_heads"),
+        (dict(head_v_dim=-1), "head_v_dim"),
+        (dict(conv_size=0), "conv_size"),
+        (dict(kernel_hidden=0), "kernel_hidden"),
+        (dict(passes=0), "passes"),
+        (dict(window=0), "window"),
+        (dict(norm_eps=float("nan")), "norm_eps"),
+        (dict(output_pass="middle"), "output_pass"),
+        (dict(rule="oja"), "rule"),
+        (dict(impl="cuda"), "impl"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_settings_name_the_argument(change, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
+        JetBlock(**(dict(hidden_size=20, num_heads=2, head_dim=8) | change))
+
+
+def test_bad_states_are_refused():
+    layer = make().cpu()
+    for state in (GDNState(torch.zeros(3, 4, 8, 6), torch.zeros(3, 3, 56)), torch.zeros(3, 4, 8, 6)):
+        with pytest.raises(ValueError, match="^state.*: expected .*got "):
+            layer(torch.zeros(3, 4, 20), state=state)
