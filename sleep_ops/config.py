@@ -8,7 +8,7 @@ from sleep_ops.ops.attention import BACKENDS
 from sleep_ops.sleep import CONV_BOUNDARIES, EVICTIONS, SLEEP_KINDS
 from sleep_ops.validation import IMPLS, RULES, check_choice, check_count, check_flags
 
-LAYERS = ("attn", "gdn")
+LAYERS = ("attn", "swa", "gdn", "jet")
 SLEEP_ON = ("every", "unlabelled")
 _GDN_SIZES = ("gdn_num_heads", "gdn_num_v_heads", "gdn_head_dim", "gdn_head_v_dim")
 _CHOICES = {
@@ -108,11 +108,14 @@ class SleepSettings:
 class HybridConfig(SleepSettings):
     """Everything that defines a `SleepHybridModel`: its `SleepSettings` and its sizes.
 
-    vocab_size, hidden_size: tokens and width. layers: one of "attn", "gdn" per block, first block first.
+    vocab_size, hidden_size: tokens and width.
+    layers: per block, first block first, one of "attn", "swa" (attention to the `sliding_window` most recent tokens, or
+        to the window's where those are fewer), "gdn" (`SleepGDNLayer`) and "jet" (`JetBlock`).
     num_heads, num_kv_heads, head_dim: attention's query heads, key/value heads (default num_heads) and head dim
         (default hidden_size / num_heads).
-    gdn_num_heads, gdn_num_v_heads, gdn_head_dim, gdn_head_v_dim, conv_size, allow_neg_eigval, rule: see
-        `SleepGDNLayer`; heads and head dim default to attention's.
+    gdn_num_heads, gdn_num_v_heads, gdn_head_dim, gdn_head_v_dim, conv_size, rule: of "gdn" and "jet" blocks, see
+        `SleepGDNLayer`; heads and head dim default to attention's. allow_neg_eigval: of "gdn" blocks.
+    jet_kernel_hidden: of "jet" blocks, see `JetBlock`.
     intermediate_size: SwiGLU width, default 8/3 hidden_size rounded up to a multiple of 16. rope_theta: base of the
         rotary positions. norm_eps: of every RMSNorm. tie_embeddings: the head shares the embedding's weight.
         initializer_range: standard deviation of the weights.
@@ -130,6 +133,8 @@ class HybridConfig(SleepSettings):
     gdn_num_v_heads: int | None = None
     gdn_head_dim: int | None = None
     gdn_head_v_dim: int | None = None
+    jet_kernel_hidden: int | None = None
+    sliding_window: int | None = None
     conv_size: int = 4
     allow_neg_eigval: bool = False
     rule: str = "delta"
@@ -146,7 +151,14 @@ class HybridConfig(SleepSettings):
         super().__post_init__()
         for name in ("vocab_size", "hidden_size", "num_heads", "conv_size"):
             check_count(name, getattr(self, name))
-        for name in ("num_kv_heads", "head_dim", "intermediate_size", *_GDN_SIZES):
+        for name in (
+            "num_kv_heads",
+            "head_dim",
+            "intermediate_size",
+            "jet_kernel_hidden",
+            "sliding_window",
+            *_GDN_SIZES,
+        ):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         for name in ("rope_theta", "norm_eps", "initializer_range"):
@@ -162,15 +174,18 @@ class HybridConfig(SleepSettings):
     def _check_together(self) -> None:
         """What one field asks of another."""
         self.resolve_loop(len(self.layers))
-        if self.head_dim is None and ("attn" in self.layers or self.gdn_head_dim is None):
+        attends = "attn" in self.layers or "swa" in self.layers
+        if "swa" in self.layers:
+            expect(self.sliding_window is not None, "sliding_window", "an integer >= 1 for 'swa' blocks", None)
+        if self.head_dim is None and (attends or self.gdn_head_dim is None):
             expected = f"a divisor of hidden_size {self.hidden_size} where head_dim is None"
             expect(self.hidden_size % self.num_heads == 0, "num_heads", expected, self.num_heads)
-        if "attn" in self.layers:
+        if attends:
             groups = self.num_kv_heads or self.num_heads
             expect(self.num_heads % groups == 0, "num_kv_heads", f"a divisor of num_heads {self.num_heads}", groups)
             head_dim = self.head_dim or self.hidden_size // self.num_heads
             expect(head_dim % 2 == 0, "head_dim", "an even number (rotary)", head_dim)
-        if "gdn" in self.layers:
+        if "gdn" in self.layers or "jet" in self.layers:
             heads = self.gdn_num_heads or self.num_heads
             value_heads = self.gdn_num_v_heads or heads
             expect(value_heads % heads == 0, "gdn_num_v_heads", f"a multiple of {heads} heads", value_heads)

@@ -8,12 +8,13 @@ from sleep_ops.config import HybridConfig
 from sleep_ops.layers.attention import Attention
 from sleep_ops.layers.block import Block
 from sleep_ops.layers.gdn import SleepGDNLayer
+from sleep_ops.layers.jet import DynamicConvolution, JetBlock
 from sleep_ops.reader import SleepOutput as SleepOutput
 from sleep_ops.reader import SleepReader
 
 
 class SleepHybridModel(SleepReader, nn.Module):
-    """Attention and GDN blocks; every window sleeps N passes before it is evicted (arXiv 2605.26099)."""
+    """Attention and fast-weight blocks; every window sleeps N passes before it is evicted (arXiv 2605.26099)."""
 
     def __init__(self, config: HybridConfig):
         super().__init__()
@@ -33,6 +34,9 @@ class SleepHybridModel(SleepReader, nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 residual = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=std / (2 * len(self.blocks)) ** 0.5 if residual else std)
+        for module in self.modules():
+            if isinstance(module, DynamicConvolution):
+                module.start_static(std)
 
     @property
     def settings(self) -> HybridConfig:
@@ -56,27 +60,29 @@ class SleepHybridModel(SleepReader, nn.Module):
 
 
 def _mixer(c: HybridConfig, kind: str) -> nn.Module:
-    if kind == "attn":
+    if kind in ("attn", "swa"):
         return Attention(
             c.hidden_size,
             num_heads=c.num_heads,
             num_kv_heads=c.num_kv_heads,
             head_dim=c.head_dim,
             rope_theta=c.rope_theta,
+            sliding_window=c.sliding_window if kind == "swa" else None,
             backend=c.attention_backend,
         )
-    return SleepGDNLayer(
-        c.hidden_size,
+    sizes = dict(
         num_heads=c.gdn_num_heads or c.num_heads,
         head_dim=c.gdn_head_dim or c.head_dim or c.hidden_size // c.num_heads,
         num_v_heads=c.gdn_num_v_heads,
         head_v_dim=c.gdn_head_v_dim,
         conv_size=c.conv_size,
-        allow_neg_eigval=c.allow_neg_eigval,
         norm_eps=c.norm_eps,
         rule=c.rule,
         impl=c.impl,
     )
+    if kind == "jet":
+        return JetBlock(c.hidden_size, kernel_hidden=c.jet_kernel_hidden, **sizes)
+    return SleepGDNLayer(c.hidden_size, allow_neg_eigval=c.allow_neg_eigval, **sizes)
 
 
 def _widths(c: HybridConfig) -> tuple[int, int, float]:

@@ -1,4 +1,4 @@
-"""The dynamic convolution and the Jet block, against plain transcriptions."""
+"""The dynamic convolution and the Jet block, against plain transcriptions; Jet blocks in a model that sleeps."""
 
 import copy
 import itertools
@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sleep_ops import HybridConfig, SleepHybridModel, SleepSession
+from sleep_ops.layers.attention import Attention
+from sleep_ops.layers.gdn import SleepGDNLayer
 from sleep_ops.layers.jet import JetBlock
 from sleep_ops.layers.mixer import GDNState
 from sleep_ops.ops.dynamic_conv import dynamic_convolution
@@ -417,3 +420,133 @@ def test_bad_states_are_refused():
     for state in (GDNState(torch.zeros(3, 4, 8, 6), torch.zeros(3, 3, 56)), torch.zeros(3, 4, 8, 6)):
         with pytest.raises(ValueError, match="^state.*: expected .*got "):
             layer(torch.zeros(3, 4, 20), state=state)
+
+
+VOCAB, WINDOW, LENGTH = 11, 5, 17
+MODELS = [
+    pytest.param(
+        dict(sleep_kind=kind, eviction=eviction, loop=loop, passes=passes), id=f"{kind}-{eviction}-{loop}-{passes}"
+    )
+    for kind, eviction, loop, passes in itertools.product(
+        ("refine", "replay"), ("hard", "sliding"), (None, (1, 2)), (1, 2, 3)
+    )
+    if passes > 1 or kind == "refine"
+]
+
+
+def hybrid(**changes) -> SleepHybridModel:
+    """attn, jet, swa, jet, with kernels that do differ from token to token."""
+    torch.manual_seed(0)
+    settings = dict(vocab_size=VOCAB, hidden_size=16, layers=("attn", "jet", "swa", "jet"), window=WINDOW, num_heads=2)
+    settings |= dict(sliding_window=3, gdn_num_v_heads=4, gdn_head_v_dim=6, jet_kernel_hidden=5, initializer_range=0.3)
+    model = SleepHybridModel(HybridConfig(**(settings | changes)))
+    for name, parameter in model.named_parameters():
+        if "kernel_generator" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model.double()
+
+
+def texts(batch=2, length=LENGTH, seed=1):
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_state(a, b):
+    assert (a.seen, a.live, a.kept) == (b.seen, b.live, b.kept)
+    for s, t in zip(
+        a.blocks + a.start + (a.hidden,) + a.writes, b.blocks + b.start + (b.hidden,) + b.writes, strict=True
+    ):
+        torch.testing.assert_close(s, t, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", MODELS)
+def test_token_by_token_chunks_and_at_once_agree(options):
+    model, ids = hybrid(**options), texts()
+    whole = SleepSession(model)
+    logits = whole.read(ids, all_logits=True)
+    torch.testing.assert_close(model(ids).logits, logits, rtol=1e-9, atol=1e-9)
+    for cuts in (range(LENGTH + 1), (0, 3, 4, 12, LENGTH)):
+        chunked = SleepSession(model)
+        last = [chunked.read(ids[:, a:b]) for a, b in itertools.pairwise(cuts)]
+        torch.testing.assert_close(torch.stack(last, 1), logits[:, [c - 1 for c in cuts[1:]]], rtol=1e-9, atol=1e-9)
+        assert_same_state(chunked.state, whole.state)
+
+
+@pytest.mark.parametrize("options", MODELS)
+def test_padded_rows_stay_independent(options):
+    model, prompts = hybrid(**options), [texts(1, n, seed=n) for n in (9, 4, 6)]
+    ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+    for b, prompt in enumerate(prompts):
+        ids[b, 9 - prompt.shape[1] :], mask[b, 9 - prompt.shape[1] :] = prompt[0], 1
+    together, more = SleepSession(model), texts(3, 8, seed=7)
+    first = together.read(ids, mask)
+    second = together.read(more, all_logits=True)
+    for b, prompt in enumerate(prompts):
+        alone = SleepSession(model)
+        torch.testing.assert_close(first[b : b + 1], alone.read(prompt), rtol=1e-8, atol=1e-8)
+        expected = alone.read(more[b : b + 1], all_logits=True)
+        torch.testing.assert_close(second[b : b + 1], expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["refine", "replay"])
+def test_gradients_reach_every_parameter_through_sleep(kind):
+    ids, grads = texts(), []
+    labels = torch.full_like(ids, -100)
+    labels[:, 15:] = 1
+    for checkpointing in (False, True):
+        model = hybrid(passes=3, sleep_kind=kind, activation_checkpointing=checkpointing)
+        model(ids, labels=labels).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+        assert all(g is not None and g.any() for g in grads[-1])
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_sliding_attention_sees_its_own_window_at_most(eviction):
+    for sliding in (2, WINDOW, 50):
+        model = hybrid(layers=("swa",), sliding_window=sliding, eviction=eviction)
+        ids, reach = texts(1, 13), min(sliding, WINDOW)
+        before = model(ids).logits
+        for t in range(13):
+            changed = ids.clone()
+            changed[:, t] = (changed[:, t] + 1) % VOCAB
+            moved = (model(changed).logits - before).abs().amax(-1)[0] > 1e-9
+            same_window = [eviction == "sliding" or i // WINDOW == t // WINDOW for i in range(13)]
+            assert moved.tolist() == [t <= i < t + reach and same_window[i] for i in range(13)]
+
+
+def test_blocks_are_what_the_configuration_says():
+    model = SleepHybridModel(
+        HybridConfig(
+            vocab_size=5, hidden_size=16, layers=("swa", "jet", "gdn", "attn"), window=4, sliding_window=3, num_heads=2,
+            gdn_num_heads=1, gdn_num_v_heads=2, gdn_head_dim=4, gdn_head_v_dim=6, conv_size=3, jet_kernel_hidden=7,
+            norm_eps=1e-4, initializer_range=0.1,
+        )
+    )  # fmt: skip
+    swa, jet, gdn, attn = (block.mixer for block in model.blocks)
+    assert isinstance(swa, Attention) and swa.sliding_window == 3
+    assert isinstance(attn, Attention) and attn.sliding_window is None
+    assert isinstance(gdn, SleepGDNLayer) and isinstance(jet, JetBlock)
+    for mixer in (jet, gdn):
+        sizes = (mixer.num_heads, mixer.num_v_heads, mixer.head_dim, mixer.head_v_dim, mixer.conv_size)
+        assert sizes == (1, 2, 4, 6, 3) and mixer.o_norm.eps == 1e-4
+    generator = jet.dynamic_conv1d.kernel_generator
+    assert generator.w1.out_features == 7 and not generator.w2.weight.any() and generator.w2.bias.std() > 0.05
+    assert [block.fast_weights for block in model.blocks] == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (dict(layers=("jet", "mamba")), "layers"),
+        (dict(sliding_window=None), "sliding_window"),
+        (dict(sliding_window=0), "sliding_window"),
+        (dict(jet_kernel_hidden=1.5), "jet_kernel_hidden"),
+        (dict(layers=("jet",), gdn_num_heads=3), "gdn_num_v_heads"),
+        (dict(layers=("swa",), num_kv_heads=3), "num_kv_heads"),
+        (dict(layers=("swa",), head_dim=3), "head_dim"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_configurations_name_the_field(change, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
+        hybrid(**change)

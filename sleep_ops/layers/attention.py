@@ -81,8 +81,8 @@ class Attention(nn.Module):
     """Multi-head (or grouped-query) causal attention whose cache is passed in and returned, never kept inside.
 
     hidden_size: width; num_heads, num_kv_heads: query and key/value heads; head_dim: even; rope_theta: rotary base;
-    sliding_window: the most keys a query sees, where that is fewer than the model's window allows; backend: see
-    `causal_attention`.
+    sliding_window: the most keys a query sees, where that is fewer than the model's window allows; qkv_bias: whether
+    the projections into queries, keys and values have one; backend: see `causal_attention`.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Attention(nn.Module):
         head_dim: int | None = None,
         rope_theta: float = 10000.0,
         sliding_window: int | None = None,
+        qkv_bias: bool = False,
         backend: str = "auto",
     ):
         super().__init__()
@@ -101,9 +102,9 @@ class Attention(nn.Module):
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_dim = head_dim or hidden_size // num_heads
         self.rope_theta, self.sliding_window, self.backend = rope_theta, sliding_window, backend
-        self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
+        self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=False)
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> AttentionState:
