@@ -1,4 +1,4 @@
-"""What every chunk needs before the state arrives: activated gates, cumulative decays, and the delta rule's inverse.
+"""What chunks need before the state arrives: active gates, summed decays, the delta rule's inverse, norms of q and k.
 
 With k_i, beta_i and the cumulative log decay G_i of one chunk of C tokens (Yang, Kautz, Hatamizadeh, "Gated Delta
 Networks", arXiv 2412.06464, section 3.3),
@@ -17,6 +17,7 @@ from torch import Tensor
 from sleep_ops.kernels.configs import ChunkConfig, block_size
 from sleep_ops.kernels.primitives import (
     LOG2E,
+    inverse_norm,
     load_key_tile,
     load_rows,
     load_tile,
@@ -27,6 +28,7 @@ from sleep_ops.kernels.primitives import (
 )
 
 GATE_BLOCK_H = 16
+NORM_ROWS = 32
 
 
 @triton.jit
@@ -133,6 +135,20 @@ def chunk_prepare_kernel(
         b_k = load_key_tile(p_k, o_i, tl.arange(0, BK), stride_k, num_rows, K, USE_L2NORM)
         b_A = delta_rule_inverse(b_k, b_G, b_beta, C, PRECISION)
         store_tile(A + o_gate * C, b_A, o_i, o_i, HV * C, num_rows, C)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def inverse_norm_kernel(x, r, num_rows, stride, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
+    """r = 1 / sqrt(sum x^2 + 1e-6) over the rows of x, [num_rows, H] float32, for BR rows of a head.
+
+    Grid (tiles of rows, H). Mirrors `l2_normalise` of sleep_ops/reference.py.
+    """
+    start = tl.program_id(0).to(tl.int64) * BR
+    i_h = tl.program_id(1)
+    o_r = tl.arange(0, BR)
+    left = num_rows - start
+    b_r = inverse_norm(load_tile(x + start * stride + i_h * K, o_r, tl.arange(0, BK), stride, left, K))
+    tl.store(r + start * H + i_h + o_r * H, b_r, mask=o_r < left)
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs"])
@@ -243,6 +259,15 @@ def chunk_prepare(
         num_stages=config.prepare.stages,
     )
     return G, beta_out, A
+
+
+def inverse_norms(x: Tensor, row_stride: int) -> Tensor:
+    """Inverse norms of q or k [B, T, H, K], whose rows lie as chunk_prepare's do: [B, T, H] float32."""
+    B, T, H, K = x.shape
+    r = torch.empty(B, T, H, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(B * T, NORM_ROWS), H)
+    inverse_norm_kernel[grid](x, r, B * T, row_stride, H=H, K=K, BK=block_size(K), BR=NORM_ROWS, num_warps=4)
+    return r
 
 
 def gate_backward(

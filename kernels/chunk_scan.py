@@ -12,6 +12,9 @@ and backwards, with dS the cotangent of the state after the chunk:
     dU = P^T dO + e^{G_C - G} K dS        dY = beta A^T dU
     dS <- e^{G_C} dS + Q^T (scale e^G dO) - K^T (e^G dY)        (Hebbian rule: no dY term)
 
+Rows of q and k are normalised in the tile, or stay as they are while rows of products are scaled by their inverse
+norms: with K = diag(r) K', K S = diag(r) (K' S) and K^T X = K'^T (diag(r) X).
+
 The columns of S are independent: a program carries [K, block_v] of them in float32 registers. So one pass over a
 segment as an affine map, S -> P S + R, is the same sweep over wider columns: from [I | 0] with values [0 | V] it leaves
 [P | R]. Products take operands in k's dtype, sums are float32.
@@ -31,6 +34,7 @@ from sleep_ops.kernels.primitives import (
     load_tile,
     pair_decay,
     pair_decay_transposed,
+    row_scales,
     sequence_bounds,
     state_columns,
     store_tile,
@@ -42,6 +46,8 @@ def chunk_scan_kernel(
     q,
     k,
     v,
+    rq,
+    rk,
     G,
     beta,
     A,
@@ -68,10 +74,10 @@ def chunk_scan_kernel(
 ):
     """States of one sequence, value head and column tile, chunk after chunk; A is None for the Hebbian rule.
 
-    Reads q, k, v rows, G, beta [rows, HV], A [rows, HV, C], initial_state [N, HV, K, V] or None (zero).
-    Writes, where given, output [rows, HV, V], states [chunks, HV, K, V] (each chunk's S before it, in that tensor's
-    dtype) and final_state [N, HV, K, V]. q is read for the output only. WIDENED: states are [P | R], [K, K + V] instead
-    of [K, V], from [I | 0]; there is no initial_state and no output.
+    Reads q, k, v rows, factors rq, rk [rows, H] of those of q and k (None for ones), G, beta [rows, HV], A [rows, HV,
+    C], initial_state [N, HV, K, V] or None (zero). Writes, where given, output [rows, HV, V], states [chunks, HV, K, V]
+    (each chunk's S before it, in that tensor's dtype) and final_state [N, HV, K, V]. q is read for the output only.
+    WIDENED: states are [P | R], [K, K + V] instead of [K, V], from [I | 0]; there is no initial_state and no output.
 
     Grid (N * HV * value tiles). Mirrors `one_pass` of sleep_ops/reference.py.
     """
@@ -108,21 +114,24 @@ def chunk_scan_kernel(
         b_G = load_decay(G + row * HV + i_hv, o_i, HV, num_rows)
         b_beta = load_rows(beta + row * HV + i_hv, o_i, HV, num_rows)
         b_e = tl.exp2(b_G)
+        b_rk = row_scales(rk, row * H + i_h, o_i, H, num_rows)
         dtype = b_k.dtype
         if A is None:
             b_U = b_beta[:, None] * b_v
         else:
             b_kS = tl.dot(b_k, b_S.to(dtype), input_precision="ieee")
             b_A = load_tile(A + (row * HV + i_hv) * C, o_i, o_i, HV * C, num_rows, C)
-            b_Y = b_beta[:, None] * (b_v - b_e[:, None] * b_kS)
+            b_Y = b_beta[:, None] * (b_v - (b_e * b_rk)[:, None] * b_kS)
             b_U = tl.dot(b_A, b_Y.to(dtype), input_precision="ieee")
+        b_U *= b_rk[:, None]  # from here on it only meets k
 
         if output is not None:
             b_q = load_key_tile(q + row * stride_q + i_h * K, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
             b_P = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * pair_decay(b_G, o_i[:, None] >= o_i[None, :])
             b_O = b_e[:, None] * tl.dot(b_q, b_S.to(dtype), input_precision="ieee")
             b_O += tl.dot(b_P.to(dtype), b_U.to(dtype), input_precision="ieee")
-            store_tile(output + (row * HV + i_hv) * V, b_O * scale, o_i, o_v, HV * V, num_rows, V)
+            b_O *= scale * row_scales(rq, row * H + i_h, o_i, H, num_rows)[:, None]
+            store_tile(output + (row * HV + i_hv) * V, b_O, o_i, o_v, HV * V, num_rows, V)
 
         G_C = tl.load(G + (row + num_rows - 1) * HV + i_hv)
         b_W = (tl.exp2(G_C - b_G)[:, None] * b_U).to(dtype)
@@ -136,6 +145,8 @@ def chunk_scan_kernel(
 def chunk_reverse_kernel(
     q,
     k,
+    rq,
+    rk,
     G,
     beta,
     A,
@@ -160,9 +171,9 @@ def chunk_reverse_kernel(
 ):
     """Cotangents of the states of one sequence, value head and value tile, from the last chunk to the first.
 
-    Reads d_output [rows, HV, V] and d_final_state [N, HV, K, V], each None for zero; q is read with d_output only.
-    Writes d_states [chunks, HV, K, V], the cotangent of the state after each chunk, and d_initial_state
-    [N, HV, K, V] where given.
+    Reads what chunk_scan reads but v, d_output [rows, HV, V] and d_final_state [N, HV, K, V], each None for zero; q is
+    read with d_output only. Writes d_states [chunks, HV, K, V], the cotangent of the state after each chunk, and
+    d_initial_state [N, HV, K, V] where given.
 
     Grid (N * HV * value tiles). Mirrors the backward of `one_pass` of sleep_ops/reference.py.
     """
@@ -194,25 +205,28 @@ def chunk_reverse_kernel(
         G_C = tl.load(G + (row + num_rows - 1) * HV + i_hv)
         b_e = tl.exp2(b_G)
         b_k = load_key_tile(k + row * stride_k + i_h * K, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
+        b_rk = row_scales(rk, row * H + i_h, o_i, H, num_rows)
         dtype = b_k.dtype
         b_dS_next = tl.exp2(G_C) * b_dS
 
         if d_output is not None:
             b_q = load_key_tile(q + row * stride_q + i_h * K, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
             b_dO = load_tile(d_output + (row * HV + i_hv) * V, o_i, o_v, HV * V, num_rows, V)
-            b_dQ = (scale * b_e[:, None] * b_dO.to(tl.float32)).to(dtype)
+            b_rq = scale * row_scales(rq, row * H + i_h, o_i, H, num_rows)
+            b_dQ = ((b_rq * b_e)[:, None] * b_dO.to(tl.float32)).to(dtype)
             b_dS_next += tl.dot(tl.trans(b_q), b_dQ, input_precision="ieee")
 
         if A is not None:
-            b_dU = tl.exp2(G_C - b_G)[:, None] * tl.dot(b_k, b_dS.to(dtype), input_precision="ieee")
+            b_dU = (b_rk * tl.exp2(G_C - b_G))[:, None] * tl.dot(b_k, b_dS.to(dtype), input_precision="ieee")
             if d_output is not None:
                 b_decay = pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
-                b_PT = scale * b_decay * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+                b_decay *= b_rk[:, None] * b_rq[None, :]
+                b_PT = b_decay * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
                 b_dU += tl.dot(b_PT.to(dtype), b_dO.to(dtype), input_precision="ieee")
             b_A = load_tile(A + (row * HV + i_hv) * C, o_i, o_i, HV * C, num_rows, C)
             b_beta = load_rows(beta + row * HV + i_hv, o_i, HV, num_rows)
             b_dX = tl.dot(tl.trans(b_A), b_dU.to(dtype), input_precision="ieee")
-            b_dkS = ((b_e * b_beta)[:, None] * b_dX).to(dtype)
+            b_dkS = ((b_e * b_beta * b_rk)[:, None] * b_dX).to(dtype)
             b_dS_next -= tl.dot(tl.trans(b_k), b_dkS, input_precision="ieee")
         b_dS = b_dS_next
 
@@ -225,6 +239,7 @@ def chunk_scan(
     k: Tensor,
     v: Tensor,
     row_strides: tuple[int, int, int],
+    norms: tuple[Tensor | None, Tensor | None],
     G: Tensor,
     beta: Tensor,
     A: Tensor | None,
@@ -243,6 +258,7 @@ def chunk_scan(
     With `num_chunks` (their bound over all sequences) the states before each chunk, [num_chunks, HV, K, V] in k's
     dtype, are returned instead of the final state and there is no output. `widened` (without q and initial_state):
     states are [P | R], [K, K + V]. Inputs as chunk_prepare takes and returns them; row_strides are those of q, k and v.
+    norms: inverse norms of q and k [B, T, H] by which rows of products are scaled; None where tiles are normalised.
     """
     B, T, H, K = k.shape
     HV, V = v.shape[2:]
@@ -261,6 +277,7 @@ def chunk_scan(
         q,
         k,
         v,
+        *norms,
         G,
         beta,
         A,
@@ -280,7 +297,7 @@ def chunk_scan(
         C=config.chunk,
         BK=block_size(K),
         BV=block_v,
-        USE_L2NORM=use_qk_l2norm,
+        USE_L2NORM=use_qk_l2norm and norms[1] is None,
         WIDENED=widened,
         num_warps=config.scan.warps,
         num_stages=config.scan.stages,
@@ -292,6 +309,7 @@ def chunk_reverse(
     q: Tensor | None,
     k: Tensor,
     row_strides: tuple[int, int, int],
+    norms: tuple[Tensor | None, Tensor | None],
     G: Tensor,
     beta: Tensor,
     A: Tensor | None,
@@ -309,8 +327,8 @@ def chunk_reverse(
 ) -> tuple[Tensor, Tensor | None]:
     """State cotangents after each chunk [num_chunks, HV, K, V] in k's dtype, and of the initial state where needed.
 
-    V is the `width` of the state, which may be a widened one. d_output [B, T, HV, V] and d_final_state [N, HV, K, V]
-    float32 are contiguous, or None for zero.
+    V is the `width` of the state, which may be a widened one. norms are those of chunk_scan. d_output [B, T, HV, V] and
+    d_final_state [N, HV, K, V] float32 are contiguous, or None for zero.
     """
     B, T, H, K = k.shape
     HV, V = G.shape[2], width
@@ -321,6 +339,7 @@ def chunk_reverse(
     chunk_reverse_kernel[(N * HV * triton.cdiv(V, block_v),)](
         q,
         k,
+        *norms,
         G,
         beta,
         A,
@@ -340,7 +359,7 @@ def chunk_reverse(
         C=config.chunk,
         BK=block_size(K),
         BV=block_v,
-        USE_L2NORM=use_qk_l2norm,
+        USE_L2NORM=use_qk_l2norm and norms[1] is None,
         num_warps=config.reverse.warps,
         num_stages=config.reverse.stages,
     )

@@ -146,6 +146,16 @@ def load_key_tile(p, o_r, o_c, stride, num_rows, num_cols, USE_L2NORM: tl.conste
 
 
 @triton.jit
+def row_scales(r, o_row, o_r, stride, num_rows):
+    """Factors r[o_row + o_r * stride] of a tile's rows, zero from num_rows on; ones where r is None."""
+    if r is None:
+        b_r = tl.full(o_r.shape, 1.0, tl.float32)
+    else:
+        b_r = load_rows(r + o_row, o_r, stride, num_rows)
+    return b_r
+
+
+@triton.jit
 def l2norm_gradient(b_x, b_dy):
     """Cotangent of x from that of y = x / sqrt(sum x^2 + eps): r (dy - y <y, dy>), float32."""
     b_r = inverse_norm(b_x)[:, None]

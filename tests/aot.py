@@ -26,9 +26,14 @@ from triton.compiler import ASTSource
 
 from sleep_ops.kernels import gated_norm, short_conv, step, window
 from sleep_ops.kernels.chunk_grad import chunk_grad_kernel
-from sleep_ops.kernels.chunk_prepare import chunk_prepare_kernel, gate_backward_kernel
+from sleep_ops.kernels.chunk_prepare import (
+    NORM_ROWS,
+    chunk_prepare_kernel,
+    gate_backward_kernel,
+    inverse_norm_kernel,
+)
 from sleep_ops.kernels.chunk_scan import chunk_reverse_kernel, chunk_scan_kernel
-from sleep_ops.kernels.configs import block_size, chunk_config, window_config
+from sleep_ops.kernels.configs import block_size, chunk_config, scales_rows, window_config
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # bytes of a multiprocessor
@@ -51,7 +56,8 @@ def _chunk_arguments(dtype: str, packed: bool) -> dict[str, Any]:
     data = ("q", "k", "v", "A", "output", "states", "d_states", "d_output", "dq", "dk", "dv")
     wide = ("G", "beta_out", "initial_state", "final_state", "d_final_state", "d_initial_state", "dG", "dbeta_out")
     arguments: dict[str, Any] = {name: f"*{dtype}" for name in data}
-    arguments |= {name: "*fp32" for name in (*wide, "g", "beta", "dg", "dbeta", "A_log", "dt_bias", "partial")}
+    wide += ("g", "beta", "dg", "dbeta", "A_log", "dt_bias", "partial", "rq", "rk")
+    arguments |= {name: "*fp32" for name in wide}
     arguments |= {name: "i32" for name in ("T", "num_seqs", "stride_q", "stride_k", "stride_v")}
     arguments |= {"scale": "fp32"}
     arguments |= {"cu_seqlens": "*i32" if packed else None, "chunk_offsets": "*i64" if packed else None}
@@ -59,28 +65,39 @@ def _chunk_arguments(dtype: str, packed: bool) -> dict[str, Any]:
 
 
 def chunk_cases(
-    K: int, V: int, dtype: str, *, packed: bool = False, l2norm: bool = True, groups: int = 2, archs=(80, 90, 100)
+    K: int,
+    V: int,
+    dtype: str,
+    *,
+    packed: bool = False,
+    l2norm: bool = True,
+    groups: int = 2,
+    chunk: int | None = None,
+    archs=(80, 90, 100),
 ):
-    """The chunk kernels of a training step, in the configuration the operator would choose."""
+    """The chunk kernels of a training step, in the configuration the operator would choose but for a `chunk` given."""
     config = chunk_config(K, V, 1 << 15, DTYPES[dtype])
+    config = config._replace(chunk=chunk or config.chunk)
+    scaled = l2norm and scales_rows(config, DTYPES[dtype], f"sm{archs[0]}")
     shape = {"H": 4, "HV": 4 * groups, "K": K, "V": V, "C": config.chunk, "BK": block_size(K)}
     gates = {"BETA_SCALE": 1.0, "USE_L2NORM": l2norm, "PRECISION": "ieee" if dtype == "fp32" else "tf32x3"}
     gates |= {"WIDENED": False, "BH": 4 * groups}
-    widened = {"output": None, "q": None, "initial_state": None, "d_output": None, "dq": None, "WIDENED": True}
+    widened = dict.fromkeys(("q", "rq", "output", "initial_state", "d_output", "dq")) | {"WIDENED": True}
     common = _chunk_arguments(dtype, packed) | shape | gates
-    label = f"{dtype}-K{K}-V{V}" + ("-packed" if packed else "")
+    sweep = {"USE_L2NORM": False} if scaled else {"rq": None, "rk": None}
+    label = f"{dtype}-K{K}-V{V}" + ("-packed" if packed else "") + (f"-C{chunk}" if chunk else "")
     for name, kernel, launch, changed in (
         ("chunk_prepare", chunk_prepare_kernel, config.prepare, {}),
-        ("chunk_scan", chunk_scan_kernel, config.scan, {"states": None}),
-        ("chunk_states", chunk_scan_kernel, config.scan, {"output": None, "final_state": None, "q": None}),
-        ("chunk_scan_widened", chunk_scan_kernel, config.scan, widened | {"states": None}),
-        ("chunk_states_widened", chunk_scan_kernel, config.scan, widened | {"final_state": None}),
-        ("chunk_reverse", chunk_reverse_kernel, config.reverse, {}),
+        ("chunk_scan", chunk_scan_kernel, config.scan, sweep | {"states": None}),
+        ("chunk_states", chunk_scan_kernel, config.scan, sweep | dict.fromkeys(("q", "rq", "output", "final_state"))),
+        ("chunk_scan_widened", chunk_scan_kernel, config.scan, sweep | widened | {"states": None}),
+        ("chunk_states_widened", chunk_scan_kernel, config.scan, sweep | widened | {"final_state": None}),
+        ("chunk_reverse", chunk_reverse_kernel, config.reverse, sweep),
         (
             "chunk_reverse_widened",
             chunk_reverse_kernel,
             config.reverse,
-            widened | {"d_initial_state": None, "V": K + V},
+            sweep | widened | {"d_initial_state": None, "V": K + V},
         ),
         ("chunk_grad", chunk_grad_kernel, config.grad, {}),
         ("chunk_grad_widened", chunk_grad_kernel, config.grad, widened),
@@ -88,6 +105,13 @@ def chunk_cases(
     ):
         arguments = common | changed | {"BV": launch.block_v}
         yield Case(f"{name}-{label}", kernel, arguments, launch.warps, launch.stages, archs)
+
+
+def inverse_norm_cases(dtype: str, K: int):
+    """The norms of q or k for sweeps that scale rows."""
+    arguments = {"x": f"*{dtype}", "r": "*fp32", "num_rows": "i32", "stride": "i32", "H": 4, "K": K}
+    arguments |= {"BK": block_size(K), "BR": NORM_ROWS}
+    yield Case(f"inverse_norm-{dtype}-K{K}", inverse_norm_kernel, arguments, 4, 3)
 
 
 def window_cases(
@@ -155,6 +179,7 @@ CASES = [
     *chunk_cases(256, 256, "bf16"),
     *chunk_cases(96, 192, "fp16", archs=(90,)),
     *chunk_cases(64, 64, "fp32", archs=(80,)),
+    *inverse_norm_cases("bf16", 128),
     *window_cases(64, 64, 24, "bf16"),
     *window_cases(64, 64, 24, "bf16", initial_state=False, archs=(90,)),
     *window_cases(128, 128, 32, "bf16", groups=2),

@@ -6,13 +6,29 @@ from cases import CASES, NAMES, Case, check_two_times, evaluate, make_inputs, re
 from torch.utils.checkpoint import checkpoint
 
 from sleep_ops.kernels import chunk_grad, chunk_prepare, chunk_scan
-from sleep_ops.kernels.configs import chunk_config
+from sleep_ops.kernels.configs import chunk_config, scales_rows
+from sleep_ops.kernels.launches import LAUNCHES
+from sleep_ops.ops.chunk_torch import TorchPass
 from sleep_ops.ops.chunk_triton import TritonPass, _chunk_offsets, _num_chunks, _rows
 from sleep_ops.reference import gated_delta_rule_reference
 
 GATED = next(case for case in CASES if case.id == "grouped-gated")
 chunk_gated_delta_rule_triton = single_pass(TritonPass)
 PACKED = next(case for case in CASES if case.id == "packed-empty-ends")
+LONG_CHUNKS = [
+    Case("grouped-gated", T=100, dims=(20, 40), heads=(1, 3), options=GATED.options),
+    Case("packed", lengths=(70, 0, 33, 1), heads=(2, 4), options=GATED.options | {"allow_neg_eigval": True}),
+    Case("hebbian-gated", T=65, B=2, heads=(1, 2), rule="hebbian", options=GATED.options),
+    Case("no-states", T=64, keys="zero", initial_state=False, options={"use_qk_l2norm": True}),
+    Case("plain", T=70, dims=(64, 64), final_cotangent=False),
+]
+
+
+@pytest.fixture
+def chunks_of_64(monkeypatch):
+    """As if the table asked for them, as `bench tune` may find it should."""
+    for width in ("float32", "16-bit"):
+        monkeypatch.setitem(LAUNCHES, (width, None, None, None), (64, (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -20,6 +36,32 @@ def test_two_times_rule(case, dtype, device):
     if device == "cpu" and not case.interpretable:
         pytest.skip("too large for Triton's interpreter: needs a GPU")
     check_two_times(chunk_gated_delta_rule_triton, case, dtype, device)
+
+
+@pytest.mark.parametrize("case", LONG_CHUNKS, ids=str)
+def test_two_times_rule_with_chunks_of_64(case, dtype, device, chunks_of_64):
+    assert chunk_config(*case.dims, 70, dtype).chunk == 64
+    check_two_times(chunk_gated_delta_rule_triton, case, dtype, device)
+
+
+@pytest.mark.parametrize("size", [2.0**-8, 2.0**10])
+def test_queries_and_keys_of_any_norm(size, dtype, device, chunks_of_64):
+    """Normalised inside, they may be as short or long as their dtype allows."""
+
+    def resized(function):
+        return lambda q, k, *others, **options: function(size * q, size * k, *others, **options)
+
+    functions = {"specification": gated_delta_rule_reference, "plain": single_pass(TorchPass)}
+    functions = {name: resized(function) for name, function in functions.items()}
+    check_two_times(resized(chunk_gated_delta_rule_triton), LONG_CHUNKS[0], dtype, device, **functions)
+
+
+def test_which_sweeps_scale_rows():
+    config = chunk_config(128, 128, 1000, torch.bfloat16)
+    assert not scales_rows(config, torch.bfloat16, "sm90")
+    long = config._replace(chunk=64)
+    assert [scales_rows(long, torch.bfloat16, arch) for arch in (None, "sm80", "sm90", "gfx942")] == [1, 0, 1, 0]
+    assert not scales_rows(long, torch.float16, "sm90")
 
 
 @pytest.mark.parametrize("case", [GATED, PACKED], ids=str)
@@ -71,10 +113,15 @@ def test_split_sequence_equals_whole(device):
 
 
 @pytest.mark.parametrize(
-    ("rule", "form", "packed"),
-    [("delta", "output", False), ("hebbian", "output", True), ("delta", "state", False), ("delta", "widened", True)],
+    ("rule", "form", "packed", "scaled"),
+    [
+        ("delta", "output", False, True),
+        ("hebbian", "output", True, False),
+        ("delta", "state", False, False),
+        ("delta", "widened", True, True),
+    ],
 )
-def test_opcheck(rule, form, packed, device):
+def test_opcheck(rule, form, packed, scaled, device):
     case = Case("opcheck", T=20, heads=(1, 2), lengths=(5, 15) if packed else (), options=GATED.options, rule=rule)
     inputs = make_inputs(case, torch.float32, device)
     q, k, v, g, beta, state, A_log, dt_bias = (inputs[name].detach().requires_grad_() for name in NAMES)
@@ -82,9 +129,12 @@ def test_opcheck(rule, form, packed, device):
     prepared = (k, g, beta, A_log, dt_bias, *packing, 20, 16, rule, True, 1.0)
     torch.library.opcheck(torch.ops.sleep_ops.chunk_prepare, prepared)
     G, active, A = (x.detach() for x in torch.ops.sleep_ops.chunk_prepare(*prepared))
-    factors = (G.requires_grad_(), active.requires_grad_(), A if rule == "delta" else None)
+    torch.library.opcheck(torch.ops.sleep_ops.inverse_norms, (k.detach(),))
+    rq, rk = (torch.ops.sleep_ops.inverse_norms(x.detach()) if scaled else None for x in (q, k))
+    factors = (rk, G.requires_grad_(), active.requires_grad_(), A if rule == "delta" else None)
     start = None if form == "widened" else state
-    swept = (q if form == "output" else None, k, v, *factors, start, *packing, 20, 0.25, True, form == "widened")
+    query = (q, k, v, rq) if form == "output" else (None, k, v, None)
+    swept = (*query, *factors, start, *packing, 20, 0.25, True, form == "widened")
     torch.library.opcheck(torch.ops.sleep_ops.chunk_scan, swept)
 
 

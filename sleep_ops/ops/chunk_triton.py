@@ -2,7 +2,7 @@
 
 Two operators, so that passes over the same tokens share what they have in common:
 
-    chunk_prepare    gates and triangular inverse of every chunk: G, active beta, A
+    chunk_prepare    gates and triangular inverse of every chunk: G, active beta, A (beside it inverse_norms of q and k)
     chunk_scan       one sweep over the chunks from a given state: outputs and final state, or (widened) the map [P | R]
 
 The backward of a sweep computes its states again, sweeps their cotangents back (chunk_reverse), and forms all gradients
@@ -17,7 +17,7 @@ from torch import Tensor
 from sleep_ops.kernels import chunk_prepare as prepare_kernels
 from sleep_ops.kernels.chunk_grad import chunk_grad
 from sleep_ops.kernels.chunk_scan import chunk_reverse, chunk_scan
-from sleep_ops.kernels.configs import ChunkConfig, architecture, chunk_config
+from sleep_ops.kernels.configs import ChunkConfig, architecture, chunk_config, scales_rows
 from sleep_ops.ops.dispatch import on_device
 from sleep_ops.ops.gates import beta_scale
 from sleep_ops.validation import check_first_order
@@ -169,11 +169,26 @@ def _differentiate_prepared(ctx, dG, d_active, dA):
 _prepare.register_autograd(_differentiate_prepared, setup_context=_save_prepared)
 
 
+@torch.library.custom_op("sleep_ops::inverse_norms", mutates_args=())
+def _inverse_norms(x: Tensor) -> Tensor:
+    """1 / sqrt(sum x^2 + 1e-6) of rows of x [B, T, H, K]: [B, T, H] float32. Its gradient is part of chunk_scan's."""
+    x, stride_x = _rows(x)
+    with on_device(x):
+        return prepare_kernels.inverse_norms(x, stride_x)
+
+
+@_inverse_norms.register_fake
+def _(x):
+    return x.new_empty(x.shape[:3], dtype=torch.float32)
+
+
 @torch.library.custom_op("sleep_ops::chunk_scan", mutates_args=())
 def _scan(
     q: Tensor | None,
     k: Tensor,
     v: Tensor,
+    rq: Tensor | None,
+    rk: Tensor | None,
     G: Tensor,
     beta: Tensor,
     A: Tensor | None,
@@ -185,7 +200,10 @@ def _scan(
     use_qk_l2norm: bool,
     widened: bool,
 ) -> tuple[Tensor, Tensor]:
-    """output (empty without q) and final_state [N, HV, K, V] float32; with `widened` [P | R], [N, HV, K, K + V]."""
+    """output (empty without q) and final_state [N, HV, K, V] float32; with `widened` [P | R], [N, HV, K, K + V].
+
+    rq, rk: inverse norms, where rows of products are to be scaled by them.
+    """
     (k, stride_k), (v, stride_v) = _rows(k), _rows(v)
     q, stride_q = (None, 0) if q is None else _rows(q)
     with on_device(k):
@@ -194,6 +212,7 @@ def _scan(
             k,
             v,
             (stride_q, stride_k, stride_v),
+            (rq, rk),
             G,
             beta,
             A,
@@ -209,7 +228,7 @@ def _scan(
 
 
 @_scan.register_fake
-def _(q, k, v, G, beta, A, initial_state, cu_seqlens, chunk_offsets, longest, scale, use_qk_l2norm, widened):
+def _(q, k, v, rq, rk, G, beta, A, initial_state, cu_seqlens, chunk_offsets, longest, scale, use_qk_l2norm, widened):
     K, (HV, V) = k.shape[3], v.shape[2:]
     N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     output = v.new_empty(0) if q is None else v.new_empty(v.shape)
@@ -223,6 +242,8 @@ def _scan_backward(
     q: Tensor | None,
     k: Tensor,
     v: Tensor,
+    rq: Tensor | None,
+    rk: Tensor | None,
     G: Tensor,
     beta: Tensor,
     A: Tensor | None,
@@ -249,6 +270,7 @@ def _scan_backward(
             k,
             v,
             strides,
+            (None, rk),
             G,
             beta,
             A,
@@ -262,6 +284,7 @@ def _scan_backward(
             q,
             k,
             strides,
+            (rq, rk),
             G,
             beta,
             A,
@@ -280,30 +303,30 @@ def _scan_backward(
 
 
 @_scan_backward.register_fake
-def _(d_output, d_final_state, q, k, v, G, beta, A, initial_state, *options):
+def _(d_output, d_final_state, q, k, v, rq, rk, G, beta, A, initial_state, *options):
     inputs = (None if d_output is None else q, k, v, G, beta, initial_state)
     return tuple(k.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _save_scanned(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:9])
-    ctx.options = inputs[9:]
+    ctx.save_for_backward(*inputs[:11])
+    ctx.options = inputs[11:]
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_scanned(ctx, d_output, d_final_state):
     check_first_order("gated_delta_rule")
-    q, k, v, G, beta, A, initial_state, *packing = ctx.saved_tensors
+    q, k, v, rq, rk, G, beta, A, initial_state, *packing = ctx.saved_tensors
     if q is None:
         d_output = None
     if d_output is None and d_final_state is None:
-        return (None,) * 13
+        return (None,) * 15
     dq, dk, dv, dG, dbeta, d_initial_state = _scan_backward(
-        d_output, d_final_state, q, k, v, G, beta, A, initial_state, *packing, *ctx.options
+        d_output, d_final_state, q, k, v, rq, rk, G, beta, A, initial_state, *packing, *ctx.options
     )
     dq = None if d_output is None else dq
     d_initial_state = None if initial_state is None else d_initial_state
-    return dq, dk, dv, dG, dbeta, None, d_initial_state, *(None,) * 6
+    return dq, dk, dv, None, None, dG, dbeta, None, d_initial_state, *(None,) * 6
 
 
 _scan.register_autograd(_differentiate_scanned, setup_context=_save_scanned)
@@ -338,25 +361,27 @@ class TritonPass:
         self.k, self.v, self.use_qk_l2norm = k, v, use_qk_l2norm
         A_log, dt_bias, cu_seqlens = (None if x is None else x.contiguous() for x in (A_log, dt_bias, cu_seqlens))
         self.longest = k.shape[1] if longest is None else longest
-        chunk = _config(k, v.shape[3], self.longest).chunk
-        self.packing = (cu_seqlens, _chunk_offsets(cu_seqlens, chunk))
+        config = _config(k, v.shape[3], self.longest)
+        self.packing = (cu_seqlens, _chunk_offsets(cu_seqlens, config.chunk))
+        self.scales_rows = use_qk_l2norm and scales_rows(config, k.dtype, architecture(k.device))
         factor = beta_scale(use_beta_sigmoid, allow_neg_eigval)
         G, active, A = _prepare(
             k, g, beta, A_log, dt_bias, *self.packing, self.longest, v.shape[3], rule, use_qk_l2norm, factor
         )
-        self.factors = (G, active, A if rule == "delta" else None)
+        self.factors = (self._norms(k), G, active, A if rule == "delta" else None)
+
+    def _norms(self, x: Tensor | None) -> Tensor | None:
+        return _inverse_norms(x.detach()) if self.scales_rows and x is not None else None
 
     def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
         """Output [B, T, HV, V] in v's dtype (None without q) and final state [N, HV, K, V] float32."""
-        output, final_state = _scan(
-            q, self.k, self.v, *self.factors, state, *self.packing, self.longest, scale, self.use_qk_l2norm, False
-        )
+        options = (self.longest, scale, self.use_qk_l2norm, False)
+        output, final_state = _scan(q, self.k, self.v, self._norms(q), *self.factors, state, *self.packing, *options)
         return None if q is None else output, final_state
 
     def transition(self) -> tuple[Tensor, Tensor]:
         """The pass as S -> P S + R: P [N, HV, K, K] and R [N, HV, K, V], float32."""
-        _, widened = _scan(
-            None, self.k, self.v, *self.factors, None, *self.packing, self.longest, 1.0, self.use_qk_l2norm, True
-        )
+        options = (self.longest, 1.0, self.use_qk_l2norm, True)
+        _, widened = _scan(None, self.k, self.v, None, *self.factors, None, *self.packing, *options)
         K = self.k.shape[3]
         return widened[..., :K], widened[..., K:]
