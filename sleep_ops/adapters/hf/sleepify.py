@@ -70,9 +70,10 @@ def sleepify(
     longest = getattr(model.config, "max_position_embeddings", None)
     fits = longest is None or chosen.window <= longest
     expect(fits, "window", f"at most the model's {longest} positions", chosen.window)
-    if getattr(model, "is_gradient_checkpointing", False):
-        model.gradient_checkpointing_disable()
-        chosen = replace(chosen, activation_checkpointing=True)
+    for module in model.modules():  # transformers' own checkpointing would lose the states
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False
+            chosen = replace(chosen, activation_checkpointing=True)
 
     if model.config.model_type in HYBRIDS:
         replace_mixers(model, impl=chosen.impl)

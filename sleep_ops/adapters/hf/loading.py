@@ -1,0 +1,41 @@
+"""Checkpoint folders of transformers models that sleep, inserted fast-weight blocks included."""
+
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sleep_ops.adapters.checkpoint import load_weights
+from sleep_ops.adapters.hf.insert import insert_fast_weights
+from sleep_ops.adapters.hf.mixers import replaced_mixers
+from sleep_ops.adapters.hf.sleepify import sleepify
+from sleep_ops.config import SleepSettings, expect
+
+_PREFIX = "model.fast_weights."
+
+
+def from_pretrained(folder: str | os.PathLike, **options) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, inserted fast weights loaded, and then `sleepify`.
+
+    options: fields of `SleepSettings` (window, passes, ...), where they differ from what the folder's configuration
+    remembers; the others go to transformers (dtype, device_map, ...). Raises ValueError as `sleepify` does, and for a
+    folder whose configuration tells of inserted blocks that its weights don't have.
+    """
+    names = {f.name for f in fields(SleepSettings)}
+    settings = {name: value for name, value in options.items() if name in names}
+    with replaced_mixers():
+        model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if k not in names})
+    inserted = getattr(model.config, "fast_weights", None)
+    if inserted is not None:
+        expect(Path(folder).is_dir(), "folder", "a local folder, for a model with inserted blocks", str(folder))
+        insert_fast_weights(model, **inserted)
+        blocks = model.model.fast_weights
+        weight = next(blocks.parameters())
+        load_weights(blocks, folder, dtype=weight.dtype, device=weight.device, rename=_inside)
+    return sleepify(model, **settings)
+
+
+def _inside(name: str) -> str | None:
+    """The name within the inserted blocks, or None for every other tensor."""
+    return name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else None
