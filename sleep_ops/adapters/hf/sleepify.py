@@ -1,6 +1,7 @@
 """`sleepify`: the forward pass of a transformers causal language model, replaced by one that sleeps."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MethodType
 
 from torch import Tensor
@@ -153,9 +154,11 @@ def _forward(
     return output.to_tuple() if return_dict is False else output
 
 
-def _generate(self, *args, custom_generate=generate, **kwargs):
+def _generate(self, *args, custom_generate=generate, streamer=None, **kwargs):
     """transformers' `generate`, decoding through a `SleepSession` unless told otherwise; see `generation.generate`."""
-    return type(self).generate(self, *args, custom_generate=custom_generate, **kwargs)
+    if callable(custom_generate) and streamer is not None:  # transformers itself gives such loops no streamer
+        custom_generate = partial(custom_generate, streamer=streamer)
+    return type(self).generate(self, *args, custom_generate=custom_generate, streamer=streamer, **kwargs)
 
 
 def _checkpointing_enable(self, *args, **kwargs) -> None:
