@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sleep_ops import ragged
-from sleep_ops.layers.mixer import GDNWrites
+from sleep_ops.layers.mixer import GDNState, GDNWrites
 from sleep_ops.ragged import Lengths
 from sleep_ops.reader import SleepReader, reader_of
 from sleep_ops.sampling import check_sampling, sample
 from sleep_ops.sleep import SleepState
 
 FORMAT = "sleep-ops session"
-VERSION = 1
+VERSION = 2  # since 2, a state at the start of a window is left out where it is the present one
 
 
 class SleepSession:
@@ -163,24 +163,32 @@ class SleepSession:
         other.state, other.logits = self.state, self.logits
         return other
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike, *, memory_only: bool = False) -> None:
         """Writes the session to one safetensors file, whole or not at all.
 
-        The header holds the format's version, the configuration it belongs to and a digest of the tensors. Raises
-        ValueError where nothing has been read yet.
+        The header holds the format's version, the configuration it belongs to and a digest of the tensors.
+        memory_only: of a session that has slept, the fast weights (and convolution tails) alone: neither the logits,
+        so that the next thing must be to read, nor the keys a sliding window keeps. Its size does not depend on the
+        text's length. Raises ValueError where nothing has been read yet, and for memory_only with a window begun.
         """
-        if self.state is None or self.logits is None:
+        if self.state is None:
             raise ValueError("session: expected something to have been read before saving, got an empty session")
+        if memory_only and max(self.state.live) > 0:
+            got = f"{max(self.state.live)} tokens of an unfinished window"
+            raise ValueError(f"memory_only: expected a session that has slept (see sleep), got {got}")
         path = Path(path)
         if not path.parent.is_dir() or path.is_dir():
             raise ValueError(f"path: expected a file in an existing folder, got {path}")
-        named = _named(self.state) | {"logits": self.logits}
+        state = _forget_keys(self.state, self.model) if memory_only else self.state
+        named = _named(state)
+        if self.logits is not None and not memory_only:
+            named["logits"] = self.logits
         tensors = {name: x.detach().cpu().contiguous().clone() for name, x in named.items()}
         header = {
             "format": FORMAT,
             "version": str(VERSION),
             "config": json.dumps(self.model.identity(), sort_keys=True),
-            "rows": json.dumps([self.state.seen, self.state.live, self.state.kept, self.state.labelled]),
+            "rows": json.dumps([state.seen, state.live, state.kept, state.labelled]),
             "passes": str(self.passes),
         }
         header["digest"] = _digest(tensors, header)
@@ -208,9 +216,9 @@ class SleepSession:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (SafetensorError, OSError) as error:
             raise ValueError(f"path: expected a saved session, got a file that can't be read: {error}") from error
-        if header.get("format") != FORMAT or header.get("version") != str(VERSION):
+        if header.get("format") != FORMAT or header.get("version") not in map(str, range(1, VERSION + 1)):
             got = f"{header.get('format')!r} version {header.get('version')!r}"
-            raise ValueError(f"path: expected format {FORMAT!r} version {VERSION}, got {got}")
+            raise ValueError(f"path: expected format {FORMAT!r} version 1 to {VERSION}, got {got}")
         if header.pop("digest", None) != _digest(tensors, header):
             raise ValueError("path: expected what was saved, got other contents (their digest differs)")
         saved, own = json.loads(header["config"]), json.loads(json.dumps(model.identity()))
@@ -223,9 +231,13 @@ class SleepSession:
         rows = tuple(tuple(x) for x in json.loads(header["rows"]))
         empty = model.init_state(len(rows[0]))
 
+        def tensor(part: str, i: int, name: str) -> Tensor:
+            full = f"{part}.{i}.{name}"
+            return tensors[full] if full in tensors else tensors[f"blocks.{i}.{name}"]
+
         def fill(part: str) -> tuple:
             return tuple(
-                s if s is None else type(s)(*(tensors[f"{part}.{i}.{name}"] for name in s._fields))
+                s if s is None else type(s)(*(tensor(part, i, name) for name in s._fields))
                 for i, s in enumerate(getattr(empty, part))
             )
 
@@ -237,18 +249,32 @@ class SleepSession:
         )
         state = SleepState(fill("blocks"), fill("start"), tensors.get("hidden"), writes, *rows)
         weight = model.embedding_weight
-        widest = max(x.element_size() for x in (*fill("blocks")[0], tensors["logits"]))
+        activations = (x for s in state.blocks for name, x in s._asdict().items() if name != "fast_weights")
+        widest = max(x.element_size() for x in activations)
         session.state = state.to(weight.device, weight.dtype if widest > weight.element_size() else None)
-        session.logits = tensors["logits"].to(weight.device)
+        session.logits = tensors["logits"].to(weight.device) if "logits" in tensors else None
         return session
 
 
+def _forget_keys(state: SleepState, model: SleepReader) -> SleepState:
+    """The state of a text that has slept, without the keys and values kept from it."""
+    empty = model.init_state(len(state.seen)).blocks
+    blocks = (s if isinstance(s, GDNState) else e for s, e in zip(state.blocks, empty, strict=True))
+    return state._replace(blocks=tuple(blocks), kept=(0,) * len(state.seen))
+
+
 def _named(state: SleepState) -> dict[str, Tensor]:
+    """Every tensor of a state by name; those a window starts from only where they are not the present ones."""
+
+    def held(i: int, name: str) -> Tensor | None:
+        return getattr(state.blocks[i], name, None)
+
     named = {}
     for part in ("blocks", "start", "writes"):
         for i, s in enumerate(getattr(state, part)):
             if s is not None:
-                named.update({f"{part}.{i}.{name}": getattr(s, name) for name in s._fields})
+                own = {name: x for name, x in s._asdict().items() if part == "blocks" or x is not held(i, name)}
+                named.update({f"{part}.{i}.{name}": x for name, x in own.items()})
     if state.hidden is not None:
         named["hidden"] = state.hidden
     return named

@@ -8,7 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sleep_ops import HybridConfig, SleepHybridModel, SleepSession
+from sleep_ops.layers.mixer import GDNState
 from sleep_ops.sampling import sample
+from sleep_ops.session import _digest
 
 VOCAB, WINDOW, LENGTH = 11, 5, 17
 OPTIONS = [
@@ -182,7 +184,7 @@ def test_damaged_or_foreign_files_are_refused(tmp_path):
     refused(whole[: len(whole) // 2], "^path: .*can't be read")
     refused(b"", "^path: .*can't be read")
     refused(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], "^path: .*digest")
-    refused(whole.replace(b'"version":"1"', b'"version":"9"'), "^path: .*version '9'")
+    refused(whole.replace(b'"version":"2"', b'"version":"9"'), "^path: .*version '9'")
     with safe_open(path, framework="pt") as file:
         tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
     save_file(tensors, tmp_path / "other")
@@ -195,6 +197,56 @@ def test_damaged_or_foreign_files_are_refused(tmp_path):
         SleepSession.load(path, tiny(passes=2, window=6))
     with pytest.raises(FileNotFoundError):
         SleepSession.load(tmp_path / "missing", model)
+
+
+@pytest.mark.parametrize("live", (0, 2), ids=("asleep", "live-window"))
+def test_files_of_the_first_version_are_read(live, tmp_path):
+    """They hold the states at the window's start even where those are the present ones."""
+    model = tiny(passes=2)
+    session = SleepSession(model)
+    session.read(tokens(length=2 * WINDOW + live))
+    session.save(tmp_path / "new")
+    with safe_open(tmp_path / "new", framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    for i, state in enumerate(session.state.start):
+        if state is not None:
+            tensors |= {f"start.{i}.{name}": x.clone() for name, x in state._asdict().items()}
+    del header["digest"]
+    header["version"] = "1"
+    header["digest"] = _digest(tensors, header)
+    save_file(tensors, tmp_path / "old", metadata=header)
+    assert_same_state(SleepSession.load(tmp_path / "old", model).state, session.state)
+    smaller = (tmp_path / "new").stat().st_size < (tmp_path / "old").stat().st_size
+    assert smaller == (live == 0)
+
+
+@pytest.mark.parametrize("kind", ("refine", "replay"))
+@pytest.mark.parametrize("eviction", ("hard", "sliding"))
+def test_a_saved_memory_is_the_fast_weights_alone(eviction, kind, tmp_path):
+    """Its size does not depend on the text; what follows reads as after a session that forgot the keys it kept."""
+    model, sizes = tiny(passes=2, eviction=eviction, sleep_kind=kind), []
+    for length in (13, 63):
+        session = SleepSession(model)
+        session.read(tokens(length=length))
+        with pytest.raises(ValueError, match="memory_only: expected a session that has slept"):
+            session.save(tmp_path / "memory", memory_only=True)
+        session.sleep()
+        session.save(tmp_path / "memory", memory_only=True)
+        with safe_open(tmp_path / "memory", framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        sizes.append(sum(x.nbytes for x in tensors.values()))
+    assert sizes[0] == sizes[1]
+    assert sizes[0] == sum(x.nbytes for s in session.state.blocks if isinstance(s, GDNState) for x in s)
+
+    loaded, question = SleepSession.load(tmp_path / "memory", model), tokens(length=7, seed=3)
+    assert loaded.seen == (63, 63) and loaded.logits is None
+    with pytest.raises(ValueError, match="input_ids: expected a prompt for every row"):
+        loaded.generate()
+    if eviction == "hard":
+        assert torch.equal(loaded.read(question), session.read(question))
+    else:
+        assert not torch.allclose(loaded.read(question), session.read(question))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
