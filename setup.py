@@ -19,6 +19,7 @@ setup(
         "sleep_ops",
         "sleep_ops.kernels",
         "sleep_ops.bench",
+        "sleep_ops.cli",
         "sleep_ops.ops",
         "sleep_ops.layers",
         "sleep_ops.adapters",
@@ -38,7 +39,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn"],
-        "hf": ["transformers>=5.7", "accelerate"],
+        "hf": ["transformers>=5.15", "accelerate"],
         "train": ["tensorboard"],
         "bench": ["pytest-benchmark", "pandas"],
         "test": [

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sleep_ops.adapters.checkpoint import load_weights
 from sleep_ops.adapters.hf.insert import insert_fast_weights
-from sleep_ops.adapters.hf.mixers import replaced_mixers
 from sleep_ops.adapters.hf.sleepify import sleepify
 from sleep_ops.config import SleepSettings, expect
 
@@ -24,8 +23,7 @@ def from_pretrained(folder: str | os.PathLike, **options) -> PreTrainedModel:
     """
     names = {f.name for f in fields(SleepSettings)}
     settings = {name: value for name, value in options.items() if name in names}
-    with replaced_mixers():
-        model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if k not in names})
+    model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if k not in names})
     inserted = getattr(model.config, "fast_weights", None)
     if inserted is not None:
         expect(Path(folder).is_dir(), "folder", "a local folder, for a model with inserted blocks", str(folder))

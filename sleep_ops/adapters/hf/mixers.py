@@ -4,12 +4,12 @@ Each is a subclass of the class it stands in for, so an existing layer changes c
 and hooks. Submodules are called, never reached into, but for the weights of the convolution and of the output norm.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import monkey_patching
 from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGatedDeltaNet
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
@@ -44,11 +44,12 @@ class _Mixer(GDNMixer):
         if isinstance(cache_params, LayerCache):
             return cache_params.mix(self, hidden_states)
         borders, state = kwargs.get("cu_seq_lens_q"), None
-        if cache_params is not None and (seen := cache_params.get_conv_state(self.layer_idx)) is not None:
-            recording = cache_params.is_recording_past(self.layer_idx)
-            expect(not recording, "past_key_values", "a cache that is never rolled back", "one that records its past")
-            tail = seen[..., seen.shape[-1] - (self.conv_size - 1) :].transpose(1, 2)
-            state = GDNState(cache_params.get_recurrent_state(self.layer_idx).clone(), tail)
+        if cache_params is not None and cache_params.has_previous_state(self.layer_idx):
+            held = cache_params.layers[self.layer_idx]
+            recording = "one that records its past"
+            expect(not held.record_past, "past_key_values", "a cache that is never rolled back", recording)
+            tail = held.conv_states[0][..., held.conv_states[0].shape[-1] - (self.conv_size - 1) :].transpose(1, 2)
+            state = GDNState(held.recurrent_states[0].clone(), tail)
         if attention_mask is not None:
             attention_mask = attention_mask[:, -hidden_states.shape[1] :]
         y, state = self.read(
@@ -168,9 +169,11 @@ def replaced_mixers() -> Iterator[None]:
     with replaced_mixers():
         model = AutoModelForCausalLM.from_pretrained(folder)
     """
-    mapping = {original.__name__: ours for original, ours in MIXERS.items()}
-    monkey_patching.register_patch_mapping(mapping)
+    places = [(sys.modules[original.__module__], original) for original in MIXERS]
+    for module, original in places:
+        setattr(module, original.__name__, MIXERS[original])
     try:
         yield
     finally:
-        monkey_patching.unregister_patch_mapping(list(mapping))
+        for module, original in places:
+            setattr(module, original.__name__, original)
