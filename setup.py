@@ -24,6 +24,7 @@ setup(
         "sleep_ops.layers",
         "sleep_ops.adapters",
         "sleep_ops.adapters.hf",
+        "sleep_ops.examples",
         "sleep_ops.tasks",
         "sleep_ops.training",
     ],
