@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from sleep_ops.adapters.hf.cache import LayerCache
+from sleep_ops.adapters.hf.sharded import gathered, joined
+from sleep_ops.config import expect
 from sleep_ops.layers.attention import AttentionState, Segment
 from sleep_ops.layers.block import BlockState
 from sleep_ops.layers.mixer import GDNMixer, GDNWrites
@@ -38,7 +40,9 @@ class LayerBlock:
             sleep_segment=segment,
             **self._arguments(h, segment),
         )
-        return h, cache.state, cache.writes
+        dropped = "a layer that left no state: transformers' own checkpointing drops it"
+        expect(cache.after is not None, "gradient checkpointing", "that of the sleeping model as a whole", dropped)
+        return joined(self.layer, h, cache.after, cache.writes)
 
     def update_state(
         self, h: Tensor, state: BlockState, segment: Segment, *, return_writes: bool = False
@@ -50,7 +54,8 @@ class LayerBlock:
         self, writes: GDNWrites, fast_weights: Tensor, passes: int | float, lengths: Tensor | None = None
     ) -> Tensor:
         """See `GDNMixer.replay`."""
-        return self._mixer.replay(writes, fast_weights, passes=passes, lengths=lengths)
+        replay = gathered(self.layer, "replay", self._mixer.replay)
+        return replay(writes, fast_weights, passes=passes, lengths=lengths)
 
     def init_state(self, batch_size: int, *, device=None, dtype: torch.dtype | None = None) -> BlockState:
         """Zero fast weights, or an empty cache."""

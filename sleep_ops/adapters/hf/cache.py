@@ -21,27 +21,29 @@ ATTENTION = "sleep_ops"  # this project's attention among those of transformers
 
 
 class LayerCache:
-    """The state of a layer before a segment, and after the layer was called the one after it.
+    """The state of a layer before a segment; once the layer was called, also the one after it.
 
-    writes: what a fast-weight layer wrote, if `record`.
+    after is None until then. writes: what a fast-weight layer wrote, if `record`. A layer called once more with the
+    same cache (to compute it again in the backward pass) finds it as it was.
     """
 
     def __init__(self, state: BlockState, segment: Segment, *, record: bool = False):
-        self.state, self.segment, self.record = state, segment, record
+        self.before, self.segment, self.record = state, segment, record
+        self.after: BlockState | None = None
         self.writes: GDNWrites | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """What transformers' attention calls: keys and values `[B, HKV, T, D]` are appended, and all returned."""
         held, lengths = self.segment.held, self.segment.lengths
         new = (x.transpose(1, 2) for x in (keys, values))
-        pairs = zip(self.state, new, strict=True)
-        self.state = AttentionState(*(ragged.append(old.to(x.dtype), held, x, lengths) for old, x in pairs))
-        return self.state.keys.transpose(1, 2), self.state.values.transpose(1, 2)
+        pairs = zip(self.before, new, strict=True)
+        self.after = AttentionState(*(ragged.append(old.to(x.dtype), held, x, lengths) for old, x in pairs))
+        return self.after.keys.transpose(1, 2), self.after.values.transpose(1, 2)
 
     def mix(self, mixer: GDNMixer, x: Tensor) -> Tensor:
         """What this project's mixers call: x `[B, T, hidden_size]` -> the same shape."""
         lengths = self.segment.length_tensor
-        y, self.state, writes = mixer.read(x, state=self.state, lengths=lengths, return_writes=True)
+        y, self.after, writes = mixer.read(x, state=self.before, lengths=lengths, return_writes=True)
         self.writes = writes if self.record else None
         return y
 

@@ -49,3 +49,9 @@ def check_fast_weights(model: PreTrainedModel) -> None:
             "model: expected fast-weight layers, which keep what is evicted, got an attention-only "
             f"{model.config.model_type}; give it some with insert_fast_weights(model, layers=...) first"
         )
+
+
+def check_place(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model spread over several devices, or over a disk: states don't follow it there."""
+    places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
+    expect(len(places) <= 1 and "disk" not in places, "device_map", "one device for the whole model", places)

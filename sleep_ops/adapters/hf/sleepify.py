@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MethodType
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from sleep_ops.adapters.hf import inputs
 from sleep_ops.adapters.hf.cache import ATTENTION
-from sleep_ops.adapters.hf.families import HYBRIDS, check_family, check_fast_weights
+from sleep_ops.adapters.hf.families import HYBRIDS, check_family, check_fast_weights, check_place
 from sleep_ops.adapters.hf.generation import generate
 from sleep_ops.adapters.hf.mixers import replace_mixers
 from sleep_ops.adapters.hf.reader import HFReader
@@ -34,7 +34,7 @@ class SleepCausalLMOutput(ModelOutput):
 
 
 def sleepify(
-    model: PreTrainedModel,
+    model: PreTrainedModel | nn.Module,
     *,
     window: int | None = None,
     passes: int | float | None = None,
@@ -46,13 +46,14 @@ def sleepify(
     activation_checkpointing: bool | None = None,
     attention_backend: str | None = None,
     impl: str | None = None,
-) -> PreTrainedModel:
+) -> PreTrainedModel | nn.Module:
     """Makes a transformers causal language model read every text with sleep, in place; returns it.
 
     model: of the families in `families.py` (qwen3_5, qwen3_5_moe, olmo_hybrid, qwen3_next, or an attention-only model
-    after `insert_fast_weights`). The other arguments are those of `SleepSettings`; loop counts the model's layers. What
-    is not given is as the model's configuration remembers it from an earlier call (`config.sleep`, saved and loaded
-    with the model), else `SleepSettings`' default; the first time, window must be given.
+    after `insert_fast_weights`), or a peft model of one. The other arguments are those of `SleepSettings`; loop counts
+    the model's layers. What is not given is as the model's configuration remembers it from an earlier call
+    (`config.sleep`, saved and loaded with the model), else `SleepSettings`' default; the first time, window must be
+    given.
 
     Afterwards `model(...)` takes transformers' usual arguments and returns a `SleepCausalLMOutput`; `model.generate`
     decodes through a `SleepSession`; `gradient_checkpointing_enable` recomputes each (window, pass). Mixers run on this
@@ -62,8 +63,12 @@ def sleepify(
     window longer than the model has positions.
     """
     given = {k: v for k, v in locals().items() if k != "model" and v is not None}
+    whole = model
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     check_family(model)
     check_fast_weights(model)
+    check_place(model)
     values = (getattr(model.config, "sleep", None) or {}) | given
     expect("window" in values, "window", "a number of tokens", None)
     chosen = SleepSettings.from_dict(values)
@@ -71,6 +76,9 @@ def sleepify(
     longest = getattr(model.config, "max_position_embeddings", None)
     fits = longest is None or chosen.window <= longest
     expect(fits, "window", f"at most the model's {longest} positions", chosen.window)
+    if isinstance(getattr(model, "sleep", None), HFReader) and "activation_checkpointing" not in given:
+        kept = model.sleep.chosen.activation_checkpointing
+        chosen = replace(chosen, activation_checkpointing=kept)
     for module in model.modules():  # transformers' own checkpointing would lose the states
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False
@@ -81,12 +89,13 @@ def sleepify(
     model.set_attn_implementation(ATTENTION)
     model.sleep = HFReader(model, chosen)
     model.config.sleep = chosen.to_dict()
-    model.forward = MethodType(_forward, model)
-    model.generate = MethodType(_generate, model)
+    # Partial functions, since a bound method of another class can't be pickled.
+    model.forward = partial(_forward, model)
+    model.generate = partial(_generate, model)
     for name in ("gradient_checkpointing", "activation_checkpointing"):
-        setattr(model, f"{name}_enable", MethodType(_checkpointing_enable, model))
-        setattr(model, f"{name}_disable", MethodType(_checkpointing_disable, model))
-    return model
+        setattr(model, f"{name}_enable", partial(_checkpointing_enable, model))
+        setattr(model, f"{name}_disable", partial(_checkpointing_disable, model))
+    return whole
 
 
 def _forward(
@@ -130,6 +139,10 @@ def _forward(
     if borders is None:
         borders = inputs.sequence_borders(position_ids, attention_mask, input_ids, state)
     targets = inputs.shifted(labels, shift_labels)
+    # One of several batches that count together may have no label; its gradients are zeros, which other ranks wait for.
+    nothing = targets is not None and num_items_in_batch is not None and not bool((targets != -100).any())
+    if nothing:
+        targets = loss_mask = None
     if all_logits is None:
         all_logits = targets is None or not self.training or logits_to_keep > 0
     reading = self.sleep.plan(
@@ -145,7 +158,9 @@ def _forward(
     )
     read = self.sleep.run(reading)
     loss = read.loss
-    if loss is not None and num_items_in_batch is not None:
+    if nothing:
+        loss = torch.zeros_like(read.logits, dtype=torch.float32).mul(read.logits).sum()
+    elif loss is not None and num_items_in_batch is not None:
         loss = loss * reading.loss_tokens / num_items_in_batch
     logits, positions = read.logits, read.positions
     if all_logits:
@@ -161,8 +176,10 @@ def _generate(self, *args, custom_generate=generate, streamer=None, **kwargs):
     return type(self).generate(self, *args, custom_generate=custom_generate, streamer=streamer, **kwargs)
 
 
-def _checkpointing_enable(self, *args, **kwargs) -> None:
-    """Recompute each (window, pass) in the backward pass; transformers' own arguments have no meaning here."""
+def _checkpointing_enable(self, how: object = None, every_n_layers: int = 1, offload: bool = False, **_) -> None:
+    """Recompute each (window, pass) in the backward pass; `how` PyTorch does that is not up to transformers here."""
+    expect(every_n_layers == 1, "every_n_layers", "1: what is recomputed is a pass over a window", every_n_layers)
+    expect(not offload, "offload", "False: what is stored stays on the device", offload)
     self.sleep.chosen = replace(self.sleep.chosen, activation_checkpointing=True)
 
 

@@ -1,0 +1,48 @@
+"""Layers sharded by FSDP2 (`fully_shard`), which gathers a layer's parameters around its calls and their backward.
+
+It sees a call's arguments and its one result. The state a layer is given and leaves travels beside them, so the
+gradients that reach the layer through the state alone have to be led past that result.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+from sleep_ops.layers.block import BlockState
+from sleep_ops.layers.mixer import GDNWrites
+
+
+def joined(
+    layer: nn.Module, h: Tensor, state: BlockState, writes: GDNWrites | None
+) -> tuple[Tensor, BlockState, GDNWrites | None]:
+    """The same, but a gradient of any of them arrives at h, with which FSDP2 begins the layer's backward."""
+    if not isinstance(layer, FSDPModule) or not torch.is_grad_enabled():
+        return h, state, writes
+    h, *rest = _Joined.apply(h, *state, *(writes or ()))
+    count = len(state)
+    return h, type(state)(*rest[:count]), writes if writes is None else GDNWrites(*rest[count:])
+
+
+def gathered(layer: nn.Module, name: str, method: Callable | None = None) -> Callable:
+    """layer's method `name` (or `method`, which becomes that), run with its parameters gathered as a forward pass."""
+    if not isinstance(layer, FSDPModule):
+        return getattr(layer, name) if method is None else method
+    if name not in vars(layer):
+        if method is not None:
+            setattr(layer, name, method)
+        register_fsdp_forward_method(layer, name)
+    return vars(layer)[name]
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, *others):
+        ctx.set_materialize_grads(False)
+        ctx.zero = h.new_zeros(()).expand(h.shape)
+        return h, *others
+
+    @staticmethod
+    def backward(ctx, grad, *grads):
+        return ctx.zero if grad is None else grad, *grads
