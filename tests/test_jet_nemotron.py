@@ -96,9 +96,9 @@ def published_shapes(c: dict) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("jet-nemotron")
+def write_checkpoint(path):
+    """A random checkpoint in the published layout."""
+    path.mkdir(exist_ok=True)
     draw = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randn(shape, generator=draw, dtype=torch.float64) * 0.4 + ("norm" in name)
@@ -106,6 +106,12 @@ def folder(tmp_path_factory):
     }
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("jet-nemotron")
+    write_checkpoint(path)
     return path
 
 
