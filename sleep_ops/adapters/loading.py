@@ -1,0 +1,178 @@
+"""Checkpoint folders of any family that can sleep: one way in, one way out.
+
+`config.json` says what is inside: "jet_nemotron" and "ouro" are this project's ports, everything else is a causal
+language model of transformers (extra: hf).
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sleep_ops.adapters.checkpoint import CONFIG_FILE, read_config
+from sleep_ops.adapters.jet_nemotron import JetNemotron, JetNemotronConfig
+from sleep_ops.adapters.ouro import Ouro, OuroConfig
+from sleep_ops.config import SleepSettings, expect
+from sleep_ops.reader import SleepOutput, SleepReader
+from sleep_ops.sleep import SleepState
+
+PORTS = {"jet_nemotron": (JetNemotron, JetNemotronConfig), "ouro": (Ouro, OuroConfig)}
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+_TOKENIZER_FILES = (
+    *_VOCABULARIES,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+
+
+class SleepingTransformer(nn.Module):
+    """A model that `sleepify` changed, called like `SleepHybridModel`; `model` is the transformers model itself."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    @property
+    def sleep(self) -> SleepReader:
+        return self.model.sleep
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sleep.vocab_size
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        passes: int | float | None = None,
+        state: SleepState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        all_logits: bool | None = None,
+        return_state: bool = True,
+    ) -> SleepOutput:
+        """See `SleepReader.forward`; the model itself is called, so hooks and wrappers around it work."""
+        if all_logits is None:
+            all_logits = labels is None and loss_mask is None
+        out = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            shift_labels=labels,
+            loss_mask=loss_mask,
+            passes=passes,
+            state=state,
+            cu_seqlens=cu_seqlens,
+            all_logits=all_logits,
+            return_state=return_state,
+        )
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if all_logits else out.positions
+        return SleepOutput(out.logits, out.loss, out.state, positions)
+
+
+def load_model(
+    folder: str | os.PathLike,
+    *,
+    weights: bool = True,
+    dtype: torch.dtype = torch.float32,
+    insert: Sequence[int] | None = None,
+    **settings: object,
+) -> nn.Module:
+    """The model of a checkpoint folder, on the CPU, with the arguments and results of `SleepHybridModel.forward`.
+
+    weights: False for random weights, to be filled from elsewhere. dtype: of all parameters. insert: layers after which
+    a fast-weight block is inserted, for a folder that has none yet: an attention-only transformers model, which needs
+    it, or Ouro, whose default it replaces. New blocks are drawn from PyTorch's random numbers and change nothing at
+    first. settings: fields of `SleepSettings`, where they differ from what the folder remembers.
+
+    Raises ValueError for a folder without a model that can sleep and for settings that can't be, FileNotFoundError or
+    ValueError where its weights are missing or are not those of such a model, ImportError naming the extra where
+    transformers is needed and missing.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    known = SleepSettings.__dataclass_fields__
+    unknown = sorted(given.keys() - known.keys())
+    expect(not unknown, "settings", f"some of {', '.join(known)}", unknown)
+    if "loop" in given:
+        given["loop"] = tuple(given["loop"])
+    insert = None if insert is None else tuple(insert)
+    kind = model_type(folder)
+    if kind not in PORTS:
+        return _transformer(folder, weights, dtype, insert, given)
+    model_class, config_class = PORTS[kind]
+    if insert is not None:
+        expect(kind == "ouro", "insert", f"None for {kind}, which has fast weights", insert)
+        given["jet_layers"] = insert
+    if weights:
+        return model_class.from_pretrained(folder, dtype=dtype, **given)
+    return model_class(config_class.from_checkpoint(read_config(folder), **given)).to(dtype)
+
+
+def save_model(module: nn.Module, folder: str | os.PathLike, source: str | os.PathLike | None = None) -> None:
+    """Writes what `load_model` made into a folder of the family's own layout, for `load_model` and `from_pretrained`.
+
+    The names of weights are the checkpoint's, and config.json remembers the settings of sleep. source: a folder whose
+    tokenizer files are copied along, if it has any.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in () if source is None else _TOKENIZER_FILES:
+        for path in Path(source).glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+    (module.model if isinstance(module, SleepingTransformer) else module).save_pretrained(folder)
+
+
+def load_tokenizer(folder: str | os.PathLike):
+    """The transformers tokenizer of a checkpoint folder.
+
+    ValueError for a folder without one, ImportError naming the extra where transformers is missing.
+    """
+    folder = Path(folder)
+    # transformers makes up an empty vocabulary where it finds none.
+    found = any(path for pattern in _VOCABULARIES for path in folder.glob(pattern))
+    expect(found, "tokenizer", f"a folder with one of {', '.join(_VOCABULARIES)}", str(folder))
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError("tokenizer: expected transformers (pip install 'sleep-ops[hf]'), found none") from error
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def model_type(folder: str | os.PathLike) -> str:
+    """The family of a checkpoint folder. ValueError where there is none."""
+    expected = f"a checkpoint folder, with a {CONFIG_FILE} that has a model_type"
+    expect((Path(folder) / CONFIG_FILE).is_file(), "folder", expected, str(folder))
+    kind = read_config(folder).get("model_type")
+    expect(isinstance(kind, str), "folder", expected, f"{folder} with the model_type {kind}")
+    return kind
+
+
+def _transformer(
+    folder: str | os.PathLike, weights: bool, dtype: torch.dtype, insert: tuple[int, ...] | None, settings: dict
+) -> SleepingTransformer:
+    from sleep_ops.adapters import hf  # first: it says which extra is missing
+
+    options = dict(dtype=dtype, local_files_only=True)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if weights:
+        try:
+            if insert is None:
+                return SleepingTransformer(hf.from_pretrained(folder, **options, **settings))
+            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        except RuntimeError as error:  # tensors of other shapes
+            raise ValueError(f"folder: expected the weights that {folder} describes, got others: {error}") from error
+    else:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    saved = getattr(model.config, "fast_weights", None)
+    expect(insert is None or saved is None, "insert", "None for a folder with inserted blocks", insert)
+    if insert is not None:
+        hf.insert_fast_weights(model, insert)
+    elif saved is not None:
+        hf.insert_fast_weights(model, **saved)
+    return SleepingTransformer(hf.sleepify(model, **settings))
