@@ -12,6 +12,7 @@ from sleep_ops.config import SleepSettings, expect
 from sleep_ops.ragged import Lengths
 from sleep_ops.rows import Rows
 from sleep_ops.sleep import SleepStack, SleepState
+from sleep_ops.validation import check_choice
 
 
 class SleepOutput(NamedTuple):
@@ -35,7 +36,7 @@ class Reading(NamedTuple):
     rows: where the tokens stand. ids: `[rows, max(lengths)]`. labels: int64 likewise, or None; counted: bool likewise,
     the positions whose loss is taken. has_loss: a host function of (starts, parts), which rows have loss there;
     loss_tokens: how many positions have. passes, state, all_logits, return_state: as in `SleepReader.forward`,
-    resolved.
+    resolved. absent: places of each row's first window that padding takes up.
     """
 
     rows: Rows
@@ -46,6 +47,7 @@ class Reading(NamedTuple):
     loss_tokens: int
     passes: int | float
     state: SleepState | None
+    absent: Lengths
     all_logits: bool
     return_state: bool
 
@@ -124,6 +126,7 @@ class SleepReader:
         state: SleepState | None = None,
         *,
         cu_seqlens: Tensor | None = None,
+        windows_by: str = "tokens",
         all_logits: bool | None = None,
         return_state: bool = True,
     ) -> SleepOutput:
@@ -132,8 +135,9 @@ class SleepReader:
         input_ids: int32 or int64 `[B, T]`. labels: likewise, and *not shifted here*: `labels[b, t]` is what position t
         has to predict (for language modelling, the next token), -100 for no loss. loss_mask: bool `[B, T]`, the
         positions that count (default: `labels != -100`); on the CPU it saves a wait for the device, and every position
-        it marks must then have a label. attention_mask: `[B, T]`, 1 = real token; padding may stand anywhere, windows
-        count real tokens. cu_seqlens: packed input, `[num_seqs + 1]` with B = 1.
+        it marks must then have a label. attention_mask: `[B, T]`, 1 = real token; padding may stand anywhere.
+        cu_seqlens: packed input, `[num_seqs + 1]` with B = 1. windows_by: "tokens", a window is full with L real
+        tokens; or "positions", with padding on the left alone: windows end at columns L, 2L, ..., padding or not.
         passes: N, instead of the configuration's. state: from an earlier call, to read on. all_logits: logits of every
         window (default: only when there is neither a label nor a loss mask). return_state=False saves what only a
         continuation would see: the sleep on a last full window, and any window after the last loss.
@@ -152,6 +156,7 @@ class SleepReader:
             passes,
             state,
             cu_seqlens=cu_seqlens,
+            windows_by=windows_by,
             all_logits=all_logits,
             return_state=return_state,
         )
@@ -167,6 +172,7 @@ class SleepReader:
         state: SleepState | None = None,
         *,
         cu_seqlens: Tensor | None = None,
+        windows_by: str = "tokens",
         all_logits: bool | None = None,
         return_state: bool = True,
     ) -> Reading:
@@ -177,6 +183,10 @@ class SleepReader:
         Waits for the device only to read an attention_mask, cu_seqlens, or a loss mask that is not on the CPU.
         """
         rows, ids = self.rows(input_ids, attention_mask, cu_seqlens)
+        check_choice("windows_by", windows_by, ("tokens", "positions"))
+        absent = (0,) * len(rows.lengths)
+        if windows_by == "positions":
+            absent = self._absent(rows, attention_mask, cu_seqlens, state)
         self._check(tuple(input_ids.shape), labels, loss_mask)
         passes = self.settings.resolve_passes(passes)
         if state is not None:
@@ -196,7 +206,9 @@ class SleepReader:
                 expected = f"0 to {self.vocab_size - 1}, or -100"
                 expect(bool(valid.all()), "labels", expected, labels[~valid][:1].tolist())
             counted = rows.pack(ragged.send(loss_mask.bool(), ids.device))
-        return Reading(rows, ids, labels, counted, has_loss, loss_tokens, passes, state, all_logits, return_state)
+        return Reading(
+            rows, ids, labels, counted, has_loss, loss_tokens, passes, state, absent, all_logits, return_state
+        )
 
     def run(self, reading: Reading) -> SleepOutput:
         """The second half: the work, queued without waiting for the device (but to check math.inf passes).
@@ -206,7 +218,9 @@ class SleepReader:
         """
         rows, ids = reading.rows, reading.ids
         targets = None if reading.labels is None else reading.labels.masked_fill(~reading.counted, -100)
-        state = self.init_state(len(rows.lengths)) if reading.state is None else reading.state
+        state = reading.state
+        if state is None:
+            state = self.init_state(len(rows.lengths))._replace(absent=reading.absent)
         pieces, losses = [], []
 
         def emit(starts: Lengths, parts: Lengths, h: Tensor) -> None:
@@ -232,6 +246,18 @@ class SleepReader:
         logits, positions = rows.unpack(pieces)
         loss = None if targets is None else sum(losses) / reading.loss_tokens
         return SleepOutput(logits, loss, state if reading.return_state else None, positions)
+
+    def _absent(self, rows: Rows, mask: Tensor | None, cu_seqlens: Tensor | None, state: SleepState | None) -> Lengths:
+        """How many columns of the window in which each row's first real token stands are padding."""
+        expect(cu_seqlens is None, "cu_seqlens", "None with windows_by 'positions'", "a tensor")
+        expect(state is None, "state", "None with windows_by 'positions'", "a state")
+        window, width = self.settings.window, rows.shape[1]
+        if mask is None or window is None:
+            return (0,) * len(rows.lengths)
+        padded = width - mask.bool().sum(1, keepdim=True)
+        left = bool((mask.bool() == (torch.arange(width, device=mask.device) >= padded)).all())
+        expect(left, "attention_mask", "padding on the left alone with windows_by 'positions'", "other padding")
+        return tuple((width - n) % window for n in rows.lengths)
 
     def _check(self, shape: tuple, labels: Tensor | None, loss_mask: Tensor | None) -> None:
         for name, x in (("labels", labels), ("loss_mask", loss_mask)):

@@ -188,7 +188,7 @@ class SleepSession:
             "format": FORMAT,
             "version": str(VERSION),
             "config": json.dumps(self.model.identity(), sort_keys=True),
-            "rows": json.dumps([state.seen, state.live, state.kept, state.labelled]),
+            "rows": json.dumps([state.seen, state.live, state.kept, state.labelled, state.absent]),
             "passes": str(self.passes),
         }
         header["digest"] = _digest(tensors, header)
@@ -229,6 +229,7 @@ class SleepSession:
             raise ValueError(f"path: expected a session of this model's configuration, got {got}")
         session = cls(model, math.inf if header["passes"] == "inf" else int(header["passes"]))
         rows = tuple(tuple(x) for x in json.loads(header["rows"]))
+        rows += () if len(rows) == 5 else ((0,) * len(rows[0]),)  # of version 1: nothing was absent
         empty = model.init_state(len(rows[0]))
 
         def tensor(part: str, i: int, name: str) -> Tensor:

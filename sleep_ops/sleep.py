@@ -47,6 +47,8 @@ class SleepState(NamedTuple):
         with one pass, and for every other block.
     seen: tokens read so far; live: those in the unfinished window; kept: keys kept from earlier windows.
     labelled: whether the live window has had a loss token (counted for `sleep_on="unlabelled"` alone).
+    absent: places of the live window that stand empty, and make it full the sooner: left padding, where windows are cut
+        by position.
     """
 
     blocks: tuple[BlockState, ...]
@@ -57,6 +59,7 @@ class SleepState(NamedTuple):
     live: Lengths
     kept: Lengths
     labelled: tuple[bool, ...]
+    absent: Lengths
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> "SleepState":
         """The same state elsewhere, or in another dtype; fast weights stay float32, or float64 for dtype float64."""
@@ -135,7 +138,7 @@ class SleepStack:
         """The state before the first token."""
         blocks = tuple(block.init_state(batch_size, device=device, dtype=dtype) for block in self.blocks)
         none, unwritten = (0,) * batch_size, (None,) * len(blocks)
-        return SleepState(blocks, self._starts(blocks), None, unwritten, none, none, none, (False,) * batch_size)
+        return SleepState(blocks, self._starts(blocks), None, unwritten, none, none, none, (False,) * batch_size, none)
 
     def check(self, state: SleepState, batch_size: int) -> None:
         """Raises ValueError where `state` can't be one of this stack's, for batch_size rows."""
@@ -176,8 +179,9 @@ class SleepStack:
                 break
             parts = left
             if self.window is not None:
-                parts = tuple(min(n, self.window - m) for n, m in zip(left, state.live, strict=True))
-            full = tuple(m + n == self.window for m, n in zip(state.live, parts, strict=True))
+                filled = ragged.add(state.live, state.absent)
+                parts = tuple(min(n, self.window - m) for n, m in zip(left, filled, strict=True))
+            full = self._full(state, parts)
             if labelled is not None:
                 marks = tuple(a or b for a, b in zip(state.labelled, labelled(starts, parts), strict=True))
                 state = state._replace(labelled=marks)
@@ -212,7 +216,7 @@ class SleepStack:
             self._check_begun(state, passes)
         held = ragged.add(state.kept, state.live)
         live = ragged.add(state.live, lengths)
-        closed = all(n == self.window for n in live)
+        closed = all(self._full(state, lengths))
         segment = Segment(lengths, held, state.seen, self.window, h.device)
         blocks, hidden, begin = state.blocks, None, 0
         refining = passes > 1 and self.kind == "refine"
@@ -308,7 +312,8 @@ class SleepStack:
                 w if w is None else GDNWrites(*(ragged.take_last(x, state.live, live) for x in w)) for w in state.writes
             )
         labelled = tuple(m and not r for r, m in zip(rows, state.labelled, strict=True))
-        return SleepState(blocks, start, hidden, writes, state.seen, live, kept, labelled)
+        absent = tuple(0 if r else n for r, n in zip(rows, state.absent, strict=True))
+        return SleepState(blocks, start, hidden, writes, state.seen, live, kept, labelled, absent)
 
     def _run(
         self,
@@ -351,6 +356,11 @@ class SleepStack:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=self.random)
         return function(*arguments)
+
+    def _full(self, state: SleepState, lengths: Lengths) -> tuple[bool, ...]:
+        """Which rows' live windows are full after `lengths` further tokens."""
+        filled = zip(state.live, lengths, state.absent, strict=True)
+        return tuple(sum(parts) == self.window for parts in filled)
 
     def _check_begun(self, state: SleepState, passes: int | float) -> None:
         """Raises ValueError unless what further passes start from has been kept since the live window began."""
