@@ -32,6 +32,21 @@ NORM_ROWS = 32
 
 
 @triton.jit
+def left_blocks(b_L, level, C: tl.constexpr):
+    """The block of a [C, C] tile left of each second diagonal block of size 2^level, zero elsewhere."""
+    i_r = tl.arange(0, C)[:, None] >> level
+    i_c = tl.arange(0, C)[None, :] >> level
+    return tl.where((i_r % 2 == 1) & (i_c == i_r - 1), b_L, 0.0)
+
+
+@triton.jit
+def double_blocks(b_A, b_L, level, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Inverses of the diagonal blocks of size 2^(level + 1), from b_A, those of half the size."""
+    b_XA = tl.dot(left_blocks(b_L, level, C), b_A, input_precision=PRECISION)
+    return b_A - tl.dot(b_A, b_XA, input_precision=PRECISION)
+
+
+@triton.jit
 def unit_lower_inverse(b_L, C: tl.constexpr, PRECISION: tl.constexpr):
     """Inverse of a unit lower triangular [C, C] tile, float32, by forward substitution over doubling blocks.
 
@@ -39,17 +54,14 @@ def unit_lower_inverse(b_L, C: tl.constexpr, PRECISION: tl.constexpr):
     A_2s = A_s - A_s X_s A_s. Unlike the power series of L - I, no term outgrows the result (repeated keys, beta 2).
     """
     o_i = tl.arange(0, C)
-    b_A = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0)
-    for level in tl.static_range(0, 6):
-        if (1 << level) < C:
-            i_r = o_i[:, None] // (1 << level)
-            i_c = o_i[None, :] // (1 << level)
-            b_X = tl.where((i_r % 2 == 1) & (i_c == i_r - 1), b_L, 0.0)
-            if level == 0:
-                b_A -= b_X
-            else:
-                b_XA = tl.dot(b_X, b_A, input_precision=PRECISION)
-                b_A -= tl.dot(b_A, b_XA, input_precision=PRECISION)
+    b_A = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0) - left_blocks(b_L, 0, C)
+    if C <= 32:
+        for level in tl.static_range(1, 5):
+            if (1 << level) < C:
+                b_A = double_blocks(b_A, b_L, level, C, PRECISION)
+    else:  # unrolled, C = 64 takes half a minute to compile
+        for level in range(1, 6):
+            b_A = double_blocks(b_A, b_L, level, C, PRECISION)
     return b_A
 
 

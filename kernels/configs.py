@@ -1,9 +1,10 @@
 """Launch settings of the chunk kernels, read from the small tables of launches.py; no autotuning at run time.
 
 float32 products use no tensor cores, so their tiles live in registers: the smallest ones. In 16 bits, chunks of 32
-tokens keep every kernel but chunk_grad nearly free of register spills up to K = V = 128. With 64, chunk_grad spills
-kilobytes a thread on sm_80, and on sm_100 compiles to a trap. tests/test_aot.py states the bounds that hold. Four
-warps: eight have raced on Blackwell.
+tokens keep every kernel but chunk_grad nearly free of register spills up to K = V = 128. Chunks of 64, with
+chunk_grad_split's three kernels in the place of that one, do so on sm_90 and sm_100, and have wgmma for all products;
+which is faster has not been measured. tests/test_aot.py states the bounds that hold. Four warps: eight have raced on
+Blackwell.
 """
 
 import functools

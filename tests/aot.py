@@ -26,6 +26,11 @@ from triton.compiler import ASTSource
 
 from sleep_ops.kernels import gated_norm, short_conv, step, window
 from sleep_ops.kernels.chunk_grad import chunk_grad_kernel
+from sleep_ops.kernels.chunk_grad_split import (
+    chunk_grad_keys_kernel,
+    chunk_grad_queries_kernel,
+    chunk_grad_values_kernel,
+)
 from sleep_ops.kernels.chunk_prepare import (
     NORM_ROWS,
     chunk_prepare_kernel,
@@ -53,10 +58,11 @@ class Case(NamedTuple):
 
 
 def _chunk_arguments(dtype: str, packed: bool) -> dict[str, Any]:
-    data = ("q", "k", "v", "A", "output", "states", "d_states", "d_output", "dq", "dk", "dv")
+    data = ("q", "k", "v", "A", "output", "states", "d_states", "d_output", "dq", "dk", "dv", "U_end", "dY", "ds", "dl")
     wide = ("G", "beta_out", "initial_state", "final_state", "d_final_state", "d_initial_state", "dG", "dbeta_out")
     arguments: dict[str, Any] = {name: f"*{dtype}" for name in data}
     wide += ("g", "beta", "dg", "dbeta", "A_log", "dt_bias", "partial", "rq", "rk")
+    wide += ("dG_part", "dbeta_part", "dG_values", "dG_queries", "dbeta_values")
     arguments |= {name: "*fp32" for name in wide}
     arguments |= {name: "i32" for name in ("T", "num_seqs", "stride_q", "stride_k", "stride_v")}
     arguments |= {"scale": "fp32"}
@@ -82,10 +88,23 @@ def chunk_cases(
     shape = {"H": 4, "HV": 4 * groups, "K": K, "V": V, "C": config.chunk, "BK": block_size(K)}
     gates = {"BETA_SCALE": 1.0, "USE_L2NORM": l2norm, "PRECISION": "ieee" if dtype == "fp32" else "tf32x3"}
     gates |= {"WIDENED": False, "BH": 4 * groups}
-    widened = dict.fromkeys(("q", "rq", "output", "initial_state", "d_output", "dq")) | {"WIDENED": True}
+    absent = ("q", "rq", "output", "initial_state", "d_output", "dq", "ds", "dG_queries")
+    widened = dict.fromkeys(absent) | {"WIDENED": True}
     common = _chunk_arguments(dtype, packed) | shape | gates
     sweep = {"USE_L2NORM": False} if scaled else {"rq": None, "rk": None}
     label = f"{dtype}-K{K}-V{V}" + ("-packed" if packed else "") + (f"-C{chunk}" if chunk else "")
+    gradient = [
+        ("chunk_grad", chunk_grad_kernel, config.grad, {}),
+        ("chunk_grad_widened", chunk_grad_kernel, config.grad, widened),
+    ]
+    if config.chunk == 64:
+        gradient = [
+            ("chunk_grad_values", chunk_grad_values_kernel, config.grad, {}),
+            ("chunk_grad_values_widened", chunk_grad_values_kernel, config.grad, widened),
+            ("chunk_grad_queries", chunk_grad_queries_kernel, config.grad, {}),
+            ("chunk_grad_keys", chunk_grad_keys_kernel, config.grad, {}),
+            ("chunk_grad_keys_widened", chunk_grad_keys_kernel, config.grad, widened | {"V": K + V}),
+        ]
     for name, kernel, launch, changed in (
         ("chunk_prepare", chunk_prepare_kernel, config.prepare, {}),
         ("chunk_scan", chunk_scan_kernel, config.scan, sweep | {"states": None}),
@@ -99,8 +118,7 @@ def chunk_cases(
             config.reverse,
             sweep | widened | {"d_initial_state": None, "V": K + V},
         ),
-        ("chunk_grad", chunk_grad_kernel, config.grad, {}),
-        ("chunk_grad_widened", chunk_grad_kernel, config.grad, widened),
+        *gradient,
         ("gate_backward", gate_backward_kernel, config.prepare, {}),
     ):
         arguments = common | changed | {"BV": launch.block_v}
@@ -176,6 +194,8 @@ CASES = [
     *step_cases("fp32", 256, 100, archs=(90,)),
     *chunk_cases(64, 64, "bf16", packed=True),
     *chunk_cases(128, 128, "bf16"),
+    *chunk_cases(128, 128, "bf16", chunk=64, archs=(80,)),
+    *chunk_cases(128, 128, "bf16", chunk=64, archs=(90, 100)),
     *chunk_cases(256, 256, "bf16"),
     *chunk_cases(96, 192, "fp16", archs=(90,)),
     *chunk_cases(64, 64, "fp32", archs=(80,)),
@@ -237,7 +257,7 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
         "spill_bytes": spills,
         "shared_bytes": compiled.metadata.shared,
         "programs": programs_at_once(registers, compiled.metadata.shared, case.warps, arch),
-        "tensor_core": next((name for name in TENSOR_CORE if name in compiled.asm["ptx"]), None),
+        "tensor_core": [name for name in TENSOR_CORE if name in compiled.asm["ptx"]],
         "traps": "trap;" in compiled.asm["ptx"],
         "seconds": round(time.perf_counter() - begin, 2),
     }

@@ -6,8 +6,9 @@ Two operators, so that passes over the same tokens share what they have in commo
     chunk_scan       one sweep over the chunks from a given state: outputs and final state, or (widened) the map [P | R]
 
 The backward of a sweep computes its states again, sweeps their cotangents back (chunk_reverse), and forms all gradients
-at once (chunk_grad), what reaches the keys through A among them; chunk_prepare's turns those of G and beta into those
-of the gate inputs. Between forward and backward only the inputs, the gates and the inverse are kept, no states.
+at once (chunk_grad, or chunk_grad_split for chunks of 64), what reaches the keys through A among them; chunk_prepare's
+turns those of G and beta into those of the gate inputs. Between forward and backward only the inputs, their norms, the
+gates and the inverse are kept, no states.
 """
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sleep_ops.kernels import chunk_prepare as prepare_kernels
 from sleep_ops.kernels.chunk_grad import chunk_grad
+from sleep_ops.kernels.chunk_grad_split import chunk_grad_split
 from sleep_ops.kernels.chunk_scan import chunk_reverse, chunk_scan
 from sleep_ops.kernels.configs import ChunkConfig, architecture, chunk_config, scales_rows
 from sleep_ops.ops.dispatch import on_device
@@ -296,7 +298,8 @@ def _scan_backward(
             num_chunks=num_chunks,
             **common,
         )
-        dq, dk, dv, dG, dbeta = chunk_grad(
+        gradient = chunk_grad_split if config.chunk == 64 else chunk_grad
+        dq, dk, dv, dG, dbeta = gradient(
             q, k, v, strides, G, beta, A, states, d_states, d_output, *packing, widened=widened, **common
         )
     return _or_empty(dq, k), dk, dv, dG, dbeta, _or_empty(d_initial_state, k)
