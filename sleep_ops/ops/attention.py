@@ -92,8 +92,9 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, mask: 
     inside = window is None or num_keys <= window
     causal = False
     if mask is None and not (num_queries == 1 and inside):
-        causal = inside and num_queries == num_keys
-        if not causal:
+        if inside and num_queries == num_keys:
+            causal = True
+        else:
             offset = torch.full((1,), num_keys - num_queries, device=q.device)
             mask = visible_keys(num_queries, num_keys, offset, torch.full_like(offset, num_queries), window)
     out = F.scaled_dot_product_attention(

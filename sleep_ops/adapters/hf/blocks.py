@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from sleep_ops.adapters.hf.cache import LayerCache
 from sleep_ops.adapters.hf.sharded import gathered, joined
 from sleep_ops.config import expect
-from sleep_ops.layers.attention import AttentionState, Segment
+from sleep_ops.layers.attention import AttentionState, Segment, narrower
 from sleep_ops.layers.block import BlockState
 from sleep_ops.layers.mixer import GDNMixer, GDNWrites
 
@@ -34,7 +34,9 @@ class LayerBlock:
         cache = LayerCache(state, segment, record=return_writes)
         h = self.layer(
             h,
-            attention_mask=None,
+            attention_mask=None
+            if self.fast_weights
+            else segment.mask(narrower(segment.window, self._sliding_window())),
             past_key_values=cache,
             use_cache=True,
             sleep_segment=segment,
@@ -56,6 +58,9 @@ class LayerBlock:
         """See `GDNMixer.replay`."""
         replay = gathered(self.layer, "replay", self._mixer.replay)
         return replay(writes, fast_weights, passes=passes, lengths=lengths)
+
+    def _sliding_window(self) -> int | None:
+        return getattr(self.layer.self_attn, "sliding_window", getattr(self._config, "sliding_window", None))
 
     def init_state(self, batch_size: int, *, device=None, dtype: torch.dtype | None = None) -> BlockState:
         """Zero fast weights, or an empty cache."""

@@ -52,7 +52,8 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask:
     """transformers' attention interface: query `[B, H, T, D]`, key, value `[B, HKV, S, D]` -> (`[B, T, H, D]`, None).
 
     Inside a window, which the layer is told of as `sleep_segment`, causal attention to the keys of the segment's cache,
-    by flash-attn where that is installed; otherwise PyTorch's, as transformers calls it.
+    by flash-attn where that is installed; attention_mask is then the segment's. Otherwise PyTorch's, as transformers
+    calls it.
     """
     segment, backend = options.pop("sleep_segment", None), options.pop("sleep_backend", "auto")
     if segment is None:
@@ -62,8 +63,7 @@ def attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask:
         query = query * (scaling * query.shape[-1] ** 0.5)
     window = narrower(segment.window, options.get("sliding_window"))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    mask = segment.mask(window)
-    return causal_attention(q, k, v, window=window, mask=mask, backend=backend), None
+    return causal_attention(q, k, v, window=window, mask=attention_mask, backend=backend), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)

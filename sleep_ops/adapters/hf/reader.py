@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sleep_ops.adapters.hf.blocks import LayerBlock
-from sleep_ops.config import SleepSettings
+from sleep_ops.adapters.hf.cache import ATTENTION
+from sleep_ops.adapters.hf.sharded import check_gathered, gathered
+from sleep_ops.config import SleepSettings, expect
 from sleep_ops.layers.attention import Segment
 from sleep_ops.reader import SleepReader
 
@@ -36,11 +38,16 @@ class HFReader(SleepReader):
 
     @property
     def sleep_blocks(self) -> Sequence:
+        used = self.model.config._attn_implementation
+        expect(used == ATTENTION, "attn_implementation", f"{ATTENTION!r}, as sleepify set it", used)
         inserted, blocks = self._inserted(), []
         for i, layer in enumerate(self.model.model.layers):
             blocks.append(LayerBlock(layer, self._arguments, self.model.config))
             if str(i) in inserted:
-                blocks.append(inserted[str(i)])
+                block = inserted[str(i)]
+                for name in ("update_state", "replay"):
+                    gathered(block, name)
+                blocks.append(block)
         return blocks
 
     @property
@@ -61,6 +68,7 @@ class HFReader(SleepReader):
         return self.model.training
 
     def embed(self, ids: Tensor) -> Tensor:
+        check_gathered(self.embedding_weight)
         return self.model.get_input_embeddings()(ids)
 
     def predict(self, h: Tensor) -> Tensor:

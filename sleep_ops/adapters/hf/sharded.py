@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from sleep_ops.layers.block import BlockState
 from sleep_ops.layers.mixer import GDNWrites
@@ -26,7 +27,7 @@ def joined(
 
 
 def gathered(layer: nn.Module, name: str, method: Callable | None = None) -> Callable:
-    """layer's method `name` (or `method`, which becomes that), run with its parameters gathered as a forward pass."""
+    """layer's method `name` (or `method`, which becomes that); if sharded, run like a forward pass of the layer."""
     if not isinstance(layer, FSDPModule):
         return getattr(layer, name) if method is None else method
     if name not in vars(layer):
@@ -34,6 +35,15 @@ def gathered(layer: nn.Module, name: str, method: Callable | None = None) -> Cal
             setattr(layer, name, method)
         register_fsdp_forward_method(layer, name)
     return vars(layer)[name]
+
+
+def check_gathered(weight: Tensor) -> None:
+    """Raises ValueError for a model that is read outside of its forward pass, with its parameters left sharded."""
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            "model: expected gathered parameters, got sharded ones; call the model itself, or first "
+            "register_fsdp_forward_method(model, 'generate')"
+        )
 
 
 class _Joined(torch.autograd.Function):
