@@ -2,8 +2,9 @@
 
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch, Task
 from sleep_ops.tasks.rule110 import Rule110
+from sleep_ops.tasks.text import Text
 
-TASKS = {Rule110.name: Rule110}
+TASKS = {task.name: task for task in (Rule110, Text)}
 
 
 def build_task(settings: dict) -> Task:
@@ -15,4 +16,4 @@ def build_task(settings: dict) -> Task:
     return TASKS[name](**settings)
 
 
-__all__ = ["IGNORE_INDEX", "TASKS", "Batch", "Rule110", "Task", "build_task"]
+__all__ = ["IGNORE_INDEX", "TASKS", "Batch", "Rule110", "Task", "Text", "build_task"]

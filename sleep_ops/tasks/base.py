@@ -27,6 +27,10 @@ class Batch(NamedTuple):
             self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.loss_mask
         )
 
+    def split(self, size: int) -> list["Batch"]:
+        """Its rows, `size` at a time."""
+        return [Batch(*part) for part in zip(*(x.split(size) for x in self), strict=True)]
+
     def pin_memory(self) -> "Batch":
         return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(), self.loss_mask)
 
@@ -41,7 +45,7 @@ class Task(Protocol):
     name: str
     vocab_size: int
     seq_len: int
-    window: int
+    window: int | None  # the natural one, if there is one
     metric: str  # the key of `evaluate`'s result that the run is judged by
 
     def batch(

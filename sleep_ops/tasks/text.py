@@ -1,0 +1,267 @@
+"""Your own text: lines of JSON, tokenised by a checkpoint folder's tokenizer.
+
+    {"prompt": "...", "answer": "..."}     the loss is on the answer's tokens
+    {"text": "..."}                        the loss is on every token but the first
+
+Other keys are left alone. One example is one row, padded at its right: the model is causal, so no label's position sees
+the padding, and which token it is changes nothing. Prompt and answer are tokenised apart, so that the answer's tokens
+are those a model has to generate after the prompt; a space between the two belongs to one of them.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from sleep_ops.adapters.loading import load_tokenizer
+from sleep_ops.config import expect
+from sleep_ops.tasks.base import IGNORE_INDEX, Batch
+from sleep_ops.validation import check_choice, check_count, check_flags
+
+OVERFLOWS = ("error", "cut")
+_SETTINGS = ("data", "tokenizer", "eval_data", "held_out", "seq_len", "overflow", "end_token", "digest")
+_LINES_AT_ONCE = 1000
+_HELD_OUT_KEY, _ORDER_KEY, _EVAL_KEY = 1 << 63, 0, 1 << 62  # streams of random numbers that never meet
+
+
+class Examples(NamedTuple):
+    """Token sequences one after another: tokens int32 [total]; starts int64 [n + 1]; answers int64 [n], where in its
+    sequence each example's first predicted token is."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    answers: np.ndarray
+
+    def take(self, which: np.ndarray) -> "Examples":
+        """The examples of these numbers."""
+        parts = [self.tokens[self.starts[i] : self.starts[i + 1]] for i in which]
+        return _joined([(part, self.answers[i]) for part, i in zip(parts, which, strict=True)])
+
+
+@dataclass(frozen=True)
+class Text:
+    """Prompts and their answers, or running text, from files.
+
+    data, eval_data  files of JSON lines; without eval_data, the fraction `held_out` of the lines of `data` (the same
+                     ones whatever the seed) is kept out of training, to evaluate on.
+    tokenizer        a folder with a transformers tokenizer, such as the model's.
+    seq_len          tokens of a row, or None for those of the longest example; shorter examples are padded.
+    overflow         what becomes of a prompt that with its answer is longer than seq_len: "error" is a ValueError,
+                     "cut" drops its oldest tokens. Answers are never cut; texts longer than seq_len become several
+                     examples.
+    end_token        whether the tokenizer's end token follows every answer and text, as one more token to predict.
+    digest           of all tokens; given, as in the settings of a run that is taken up again, it is compared.
+
+    Raises ValueError naming the file and the line for one that isn't such an object, or too long; ImportError naming
+    the extra without transformers.
+    """
+
+    data: str
+    tokenizer: str
+    eval_data: str | None = None
+    held_out: float = 0.1
+    seq_len: int | None = None
+    overflow: str = "error"
+    end_token: bool = True
+    digest: str | None = None
+    splits: dict[str, Examples] = field(init=False, repr=False, compare=False)
+
+    name: ClassVar[str] = "text"
+    window: ClassVar[None] = None
+
+    def __post_init__(self):
+        if self.seq_len is not None:
+            check_count("seq_len", self.seq_len)
+        check_choice("overflow", self.overflow, OVERFLOWS)
+        check_flags(end_token=self.end_token)
+        fraction = type(self.held_out) in (int, float) and 0 < self.held_out < 1
+        expect(fraction, "held_out", "a fraction between 0 and 1", self.held_out)
+        tokenizer = load_tokenizer(self.tokenizer)
+        if self.end_token:
+            expected = "False for a tokenizer without an end token (eos_token)"
+            expect(tokenizer.eos_token_id is not None, "end_token", expected, self.end_token)
+        train = self._read(self.data, tokenizer)
+        if self.eval_data is not None:
+            asked = self._read(self.eval_data, tokenizer)
+        else:
+            count = len(train.answers)
+            kept = max(round(self.held_out * count), 1)
+            expect(kept < count, "data", "lines for training and some to hold out, or eval_data", f"{count} examples")
+            order = _generator(0, _HELD_OUT_KEY).permutation(count)
+            train, asked = train.take(np.sort(order[kept:])), train.take(np.sort(order[:kept]))
+        object.__setattr__(self, "splits", {"train": train, "eval": asked})
+        digest = hashlib.sha256()
+        for array in (*train, *asked):
+            digest.update(array.tobytes())
+        digest = digest.hexdigest()[:16]
+        expect(self.digest in (None, digest), "data", f"the tokens of digest {self.digest}, as before", digest)
+        object.__setattr__(self, "digest", digest)
+        if self.seq_len is None:
+            longest = max(int(np.diff(examples.starts).max()) for examples in (train, asked))
+            object.__setattr__(self, "seq_len", longest - 1)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id in use."""
+        return 1 + max(int(examples.tokens.max()) for examples in self.splits.values())
+
+    @property
+    def metric(self) -> str:
+        """Exact answers; the loss where there are only texts."""
+        return "exact" if (self.splits["eval"].answers > 1).any() else "loss"
+
+    def to_dict(self) -> dict:
+        return {"name": self.name} | {name: getattr(self, name) for name in _SETTINGS}
+
+    def batch(
+        self, seed: int, step: int, size: int, device: torch.device | str = "cpu", *, split: str = "train"
+    ) -> Batch:
+        """Batch number `step` of the stream (seed, split): `size` rows of `seq_len` tokens.
+
+        Every epoch goes through all examples of the split in an order of its own. input_ids and labels come on
+        `device`, loss_mask on the CPU.
+        """
+        if split not in self.splits:
+            raise ValueError(f"split: expected one of {tuple(self.splits)}, got {split!r}")
+        if seed < 0 or step < 0 or size < 1:
+            raise ValueError(f"seed, step, size: expected >= 0, >= 0, >= 1, got {seed}, {step}, {size}")
+        examples, key = self.splits[split], _ORDER_KEY if split == "train" else _EVAL_KEY
+        count = len(examples.answers)
+        epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), count)
+        orders = {epoch: _generator(seed, key | int(epoch)).permutation(count) for epoch in np.unique(epochs)}
+        input_ids = np.zeros((size, self.seq_len), dtype=np.int64)
+        labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
+        for row, (epoch, place) in enumerate(zip(epochs, places, strict=True)):
+            i = orders[epoch][place]
+            tokens, answer = examples.tokens[examples.starts[i] : examples.starts[i + 1]], examples.answers[i]
+            input_ids[row, : len(tokens) - 1] = tokens[:-1]
+            labels[row, answer - 1 : len(tokens) - 1] = tokens[answer:]
+        labels = torch.from_numpy(labels)
+        return Batch(torch.from_numpy(input_ids), labels, labels != IGNORE_INDEX).to(device)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        model: nn.Module,
+        *,
+        samples: int = 2048,
+        batch_size: int = 256,
+        seed: int = 0,
+        passes: int | float | None = None,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, float]:
+        """Accuracy of `model` on `samples` evaluation examples, or on all of them where there are fewer.
+
+        Returns exact (every answer token right), exact_stderr (its binomial standard error), per_label (of answer
+        tokens), loss (nats per answer token) and samples. The answers are fed as input, which changes nothing in
+        `exact`: greedy decoding is right everywhere exactly when it is right everywhere given the right prefix.
+        """
+        if samples < 1 or batch_size < 1:
+            raise ValueError(f"samples and batch_size: expected integers >= 1, got {samples} and {batch_size}")
+        samples = min(samples, len(self.splits["eval"].answers))
+        size = min(batch_size, samples)
+        was_training = model.training
+        model.eval()
+        exact, right, loss, answers = 0, 0, 0.0, 0
+        try:
+            for step, start in enumerate(range(0, samples, size)):
+                batch = self.batch(seed, step, size, device, split="eval")
+                ids, labels, mask = (x[: samples - start] for x in batch)
+                out = model(ids, labels=labels, loss_mask=mask, passes=passes, return_state=False)
+                asked = labels[:, out.positions.to(labels.device)]
+                found, marked = out.logits.argmax(-1) == asked, asked != IGNORE_INDEX
+                exact += int((found | ~marked).all(1).sum())
+                right += int((found & marked).sum())
+                count = int(mask.sum())
+                loss, answers = loss + float(out.loss) * count, answers + count
+        finally:
+            model.train(was_training)
+        rate = exact / samples
+        return {
+            "exact": rate,
+            "exact_stderr": (rate * (1 - rate) / samples) ** 0.5,
+            "per_label": right / answers,
+            "loss": loss / answers,
+            "samples": float(samples),
+        }
+
+    def chance(self, samples: int = 16384) -> dict[str, float]:
+        """What is reached without reading the prompts: majority, by always giving training's commonest answer."""
+        found = {}
+        for split, examples in self.splits.items():
+            spans = zip(examples.starts + np.append(examples.answers, 0), examples.starts[1:], strict=False)
+            found[split] = [examples.tokens[a:b].tobytes() for a, b in islice(spans, samples)]
+        ((commonest, _),) = Counter(found["train"]).most_common(1)
+        return {"majority": found["eval"].count(commonest) / len(found["eval"])}
+
+    def _read(self, path: str, tokenizer) -> Examples:
+        """All examples of a file."""
+        lines, found = _records(path), []
+        while part := list(islice(lines, _LINES_AT_ONCE)):
+            firsts = [r.get("prompt", r.get("text")) for _, r in part]
+            seconds = [r.get("answer", "") for _, r in part]
+            firsts, seconds = (
+                tokenizer(texts, add_special_tokens=special)["input_ids"]
+                for texts, special in ((firsts, True), (seconds, False))
+            )
+            for (where, record), first, second in zip(part, firsts, seconds, strict=True):
+                end = [tokenizer.eos_token_id] if self.end_token else []
+                found += self._examples(where, "text" in record, first, second + end)
+        expect(bool(found), "data", "at least one line", f"none in {path}")
+        return _joined(found)
+
+    def _examples(self, where: str, running: bool, first: list[int], second: list[int]) -> Iterator[tuple]:
+        """(tokens, place of the first one to predict) of a line; `second` is an answer, or the end of a text."""
+        longest = None if self.seq_len is None else self.seq_len + 1  # the last one is only predicted
+        if running:
+            tokens = first + second
+            expect(len(tokens) > 1, where, "a text of at least two tokens", len(tokens))
+            # Pieces share a token: the last to predict in one is the first to read in the next.
+            for start in range(0, len(tokens) - 1, self.seq_len or len(tokens)):
+                yield np.array(tokens[start : None if longest is None else start + longest], dtype=np.int32), 1
+            return
+        expect(len(first) > 0, where, "a prompt of at least one token", "none")
+        expect(len(second) > self.end_token, where, "an answer of at least one token", "none")
+        surplus = 0 if longest is None else len(first) + len(second) - longest
+        if surplus > 0:
+            total = f"{len(first)} and {len(second)} tokens"
+            possible = self.overflow == "cut" and surplus < len(first)
+            expect(possible, where, f"a prompt and an answer that fit in seq_len {self.seq_len}", total)
+            first = first[surplus:]
+        yield np.array(first + second, dtype=np.int32), len(first)
+
+
+def _records(path: str) -> Iterator[tuple[str, dict]]:
+    """("file, line n", object) of every line that is not blank."""
+    expect(Path(path).is_file(), "data", "a file of JSON lines", str(path))
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line.decode())
+            except ValueError as error:
+                raise ValueError(f"{where}: expected JSON, got {error}") from error
+            keys = {"prompt", "answer", "text"} & record.keys() if isinstance(record, dict) else set()
+            fits = keys in ({"prompt", "answer"}, {"text"}) and all(isinstance(record[key], str) for key in keys)
+            expected = '{"prompt": string, "answer": string} or {"text": string}'
+            expect(fits, where, expected, line.decode().strip()[:80])
+            yield where, record
+
+
+def _joined(found: list[tuple[np.ndarray, int]]) -> Examples:
+    starts = np.cumsum([0, *(len(tokens) for tokens, _ in found)])
+    return Examples(np.concatenate([t for t, _ in found]), starts, np.array([a for _, a in found], dtype=np.int64))
+
+
+def _generator(seed: int, key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([seed, key], dtype=np.uint64)))

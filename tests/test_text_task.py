@@ -1,0 +1,192 @@
+"""Your own text: examples, labels, order, what does not fit, damaged lines, evaluation."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_adapter_loading import word_tokenizer
+
+from sleep_ops import HybridConfig, SleepHybridModel
+from sleep_ops.tasks import IGNORE_INDEX, TASKS, Text, build_task
+
+WORDS = tuple("abcdefghij")
+UNK, END = 0, 1
+ID = {word: i + 2 for i, word in enumerate(WORDS)}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    word_tokenizer(folder, WORDS)
+    return str(folder)
+
+
+def write(path, *records):
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def pair(prompt, answer, **more):
+    return {"prompt": " ".join(prompt), "answer": " ".join(answer), **more}
+
+
+def rows(batch):
+    """Each row's tokens and what they predict."""
+    return [
+        (ids.tolist(), [x for x in labels.tolist() if x != IGNORE_INDEX])
+        for ids, labels in zip(batch.input_ids, batch.labels, strict=True)
+    ]
+
+
+def test_the_loss_is_on_the_answer(tokenizer, tmp_path):
+    data = write(tmp_path / "data", pair("abc", "de", op=3), "", pair("f", "g"))
+    task = Text(data, tokenizer, eval_data=data)
+    assert (task.seq_len, task.vocab_size, task.window, task.metric) == (5, ID["g"] + 1, None, "exact")
+    batch = task.batch(seed=0, step=0, size=2)
+    a, b, c, d, e, f, g = (ID[x] for x in "abcdefg")
+    assert sorted(rows(batch)) == [([a, b, c, d, e], [d, e, END]), ([f, g, 0, 0, 0], [g, END])]
+    assert torch.equal(batch.loss_mask, batch.labels != IGNORE_INDEX)
+    for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+        marked = (labels != IGNORE_INDEX).nonzero()[:, 0].tolist()
+        assert marked == ([2, 3, 4] if ids[0] == a else [0, 1])
+    bare = Text(data, tokenizer, eval_data=data, end_token=False)
+    assert bare.seq_len == 4 and END not in bare.batch(0, 0, 2).labels
+
+
+def test_running_text_is_cut_into_pieces_that_predict_every_token(tokenizer, tmp_path):
+    data = write(tmp_path / "data", {"text": "a b c d e f g"}, {"text": "h i"})
+    task = Text(data, tokenizer, eval_data=data, seq_len=3)
+    assert task.metric == "loss"
+    got = sorted(rows(task.batch(0, 0, 4)))
+    a, b, c, d, e, f, g, h, i = (ID[x] for x in "abcdefghi")
+    assert got == sorted([([a, b, c], [b, c, d]), ([d, e, f], [e, f, g]), ([g, 0, 0], [END]), ([h, i, 0], [i, END])])
+    assert Text(data, tokenizer, eval_data=data).seq_len == 7
+
+
+def test_batches_are_a_pure_function_and_epochs_see_everything_once(tokenizer, tmp_path):
+    data = write(tmp_path / "data", *(pair(x + y, x) for x in WORDS for y in "ab"))
+    task = Text(data, tokenizer, held_out=0.2)
+    again = build_task(json.loads(json.dumps(task.to_dict())))
+    assert isinstance(again, TASKS["text"]) and again == task
+    for a, b in zip(task.batch(3, 5, 7), again.batch(3, 5, 7), strict=True):
+        assert torch.equal(a, b)
+    stream = [row[0] for step in range(8) for row in rows(task.batch(1, step, 4))]
+    first, second = stream[:16], stream[16:]
+    assert first != second and sorted(first) == sorted(second) and len({*map(tuple, first)}) == 16
+    asked = [tuple(row[0]) for row in rows(task.batch(0, 0, 4, split="eval"))]
+    assert len({*asked}) == 4 and not {*asked} & {*map(tuple, first)}
+    assert [row[0] for row in rows(task.batch(2, 0, 16))] != first
+    assert torch.equal(task.batch(0, 0, 30).input_ids[16:], task.batch(0, 0, 32).input_ids[16:30])
+    with pytest.raises(ValueError, match="split: expected one of"):
+        task.batch(0, 0, 1, split="test")
+
+
+def test_an_answer_is_never_cut(tokenizer, tmp_path):
+    data = write(tmp_path / "data", pair("a", "b"), pair("abcdef", "gh"))
+    with pytest.raises(ValueError, match="data, line 2: expected .* seq_len 5, got '6 and 3 tokens'"):
+        Text(data, tokenizer, eval_data=data, seq_len=5)
+    cut = Text(data, tokenizer, eval_data=data, seq_len=5, overflow="cut")
+    d, e, f, g, h = (ID[x] for x in "defgh")
+    assert ([d, e, f, g, h], [g, h, END]) in rows(cut.batch(0, 0, 2))
+    assert Text(data, tokenizer, eval_data=data, seq_len=8).batch(0, 0, 2).input_ids.shape == (2, 8)
+    with pytest.raises(ValueError, match="line 2: expected .* fit in seq_len 2"):
+        Text(data, tokenizer, eval_data=data, seq_len=2, overflow="cut")
+
+
+DAMAGED = {
+    "json": ('{"prompt": "a", "answer"', "expected JSON"),
+    "encoding": ("\udcff", "expected JSON"),
+    "list": ('["a", "b"]', 'expected {"prompt"'),
+    "no-answer": ('{"prompt": "a"}', 'expected {"prompt"'),
+    "both": ('{"prompt": "a", "answer": "b", "text": "c"}', 'expected {"prompt"'),
+    "number": ('{"prompt": "a", "answer": 3}', 'expected {"prompt"'),
+    "empty-answer": ('{"prompt": "a", "answer": ""}', "an answer of at least one token"),
+    "empty-prompt": ('{"prompt": "", "answer": "a"}', "a prompt of at least one token"),
+    "empty-text": ('{"text": ""}', "a text of at least two tokens"),
+}
+
+
+@pytest.mark.parametrize("line, message", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_is_named(line, message, tokenizer, tmp_path):
+    path = tmp_path / "data.jsonl"
+    good = json.dumps(pair("a", "b"))
+    path.write_bytes(f"{good}\n\n{line}\n{good}\n".encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=f"data.jsonl, line 3: .*{message}"):
+        Text(str(path), tokenizer)
+
+
+def test_what_cannot_be_is_refused(tokenizer, tmp_path):
+    data, one = write(tmp_path / "data", pair("a", "b"), pair("c", "d")), write(tmp_path / "one", pair("a", "b"))
+    empty = write(tmp_path / "empty", "")
+    for options, message in (
+        ({"seq_len": 0}, "seq_len: expected"),
+        ({"overflow": "wrap"}, "overflow: expected"),
+        ({"held_out": 1.0}, "held_out: expected"),
+        ({"end_token": "no"}, "end_token: expected"),
+        ({"data": str(tmp_path / "nowhere")}, "data: expected a file"),
+        ({"data": empty}, "data: expected at least one line"),
+        ({"data": one}, "data: expected lines for training"),
+        ({"tokenizer": str(tmp_path)}, "tokenizer: expected a folder with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Text(**{"data": data, "tokenizer": tokenizer} | options)
+
+
+def test_data_that_changed_is_noticed(tokenizer, tmp_path):
+    data = write(tmp_path / "data", pair("a", "b"), pair("c", "d"))
+    settings = Text(data, tokenizer).to_dict()
+    write(tmp_path / "data", pair("a", "b"), pair("c", "e"))
+    with pytest.raises(ValueError, match="data: expected the tokens of digest"):
+        build_task(settings)
+
+
+def test_a_tokenizer_without_an_end_token(tokenizer, tmp_path):
+    for path in ("tokenizer.json", "tokenizer_config.json"):
+        text = (tmp_path.__class__(tokenizer) / path).read_text()
+        (tmp_path / path).write_text(text.replace('"eos_token": "<end>",', ""))
+    data = write(tmp_path / "data", pair("a", "b"), pair("c", "d"))
+    with pytest.raises(ValueError, match="end_token: expected False"):
+        Text(data, str(tmp_path))
+    assert Text(data, str(tmp_path), end_token=False).seq_len == 1
+
+
+def test_evaluation_counts_whole_answers(tokenizer, tmp_path):
+    """A model that always knows the next token, but for one letter."""
+    answers = ("ab", "a", "cd", "c", "ad")
+    data = write(tmp_path / "data", *(pair("abc"[: 1 + i % 3], x) for i, x in enumerate(answers)))
+    task = Text(data, tokenizer, eval_data=data)
+
+    def model(ids, labels, loss_mask, passes, return_state):
+        assert not return_state and (passes, model.training) == (3, False)
+        columns = loss_mask.any(0).nonzero()[:, 0]
+        logits = torch.nn.functional.one_hot(labels.clamp(min=0), task.vocab_size).double()
+        logits[labels == ID["d"]] = 0
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return SimpleNamespace(logits=logits[:, columns], positions=columns, loss=loss)
+
+    model.training, model.eval, model.train = False, lambda: None, lambda mode: None
+    whole = task.evaluate(model, samples=99, batch_size=99, passes=3)
+    assert whole["exact"] == pytest.approx(3 / 5) and whole["samples"] == 5
+    assert whole["per_label"] == pytest.approx(11 / 13)
+    parts = task.evaluate(model, samples=99, batch_size=2, passes=3)
+    assert parts == pytest.approx(whole)
+    assert task.chance() == {"majority": pytest.approx(1 / 5)}
+
+
+def test_evaluation_of_a_model_that_sleeps(tokenizer, tmp_path):
+    data = write(tmp_path / "data", *(pair("abcdefgh"[i:], WORDS[i]) for i in range(8)))
+    task = Text(data, tokenizer, eval_data=data)
+    torch.manual_seed(0)
+    size = dict(vocab_size=task.vocab_size, hidden_size=16, num_heads=2)
+    model = SleepHybridModel(HybridConfig(layers=("attn", "gdn"), window=4, passes=2, **size))
+    ids, labels, _ = task.batch(0, 0, 8, split="eval")
+    with torch.no_grad():
+        logits = model(ids).logits
+    marked = labels != IGNORE_INDEX
+    expected = torch.nn.functional.cross_entropy(logits[marked], labels[marked])
+    found = task.evaluate(model, samples=8, batch_size=3)
+    assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert found["per_label"] == pytest.approx((logits.argmax(-1) == labels)[marked].float().mean().item())
+    assert task.evaluate(model, samples=8, passes=1)["loss"] != pytest.approx(found["loss"], rel=1e-6)
