@@ -136,6 +136,9 @@ def test_learning_rate_schedule():
         ({"momentum": 1.5}, "momentum"),
         ({"warmup": 0.6, "decay": 0.6}, "warmup"),
         ({"precision": "fp8"}, "precision"),
+        ({"trainable": "some"}, "trainable"),
+        ({"micro_batch": 0}, "micro_batch"),
+        ({"micro_batch": 2, "cuda_graph": True}, "micro_batch"),
         ({"keep_checkpoints": 0}, "keep_checkpoints"),
         ({"cuda_graph": 1}, "cuda_graph"),
     ],
@@ -404,6 +407,51 @@ def test_gradients_are_clipped(tmp_path):
     run.fit()
     assert all(torch.stack(norms).norm() <= 1.01e-3 for norms in seen) and len(seen) == 2
     assert all(norm > 1e-3 for (norm,) in columns(tmp_path / "metrics.csv", "grad_norm"))
+
+
+HYBRID = HybridConfig(vocab_size=3, hidden_size=8, layers=("attn", "gdn"), window=6, num_heads=2, passes=2)
+
+
+def hybrid(out, **train):
+    settings = RunConfig(TASK.to_dict(), HYBRID.to_dict(), replace(config().train, steps=3, **train))
+    return Trainer(settings, out, console=QUIET)
+
+
+def test_only_the_fast_weights_learn(tmp_path):
+    run = hybrid(tmp_path / "a", trainable="fast_weights")
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.fit(until=1)
+    again = hybrid(tmp_path / "a", trainable="fast_weights")
+    assert again.step == 1 and again.fit().finished
+    run.fit()
+    for (name, p), q in zip(run.model.named_parameters(), again.model.parameters(), strict=True):
+        learns = name.startswith("blocks.1.mixer.")
+        assert p.requires_grad == learns and torch.equal(p, q), name
+        assert learns or torch.equal(p, before[name]), name
+    with pytest.raises(ValueError, match="trainable: expected 'all' for a model without fast weights"):
+        trainer(tmp_path / "b", config(trainable="fast_weights"))
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 9])
+def test_parts_of_a_batch_add_up(size, tmp_path):
+    """Whatever share of the loss tokens each part has, one of which has none."""
+
+    class Uneven(Rule110):
+        def batch(self, *args, **kwargs):
+            batch = super().batch(*args, **kwargs)
+            batch.labels[1:3, -1], batch.labels[3] = -100, -100
+            return batch._replace(loss_mask=batch.labels != -100)
+
+    runs = [hybrid(tmp_path / "whole"), hybrid(tmp_path / "parts", micro_batch=size)]
+    for run in runs:
+        run.task = Uneven(t=2, strings=2, bits=6)
+        run.loss = run._loss_and_gradients(run._make_batch(0))
+    torch.testing.assert_close(runs[1].loss, runs[0].loss)
+    for a, b in zip(runs[0].parameters, runs[1].parameters, strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6)
+    runs[1].task = TASK
+    assert runs[1].fit().finished
 
 
 def test_the_loss_falls(tmp_path):

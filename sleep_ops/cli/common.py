@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Seed = Annotated[int, typer.Option(help="Random seed.")]
@@ -18,6 +19,38 @@ def option(help: str, panel: str | None = None, **kwargs):
     return typer.Option(help=help, rich_help_panel=panel, **kwargs)
 
 
+TASK, MODEL, RECIPE, RUN = "Task", "Model", "Recipe", "Run"
+
+Steps = Annotated[int, option("Optimiser steps.", RECIPE)]
+BatchSize = Annotated[int, option("Sequences per step.", RECIPE)]
+MicroBatch = Annotated[
+    int | None, option("Sequences per forward and backward, where a whole batch does not fit; all by default.", RECIPE)
+]
+LrMuon = Annotated[float, option("Peak learning rate of the weight matrices.", RECIPE)]
+LrAdamW = Annotated[float, option("Peak learning rate of everything else.", RECIPE)]
+WeightDecay = Annotated[float, option("Decoupled, on matrices.", RECIPE)]
+Momentum = Annotated[float, option("Muon's.", RECIPE)]
+GradClip = Annotated[float, option("Largest gradient norm.", RECIPE)]
+Warmup = Annotated[float, option("Fraction of the steps spent warming up.", RECIPE)]
+Decay = Annotated[float, option("Fraction of the steps spent decaying.", RECIPE)]
+FinalLr = Annotated[float, option("Last learning rate, of the peak.", RECIPE)]
+Precision = Annotated[str, option("auto (bf16 on CUDA), bf16 or float32.", RECIPE)]
+MaxSkipped = Annotated[int, option("Stop after this many steps in a row without a finite gradient.", RECIPE)]
+CheckpointEvery = Annotated[int, option("Steps between checkpoints (0: only the last).", RUN)]
+KeepCheckpoints = Annotated[int, option("Newest checkpoints kept.", RUN)]
+EvalEvery = Annotated[int, option("Steps between evaluations (0: only the last).", RUN)]
+EvalSamples = Annotated[int, option("Sequences per evaluation.", RUN)]
+Until = Annotated[int | None, option("Stop (and save) at this step; the schedule stays that of all steps.", RUN)]
+SleepOn = Annotated[str, option("every (full window) or unlabelled (Algorithm 1 to the letter).", MODEL)]
+ConvBoundary = Annotated[str, option("Convolution tail of later passes: snapshot or zero.", MODEL)]
+Eviction = Annotated[str, option("hard or sliding.", MODEL)]
+SleepKind = Annotated[
+    str, option("refine (Algorithm 1) or replay (the fast weights' writes alone, at a cost free of N).", MODEL)
+]
+Loop = Annotated[str, option("Looped blocks: all, or FIRST:LAST, both included.", MODEL)]
+Checkpointing = Annotated[bool, option("Recompute each (window, pass) in the backward.", MODEL)]
+
+
 @contextmanager
 def refusals(console: Console):
     """Bad settings become exit code 2, failed runs exit code 1, both with one plain line."""
@@ -26,10 +59,10 @@ def refusals(console: Console):
     try:
         yield
     except ValueError as error:
-        console.print(f"[red]error[/red] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
-    except (CheckpointError, TrainingDiverged, OSError) as error:
-        console.print(f"[red]failed[/red] {error}", highlight=False, soft_wrap=True)
+    except (CheckpointError, TrainingDiverged, OSError, ImportError) as error:
+        console.print(f"[red]failed[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 
@@ -64,11 +97,12 @@ def parse_loop(text: str | None) -> tuple[int, int] | None:
 
 
 def print_evaluations(console: Console, task, found: list[tuple[int | float, dict]]) -> None:
-    title, chance = "held-out strings" if task.held_out else "fresh sequences", task.chance()
+    title, chance = "sequences training never shows" if task.held_out else "fresh sequences", task.chance()
     table = Table("N", "exact", "+/-", "per label", "loss", "sequences", title=f"accuracy on {title}")
     percent: Callable[[float], str] = "{:.2%}".format
     for n, r in found:
         cells = (percent(r["exact"]), percent(r["exact_stderr"]), percent(r["per_label"]), f"{r['loss']:.4f}")
         table.add_row(str(n), *cells, f"{r['samples']:.0f}")
-    table.add_row("chance", percent(chance["majority"]), "", percent(max(chance["ones"], 1 - chance["ones"])), "", "")
+    label = percent(max(chance["ones"], 1 - chance["ones"])) if "ones" in chance else ""
+    table.add_row("chance", percent(chance["majority"]), "", label, "", "")
     console.print(table)

@@ -33,6 +33,7 @@ def evaluate(
     """Accuracy of a saved run on fresh sequences, of held-out strings if it has any, with any number of passes."""
     console = Console()
     with refusals(console):
+        from sleep_ops.reader import reader_of
         from sleep_ops.training import load_run
         from sleep_ops.training.logs import write_csv
         from sleep_ops.training.trainer import autocast
@@ -45,14 +46,15 @@ def evaluate(
         if out is not None and out.is_dir():
             raise ValueError(f"out: expected a CSV file, got the folder {out}")
         config, task, model, step = load_run(run, device=device, warn=console.print)
-        chosen = (model.config.passes,) if chosen is None else chosen
+        trained = reader_of(model).settings.passes
+        chosen = (trained,) if chosen is None else chosen
         where = next(model.parameters()).device
         found = []
         for n in chosen:
             with autocast(config.train.precision, where):
                 result = task.evaluate(model, samples=samples, batch_size=batch, seed=seed, passes=n, device=where)
             found.append((n, result))
-        console.print(f"{run}: {task.to_dict()}, trained with N={model.config.passes} to step {step}", highlight=False)
+        console.print(f"{run}: {task.to_dict()}, trained with N={trained} to step {step}", highlight=False)
         print_evaluations(console, task, found)
         if out is not None:
             write_csv(out, [{"run": str(run), "step": step, "passes": n, "seed": seed, **r} for n, r in found])

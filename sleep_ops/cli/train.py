@@ -7,9 +7,37 @@ import typer
 from rich.console import Console
 
 from sleep_ops.cli.common import (
+    MODEL,
+    RECIPE,
+    RUN,
+    TASK,
+    BatchSize,
+    CheckpointEvery,
+    Checkpointing,
+    ConvBoundary,
+    Decay,
     Device,
+    EvalEvery,
+    EvalSamples,
+    Eviction,
+    FinalLr,
+    GradClip,
+    KeepCheckpoints,
+    Loop,
+    LrAdamW,
+    LrMuon,
+    MaxSkipped,
+    MicroBatch,
+    Momentum,
+    Precision,
     Resume,
     Seed,
+    SleepKind,
+    SleepOn,
+    Steps,
+    Until,
+    Warmup,
+    WeightDecay,
     option,
     parse_loop,
     parse_passes,
@@ -18,8 +46,6 @@ from sleep_ops.cli.common import (
 )
 
 train_app = typer.Typer(help="Train a hybrid model on a task.", no_args_is_help=True)
-
-TASK, MODEL, RECIPE, RUN = "Task", "Model", "Recipe", "Run"
 
 
 @train_app.command("rule110")
@@ -35,41 +61,39 @@ def train_rule110(
     layers: Annotated[str, option("Blocks, attn or gdn, joined by dashes.", MODEL)] = "attn-gdn-attn-gdn",
     passes: Annotated[str, option("Passes per sleep, N; 1 is the ordinary hybrid, inf is for replay.", MODEL)] = "4",
     window: Annotated[int | None, option("Tokens before eviction, L; the string length by default.", MODEL)] = None,
-    eviction: Annotated[str, option("hard or sliding.", MODEL)] = "hard",
-    loop: Annotated[str, option("Looped blocks: all, or FIRST:LAST, both included.", MODEL)] = "all",
-    sleep_kind: Annotated[
-        str, option("refine (Algorithm 1) or replay (the fast weights' writes alone, at a cost free of N).", MODEL)
-    ] = "refine",
-    sleep_on: Annotated[str, option("every (full window) or unlabelled (Algorithm 1 to the letter).", MODEL)] = "every",
-    conv_boundary: Annotated[str, option("Convolution tail of later passes: snapshot or zero.", MODEL)] = "snapshot",
+    eviction: Eviction = "hard",
+    loop: Loop = "all",
+    sleep_kind: SleepKind = "refine",
+    sleep_on: SleepOn = "every",
+    conv_boundary: ConvBoundary = "snapshot",
     rule: Annotated[str, option("delta or hebbian.", MODEL)] = "delta",
     neg_eigval: Annotated[bool, option("beta in (0, 2).", MODEL)] = False,
     init_std: Annotated[float | None, option("Of the weights; (3 width) ** -0.5 by default.", MODEL)] = None,
-    activation_checkpointing: Annotated[bool, option("Recompute each (window, pass) in the backward.", MODEL)] = False,
-    steps: Annotated[int, option("Optimiser steps.", RECIPE)] = 800,
-    batch: Annotated[int, option("Sequences per step.", RECIPE)] = 512,
-    lr_muon: Annotated[float, option("Peak learning rate of the weight matrices.", RECIPE)] = 2e-3,
-    lr_adamw: Annotated[float, option("Peak learning rate of everything else.", RECIPE)] = 5e-5,
-    weight_decay: Annotated[float, option("Decoupled, on matrices.", RECIPE)] = 1e-4,
-    momentum: Annotated[float, option("Muon's.", RECIPE)] = 0.95,
-    grad_clip: Annotated[float, option("Largest gradient norm.", RECIPE)] = 1.0,
-    warmup: Annotated[float, option("Fraction of the steps spent warming up.", RECIPE)] = 0.05,
-    decay: Annotated[float, option("Fraction of the steps spent decaying.", RECIPE)] = 0.2,
-    final_lr: Annotated[float, option("Last learning rate, of the peak.", RECIPE)] = 1e-3,
-    precision: Annotated[str, option("auto (bf16 on CUDA), bf16 or float32.", RECIPE)] = "auto",
-    max_skipped: Annotated[int, option("Stop after this many steps in a row without a finite gradient.", RECIPE)] = 10,
+    activation_checkpointing: Checkpointing = False,
+    steps: Steps = 800,
+    batch: BatchSize = 512,
+    lr_muon: LrMuon = 2e-3,
+    lr_adamw: LrAdamW = 5e-5,
+    weight_decay: WeightDecay = 1e-4,
+    momentum: Momentum = 0.95,
+    grad_clip: GradClip = 1.0,
+    warmup: Warmup = 0.05,
+    decay: Decay = 0.2,
+    final_lr: FinalLr = 1e-3,
+    precision: Precision = "auto",
+    max_skipped: MaxSkipped = 10,
+    micro_batch: MicroBatch = None,
+    trainable: Annotated[str, option("all, or fast_weights: the GDN mixers alone.", RECIPE)] = "all",
     seed: Seed = 0,
     device: Device = "auto",
     cuda_graph: Annotated[bool, option("Record a step once and launch it as one, on CUDA.", RUN)] = False,
     out: Annotated[Path, option("Run folder.", RUN)] = Path("runs/rule110"),
     resume: Resume = True,
-    checkpoint_every: Annotated[int, option("Steps between checkpoints (0: only the last).", RUN)] = 200,
-    keep_checkpoints: Annotated[int, option("Newest checkpoints kept.", RUN)] = 2,
-    eval_every: Annotated[int, option("Steps between evaluations (0: only the last).", RUN)] = 100,
-    eval_samples: Annotated[int, option("Sequences per evaluation.", RUN)] = 2048,
-    until: Annotated[
-        int | None, option("Stop (and save) at this step; the schedule stays that of --steps.", RUN)
-    ] = None,
+    checkpoint_every: CheckpointEvery = 200,
+    keep_checkpoints: KeepCheckpoints = 2,
+    eval_every: EvalEvery = 100,
+    eval_samples: EvalSamples = 2048,
+    until: Until = None,
 ) -> None:
     """Rule 110: the first bit of each evicted string after t steps of the automaton."""
     console = Console()
@@ -119,6 +143,8 @@ def train_rule110(
             keep_checkpoints=keep_checkpoints,
             device=device,
             cuda_graph=cuda_graph,
+            micro_batch=micro_batch,
+            trainable=trainable,
         )
         if until is not None and until < 1:
             raise ValueError(f"until: expected an integer >= 1, got {until}")

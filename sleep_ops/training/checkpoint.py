@@ -12,6 +12,8 @@ import pickle
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 MODEL_FILE, STATE_FILE, MANIFEST_FILE = "model.safetensors", "state.pt", "manifest.json"
 _VERSION = 1
+_PARTIAL = ".partial-"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -50,6 +53,30 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which then becomes `final`: a folder of that name is complete.
+
+    A folder already there is replaced. What a process that was killed while it wrote left beside it is deleted.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=_PARTIAL))
+    try:
+        yield temporary
+        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            _flush_to_disk(path)
+        os.chmod(temporary, 0o755)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _flush_to_disk(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for left in final.parent.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def save_checkpoint(
     folder: Path, step: int, model: dict[str, torch.Tensor], state: dict, *, keep: int | None = None
 ) -> Path:
@@ -57,10 +84,8 @@ def save_checkpoint(
 
     model  a state dict. state  nested dicts, lists, numbers, strings and tensors only (it is read with weights_only).
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".partial-"))
-    try:
+    with whole_folder(final) as temporary:
         # Cloned one by one: safetensors refuses tensors that share memory, as tied weights do.
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.items()}
         save_file(tensors, temporary / MODEL_FILE, metadata={"format": "pt", "step": str(step)})
@@ -68,21 +93,9 @@ def save_checkpoint(
         files = {name: _fingerprint(temporary / name) for name in (MODEL_FILE, STATE_FILE)}
         manifest = {"version": _VERSION, "step": step, "files": files}
         (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for name in (MODEL_FILE, STATE_FILE, MANIFEST_FILE):
-            _flush_to_disk(temporary / name)
-        os.chmod(temporary, 0o755)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        _flush_to_disk(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     if keep is not None:
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
-        for left in folder.glob(".partial-*"):  # of a process that was killed while it wrote
-            shutil.rmtree(left, ignore_errors=True)
     return final
 
 

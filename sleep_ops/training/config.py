@@ -10,9 +10,10 @@ import torch
 from sleep_ops.config import HybridConfig
 from sleep_ops.tasks import TASKS
 from sleep_ops.training.checkpoint import write_atomically
-from sleep_ops.validation import check_flags
+from sleep_ops.validation import check_choice, check_count, check_flags
 
 PRECISIONS = ("auto", "bf16", "float32")
+TRAINABLE = ("all", "fast_weights")
 CONFIG_FILE = "config.json"
 _VERSION = 1
 # What may change when a run is taken up again: none of it enters the mathematics of a step.
@@ -37,6 +38,9 @@ class TrainConfig:
     eval_every            steps between evaluations (0: only at the end), of `eval_samples` sequences.
     checkpoint_every      steps between checkpoints (0: only at the end); the newest `keep_checkpoints` are kept.
     device                "auto", "cpu", "cuda" or "cuda:i".
+    micro_batch           sequences in one forward and backward, so many of which make up a batch; None: all at once.
+    trainable             "all", or "fast_weights": the gated-delta-rule mixers, and inserted blocks as a whole; then
+                          the rest stays as it is.
     cuda_graph            on CUDA, launch a step's forward and backward as one recorded graph; the losses are the same.
                           Batches of more than a few different loss masks go without, and so do endless passes.
     """
@@ -60,6 +64,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     device: str = "auto"
     cuda_graph: bool = False
+    micro_batch: int | None = None
+    trainable: str = "all"
 
     def __post_init__(self):
         for name, low in (
@@ -87,6 +93,11 @@ class TrainConfig:
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup + decay: expected at most 1, got {self.warmup} + {self.decay}")
         check_flags(cuda_graph=self.cuda_graph)
+        check_choice("trainable", self.trainable, TRAINABLE)
+        if self.micro_batch is not None:
+            check_count("micro_batch", self.micro_batch)
+            if self.cuda_graph:
+                raise ValueError(f"micro_batch: expected None with cuda_graph, got {self.micro_batch}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {PRECISIONS}, got {self.precision!r}")
 
@@ -118,7 +129,11 @@ def resolve_device(device: str) -> torch.device:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """task and model as their `to_dict()` gives them, and the recipe."""
+    """task and model as their `to_dict()` gives them, and the recipe.
+
+    model  of a `SleepHybridModel` to train from scratch; or {"folder": ..., ...}, the arguments of `load_model`, for a
+           checkpoint to go on from.
+    """
 
     task: dict
     model: dict
@@ -157,9 +172,19 @@ class RunConfig:
                     found.append(f"{part}.{key}: {a.get(key)!r} -> {b.get(key)!r}")
         return found
 
+    def check_resumable(self, folder: Path) -> None:
+        """Raises ValueError where `folder` holds a run with other settings."""
+        if different := RunConfig.load(folder).differences(self):
+            raise ValueError(
+                f"{folder}: holds a run with other settings and cannot be resumed with these: "
+                + "; ".join(different)
+                + ". Choose another folder, or begin anew (resume=False, --fresh)."
+            )
+
     def _complete(self) -> dict:
         task = _defaults(TASKS.get(self.task.get("name"))) | self.task
-        return {"task": task, "model": _defaults(HybridConfig) | self.model, "train": asdict(self.train)}
+        model = self.model if "folder" in self.model else _defaults(HybridConfig) | self.model
+        return {"task": task, "model": model, "train": asdict(self.train)}
 
 
 def _defaults(owner: type | None) -> dict:

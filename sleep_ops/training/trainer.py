@@ -19,6 +19,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from sleep_ops.adapters.loading import load_model
+from sleep_ops.layers.block import Block
+from sleep_ops.layers.mixer import GDNMixer
 from sleep_ops.model import HybridConfig, SleepHybridModel
 from sleep_ops.tasks import Batch, Task, build_task
 from sleep_ops.training.checkpoint import load_newest, save_checkpoint
@@ -49,10 +52,38 @@ class TrainResult:
     skipped: int
 
 
-def build_model(config: RunConfig) -> nn.Module:
-    """The model of a run, freshly initialised from the run's seed, on the CPU (the same bits for every device)."""
+def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
+    """The model a run begins with, on the CPU; new weights are drawn from the run's seed (the same on every device).
+
+    weights: False leaves those of a checkpoint folder unread, for a model whose own are about to be loaded.
+    """
     torch.manual_seed(config.train.seed)
+    if "folder" in config.model:
+        return load_model(**config.model, weights=weights)
     return SleepHybridModel(HybridConfig.from_dict(config.model))
+
+
+def select_parameters(model: nn.Module, trainable: str) -> list[nn.Parameter]:
+    """The parameters to train; the others stop requiring gradients. See `TrainConfig.trainable`.
+
+    Raises ValueError for a model without fast weights where only those are wanted.
+    """
+    if trainable == "fast_weights":
+        owners = [m for m in model.modules() if isinstance(m, GDNMixer) or (isinstance(m, Block) and m.mlp is None)]
+        if not owners:
+            raise ValueError(f"trainable: expected 'all' for a model without fast weights, got {trainable!r}")
+        model.requires_grad_(False)
+        for owner in owners:
+            owner.requires_grad_(True)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def check_vocabulary(model: nn.Module, task: Task) -> None:
+    """Raises ValueError where the task has tokens that the model does not know."""
+    known = getattr(model, "vocab_size", task.vocab_size)
+    if known < task.vocab_size:
+        needed = f"a vocabulary of at least {task.vocab_size} tokens for {task.name}"
+        raise ValueError(f"model: expected {needed}, got {known}")
 
 
 def load_run(folder: Path, *, device: str = "auto", warn=print) -> tuple[RunConfig, Task, nn.Module, int]:
@@ -61,9 +92,33 @@ def load_run(folder: Path, *, device: str = "auto", warn=print) -> tuple[RunConf
     checkpoint = load_newest(folder / CHECKPOINTS, warn)
     if checkpoint is None:
         raise ValueError(f"{folder}: expected a trained run, but it has no checkpoint yet")
-    model = build_model(config)
+    model = build_model(config, weights=False)
     model.load_state_dict(checkpoint.model)
     return config, build_task(config.task), model.to(resolve_device(device)).eval(), checkpoint.step
+
+
+@contextmanager
+def alone(folder: Path):
+    """Hold a run folder against a second trainer, which would overwrite this one's records."""
+    if fcntl is None:
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{folder}: expected a folder of its own, got one another process trains in") from error
+        yield
+
+
+def clear_run(folder: Path) -> None:
+    """Delete a run's own files in `folder`, and nothing else."""
+    with alone(folder):
+        for path in (folder / name for name in (CONFIG_FILE, *_OWN)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def autocast(precision: str, device: torch.device):
@@ -115,12 +170,13 @@ class Trainer:
         self.device = resolve_device(config.train.device)
         self.task = task or build_task(config.task)
         checkpoint = self._take_up() if resume else None
-        self.model = (model or build_model(config)).to(self.device)
+        self.model = (model or build_model(config, weights=checkpoint is None)).to(self.device)
         t = config.train
+        check_vocabulary(self.model, self.task)
+        self.parameters = select_parameters(self.model, t.trainable)
         self.optimizers = build_optimizers(
             self.model, lr_muon=t.lr_muon, lr_adamw=t.lr_adamw, weight_decay=t.weight_decay, momentum=t.momentum
         )
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.graphs: StepGraphs | None = None
         if t.cuda_graph and self.device.type == "cuda":
             if not isinstance(self.model, SleepHybridModel):
@@ -131,9 +187,11 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint)
         if self.out.exists():
-            with self._alone():
-                if checkpoint is None:
-                    self._clear()
+            if checkpoint is None:
+                clear_run(self.out)
+            else:
+                with alone(self.out):  # refused here rather than by `fit`
+                    pass
         self.out.mkdir(parents=True, exist_ok=True)
         config.save(self.out)
         self._signal: int | None = None
@@ -158,7 +216,7 @@ class Trainer:
         saved = self.step
         self.model.train()
         with (
-            self._alone(),
+            alone(self.out),
             self._signals(),
             deterministic(self.device),
             ProgressBar(self.console, self.label, self.step, t.steps) as bar,
@@ -218,7 +276,7 @@ class Trainer:
             return self.task.evaluate(
                 self.model,
                 samples=samples or t.eval_samples,
-                batch_size=t.batch_size,
+                batch_size=t.micro_batch or t.batch_size,
                 seed=_EVAL_SEED,
                 device=self.device,
             )
@@ -272,10 +330,17 @@ class Trainer:
         loss = None if self.graphs is None else self.graphs(batch)
         if loss is not None:
             return loss
-        with autocast(self.config.train.precision, self.device):
-            out = self.model(batch.input_ids, labels=batch.labels, loss_mask=batch.loss_mask, return_state=False)
-        out.loss.backward()
-        return out.loss.detach()
+        t, total, whole = self.config.train, int(batch.loss_mask.sum()), 0.0
+        for part in batch.split(t.micro_batch or t.batch_size):
+            share = int(part.loss_mask.sum()) / total
+            if share == 0:
+                continue
+            with autocast(t.precision, self.device):
+                out = self.model(part.input_ids, labels=part.labels, loss_mask=part.loss_mask, return_state=False)
+            loss = out.loss * share
+            loss.backward()
+            whole = whole + loss.detach()
+        return whole
 
     def _make_batch(self, step: int):
         batch = self.task.batch(self.config.train.seed, step, self.config.train.batch_size)
@@ -295,13 +360,7 @@ class Trainer:
                     "cannot be resumed. Choose another folder, or let them be deleted (resume=False, --fresh)."
                 )
             return None
-        different = RunConfig.load(self.out).differences(self.config)
-        if different:
-            raise ValueError(
-                f"{self.out}: holds a run with other settings and cannot be resumed with these: "
-                + "; ".join(different)
-                + ". Choose another folder, or begin anew (resume=False, --fresh)."
-            )
+        self.config.check_resumable(self.out)
         return load_newest(self.out / CHECKPOINTS, lambda text: self.console.print(f"[yellow]{text}[/yellow]"))
 
     def _restore(self, checkpoint) -> None:
@@ -314,29 +373,6 @@ class Trainer:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         self.step, self.seconds = state["data_step"], state["seconds"]
         self.skipped, self.skipped_in_row = state["skipped"], state["skipped_in_row"]
-
-    def _clear(self) -> None:
-        """Delete a run's own files in `out`, and nothing else."""
-        for path in (self.out / name for name in (CONFIG_FILE, *_OWN)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-    @contextmanager
-    def _alone(self):
-        """Hold the run folder against a second trainer, which would overwrite this one's records."""
-        if fcntl is None:
-            yield
-            return
-        with (self.out / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ValueError(
-                    f"{self.out}: expected a folder of its own, got one another process trains in"
-                ) from error
-            yield
 
     @contextmanager
     def _signals(self):
