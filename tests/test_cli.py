@@ -31,7 +31,7 @@ def losses(folder):
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_csv(folder / "metrics.csv")]
 
 
-@pytest.mark.parametrize("command", ["train rule110", "eval", "demo", "recall", "bench passes"])
+@pytest.mark.parametrize("command", ["train rule110", "finetune", "eval", "demo", "recall", "bench passes"])
 def test_every_command_has_the_common_options(command):
     text = run(*command.split(), "--help")
     for name in ("--seed", "--device", "--out", "--help"):
@@ -71,6 +71,7 @@ def test_train_eval_and_resume(tmp_path):
 
 def test_every_model_setting_reaches_the_model(tmp_path):
     extra = "--layers gdn-attn-gdn --loop 1:2 --eviction sliding --sleep-on unlabelled --window 5 --head-dim 4".split()
+    extra += "--trainable fast_weights --micro-batch 3".split()
     extra += "--conv-boundary zero --rule hebbian --neg-eigval --init-std 0.1 --boundary zero".split()
     run(
         "train",
@@ -88,6 +89,7 @@ def test_every_model_setting_reaches_the_model(tmp_path):
     config, task, model, step = load_run(tmp_path, device="cpu")
     c = model.config
     assert (c.layers, c.loop, c.eviction, c.sleep_on) == (("gdn", "attn", "gdn"), (1, 2), "sliding", "unlabelled")
+    assert (config.train.trainable, config.train.micro_batch) == ("fast_weights", 3)
     assert (c.window, c.head_dim, c.conv_boundary, c.rule, c.passes) == (5, 4, "zero", "hebbian", 2)
     assert (
         c.initializer_range == 0.1

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, demonstrate, measure.
+"""The command line: train, fine-tune, evaluate, demonstrate, measure.
 
 Settings are checked before anything is written; a bad one is a message and exit code 2. Exit code 1 is a run that
 failed, 128 + n one that signal n stopped (its checkpoint is saved).
@@ -6,7 +6,7 @@ failed, 128 + n one that signal n stopped (its checkpoint is saved).
 
 import typer
 
-from sleep_ops.cli import evaluate
+from sleep_ops.cli import evaluate, finetune
 from sleep_ops.cli.bench import bench_app, bench_kernels, bench_passes, bench_train, bench_tune
 from sleep_ops.cli.evaluate import demo, recall
 from sleep_ops.cli.train import train_app, train_rule110
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 app.add_typer(bench_app, name="bench")
+app.command("finetune")(finetune.finetune)
 app.command("eval")(evaluate.evaluate)
 app.command()(demo)
 app.command()(recall)
