@@ -42,6 +42,8 @@ class SleepSettings:
     sleep_on: "every" full window sleeps before it is evicted; "unlabelled": only those without a loss token (the
         paper's Algorithm 1 to the letter).
     conv_boundary: convolution tail that refining passes start from: "snapshot" (as when the window began) or "zero".
+    backprop_passes: gradients go through the last so many passes of every sleep, and what the first of them starts from
+        is taken as given, so nothing is learnt through a sleep of more; None for all. For refining alone.
     attention_backend: "auto", "flash" or "torch" (see `causal_attention`); impl: kernels (see `gated_delta_rule`).
     activation_checkpointing: recompute each (window, pass) in the backward pass instead of storing it; what is replayed
         stays stored.
@@ -54,6 +56,7 @@ class SleepSettings:
     eviction: str = "hard"
     sleep_on: str = "every"
     conv_boundary: str = "snapshot"
+    backprop_passes: int | None = None
     attention_backend: str = "auto"
     impl: str = "auto"
     activation_checkpointing: bool = False
@@ -61,8 +64,11 @@ class SleepSettings:
     def __post_init__(self):
         if isinstance(self.loop, list):
             object.__setattr__(self, "loop", tuple(self.loop))
-        if self.window is not None:
-            check_count("window", self.window)
+        for name in ("window", "backprop_passes"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        if self.backprop_passes is not None:
+            expect(self.sleep_kind == "refine", "backprop_passes", "None where sleep_kind is 'replay'", self.sleep_kind)
         check_flags(activation_checkpointing=self.activation_checkpointing)
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
@@ -119,6 +125,8 @@ class HybridConfig(SleepSettings):
     intermediate_size: SwiGLU width, default 8/3 hidden_size rounded up to a multiple of 16. rope_theta: base of the
         rotary positions. norm_eps: of every RMSNorm. tie_embeddings: the head shares the embedding's weight.
         initializer_range: standard deviation of the weights.
+    loop_gate, reinject: two ways to keep many refining passes stable. With x what the loop was fed awake and h what a
+        pass put out, the next pass is fed x + gate (h - x), a gate per channel that starts at zero; or h + x.
 
     Raises ValueError, naming the field, for values that can't be.
     """
@@ -143,6 +151,8 @@ class HybridConfig(SleepSettings):
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     initializer_range: float = 0.02
+    loop_gate: bool = False
+    reinject: bool = False
 
     def __post_init__(self):
         listed = isinstance(self.layers, tuple | list) and len(self.layers) > 0
@@ -164,7 +174,7 @@ class HybridConfig(SleepSettings):
         for name in ("rope_theta", "norm_eps", "initializer_range"):
             value = getattr(self, name)
             expect(type(value) in (int, float) and 0 < value < math.inf, name, "a number > 0", value)
-        for name in ("allow_neg_eigval", "tie_embeddings"):
+        for name in ("allow_neg_eigval", "tie_embeddings", "loop_gate", "reinject"):
             check_flags(**{name: getattr(self, name)})
         check_choice("rule", self.rule, RULES)
         for layer in self.layers:
@@ -174,6 +184,9 @@ class HybridConfig(SleepSettings):
     def _check_together(self) -> None:
         """What one field asks of another."""
         self.resolve_loop(len(self.layers))
+        for name in ("loop_gate", "reinject"):
+            given = getattr(self, name)
+            expect(not given or self.sleep_kind == "refine", name, "False where sleep_kind is 'replay'", given)
         attends = "attn" in self.layers or "swa" in self.layers
         if "swa" in self.layers:
             expect(self.sliding_window is not None, "sliding_window", "an integer >= 1 for 'swa' blocks", None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from sleep_ops.config import HybridConfig
@@ -23,6 +24,8 @@ class SleepHybridModel(SleepReader, nn.Module):
         self.blocks = nn.ModuleList(Block(_mixer(config, kind), *_widths(config)) for kind in config.layers)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.loop_gate:
+            self.loop_gate = nn.Parameter(torch.zeros(config.hidden_size))
         self._initialise()
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
@@ -53,6 +56,16 @@ class SleepHybridModel(SleepReader, nn.Module):
     @property
     def embedding_weight(self) -> Tensor:
         return self.embed.weight
+
+    @property
+    def keep_entry(self) -> bool:
+        return self.config.loop_gate or self.config.reinject
+
+    def between_passes(self, h: Tensor, entry: Tensor | None) -> Tensor:
+        """What a refining pass is fed with; see `HybridConfig.loop_gate` and `reinject`."""
+        if self.config.loop_gate:
+            h = entry + self.loop_gate.to(h.dtype) * (h - entry)
+        return h + entry if self.config.reinject else h
 
     def predict(self, h: Tensor) -> Tensor:
         """Logits of block outputs. h `[..., hidden_size]` -> `[..., vocab_size]`."""

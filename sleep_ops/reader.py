@@ -52,7 +52,15 @@ class Reading(NamedTuple):
     return_state: bool
 
 
-_FREE = ("passes", "sleep_on", "attention_backend", "impl", "activation_checkpointing", "initializer_range")
+_FREE = (
+    "passes",
+    "sleep_on",
+    "attention_backend",
+    "impl",
+    "activation_checkpointing",
+    "initializer_range",
+    "backprop_passes",
+)
 
 
 class SleepReader:
@@ -68,7 +76,8 @@ class SleepReader:
     vocab_size: int
     embedding_weight: Tensor
     training: bool
-    between_passes: Callable[[Tensor], Tensor] | None = None  # what the hidden states go through when they are fed back
+    between_passes: Callable[[Tensor, Tensor | None], Tensor] | None = None  # see `SleepStack`
+    keep_entry = False
     random_blocks = False  # whether blocks draw random numbers, as dropout does
 
     @property
@@ -83,6 +92,8 @@ class SleepReader:
             kind=s.sleep_kind,
             conv_boundary=s.conv_boundary,
             between=self.between_passes,
+            keep_entry=self.keep_entry,
+            backprop_passes=s.backprop_passes,
             checkpointing=s.activation_checkpointing and self.training,
             random=self.random_blocks,
         )

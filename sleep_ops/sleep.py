@@ -19,6 +19,7 @@ affine map of S, so the cost hardly grows with N, which may be infinite.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,8 @@ class SleepState(NamedTuple):
     blocks: each block's state: fast weights and convolution tail, or cached keys and values.
     start: the GDN blocks' states when the live window began (None for attention, and where sleep replays).
     hidden: `[B, live, hidden_size]`, what the looped blocks put out awake for the live window; None with one pass, and
-        where sleep replays.
+        where sleep replays. Where passes come back to it, what the loop was fed awake stands behind that in the last
+        axis.
     writes: what the GDN blocks of the loop wrote in the live window, `[B, live, ...]` each, where sleep replays; None
         with one pass, and for every other block.
     seen: tokens read so far; live: those in the unfinished window; kept: keys kept from earlier windows.
@@ -80,11 +82,13 @@ class SleepState(NamedTuple):
     def detach(self) -> "SleepState":
         """The same state, cut from the autograd graph (truncated backpropagation)."""
 
-        def cut(part: tuple) -> tuple:
-            return tuple(s if s is None else type(s)(*(x.detach() for x in s)) for s in part)
-
         hidden = None if self.hidden is None else self.hidden.detach()
-        return self._replace(blocks=cut(self.blocks), start=cut(self.start), hidden=hidden, writes=cut(self.writes))
+        blocks, start, writes = map(_detached, (self.blocks, self.start, self.writes))
+        return self._replace(blocks=blocks, start=start, hidden=hidden, writes=writes)
+
+
+def _detached(states: Sequence[tuple | None]) -> tuple:
+    return tuple(s if s is None else type(s)(*(x.detach() for x in s)) for s in states)
 
 
 def _select(rows: Sequence[bool], new: BlockState, old: BlockState) -> BlockState:
@@ -109,7 +113,9 @@ class SleepStack:
     blocks: objects with the methods of `Block`. window: L tokens, or None for no eviction and no sleep. loop: first and
     last looped block, both included. kind: of the further passes, "refine" or "replay". eviction: "hard" or "sliding".
     conv_boundary: what convolution tail a refining pass starts from, "snapshot" (as when the window began) or "zero".
-    between: what the looped blocks' outputs go through before a refining pass is fed with them; None for nothing.
+    between: between(h, entry) is what a refining pass is fed with, of the looped blocks' outputs h and, with
+    keep_entry, what the loop was fed awake (else None); None feeds h. backprop_passes: gradients go through the last so
+    many passes of a sleep; what the first of them starts from is taken as given. None for all.
     checkpointing: recompute every run of blocks in the backward pass instead of storing it; one unit per window and
     pass. All replays of a block over a window are one unit, and what it replays is stored. random: blocks draw random
     numbers (dropout), the same ones again when they are recomputed.
@@ -124,12 +130,15 @@ class SleepStack:
         eviction: str,
         kind: str = "refine",
         conv_boundary: str = "snapshot",
-        between: Callable[[Tensor], Tensor] | None = None,
+        between: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+        keep_entry: bool = False,
+        backprop_passes: int | None = None,
         checkpointing: bool = False,
         random: bool = False,
     ):
         self.blocks, self.window, self.loop, self.eviction = blocks, window, loop, eviction
-        self.kind, self.conv_boundary, self.between = kind, conv_boundary, between
+        self.kind, self.conv_boundary, self.between, self.keep_entry = kind, conv_boundary, between, keep_entry
+        self.backprop_passes = backprop_passes
         self.checkpointing, self.random = checkpointing, random
         looped = range(loop[0], loop[1] + 1) if kind == "replay" else ()
         self.replayed = tuple(i for i in looped if blocks[i].fast_weights)
@@ -221,9 +230,14 @@ class SleepStack:
         blocks, hidden, begin = state.blocks, None, 0
         refining = passes > 1 and self.kind == "refine"
         if refining:
-            begin = self.loop[1] + 1
-            h, blocks, _ = self._run(range(begin), h, blocks, segment, output=True, closed=closed)
-            hidden = h if state.hidden is None else ragged.append(state.hidden.to(h.dtype), state.live, h, lengths)
+            first, begin = self.loop[0], self.loop[1] + 1
+            if self.keep_entry:
+                h, blocks, _ = self._run(range(first), h, blocks, segment, output=True, closed=closed)
+            entry, rest = h, range(first if self.keep_entry else 0, begin)
+            h, blocks, _ = self._run(rest, h, blocks, segment, output=True, closed=closed)
+            hidden = torch.cat([h, entry.to(h.dtype)], dim=-1) if self.keep_entry else h
+            if state.hidden is not None:
+                hidden = ragged.append(state.hidden.to(h.dtype), state.live, hidden, lengths)
         writes = (None,) * len(self.blocks)
         if output or not (refining and len(asleep) > 0 and all(asleep)):
             recorded = self.replayed if passes > 1 else ()
@@ -268,17 +282,23 @@ class SleepStack:
         first, last = self.loop
         if not any(self._outlives(i, True) for i in range(first, len(self.blocks))):
             return state
-        h, blocks = state.hidden, list(state.blocks)
+        h, entry = state.hidden.chunk(2, dim=-1) if self.keep_entry else (state.hidden, None)
+        blocks = list(state.blocks)
+        given = 0 if self.backprop_passes is None else passes - self.backprop_passes  # no gradient through these passes
         begun = tuple(n - m for n, m in zip(state.seen, state.live, strict=True))
         segment = Segment(state.live, state.kept, begun, self.window, h.device)
         after = range(last + 1, len(self.blocks))
         refine_after = any(self._outlives(i, True) for i in after)
         for n in range(2, passes + 1):
+            if n == given + 1:
+                h = h.detach()
+                blocks[first : last + 1] = _detached(blocks[first : last + 1])
             for i in range(first, last + 1):
                 blocks[i] = self._pass_start(i, blocks[i], state)
             output = n < passes or refine_after
-            h = h if self.between is None else self.between(h)
-            h, run, _ = self._run(range(first, last + 1), h, tuple(blocks), segment, output=output, closed=True)
+            with torch.no_grad() if n <= given else nullcontext():
+                h = h if self.between is None else self.between(h, entry)
+                h, run, _ = self._run(range(first, last + 1), h, tuple(blocks), segment, output=output, closed=True)
             blocks = list(run)
         if refine_after:
             for i in after:

@@ -12,7 +12,7 @@ Ouro's own carry what was read, from pass to pass and from window to window.
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -283,9 +283,8 @@ class Ouro(SleepReader, nn.Module):
             blocks.insert(place + 1, layer)
         return blocks
 
-    @property
-    def between_passes(self) -> Callable[[Tensor], Tensor]:
-        return self.model.norm
+    def between_passes(self, h: Tensor, entry: Tensor | None) -> Tensor:
+        return self.model.norm(h)
 
     @property
     def vocab_size(self) -> int:
