@@ -268,22 +268,24 @@ def test_the_command_on_your_own_text(folders, tmp_path):
 
 
 def test_the_command_on_a_task(folders, tmp_path):
-    task = "--task rule110 --bits 8 --strings 2 --t 1".split()
+    task = "--task rule110 --bits 8 --strings 2 --task-option t=1 --task-option boundary=zero".split()
     invoke("finetune", folders["llama"], *task, *SMALL, "--insert", "1,3", "--loop", "1:3", "--out", tmp_path / "out")
     settings = load_model(tmp_path / "out/model").model.sleep.chosen
     assert (settings.loop, settings.window, settings.passes, settings.eviction) == ((1, 3), 8, 2, "hard")
-    assert RunConfig.load(tmp_path / "out/full").train == replace(
-        FinetuneConfig.train, steps=2, batch_size=4, eval_samples=8, eval_every=0, device="cpu"
-    )
+    run = RunConfig.load(tmp_path / "out/full")
+    assert run.task == replace(TASK, boundary="zero").to_dict()
+    assert run.train == replace(FinetuneConfig.train, steps=2, batch_size=4, eval_samples=8, eval_every=0, device="cpu")
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--task sums", "task: expected one of rule110, text"),
+        ("--task sums", "task: expected one of rule110"),
         ("--task text", "data: expected a file"),
         ("--task text --data nowhere", "tokenizer: expected a folder"),
         ("--task rule110 --data nowhere", "data: expected no such option for the task rule110"),
+        ("--task rule110 --task-option bits", "task_option: expected NAME=VALUE"),
+        ("--task rule110 --task-option nodes=3", "nodes: expected no such option"),
         ("--task rule110 --until 0", "until: expected"),
         ("--task rule110 --insert one", "insert: expected integers"),
         ("--task rule110 --eviction soft", "eviction: expected"),

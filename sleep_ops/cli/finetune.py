@@ -1,6 +1,8 @@
 """`sleep-ops finetune`: an existing checkpoint, taught to sleep."""
 
-from dataclasses import fields, replace
+import inspect
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +49,7 @@ def finetune(
     folder: Annotated[
         Path, typer.Argument(help="Checkpoint folder: Jet-Nemotron, Ouro, or a transformers model that can sleep.")
     ],
-    task: Annotated[str, option("rule110, or text: your own data.", TASK)],
+    task: Annotated[str, option("A task's name, or text: your own data.", TASK)],
     passes: Annotated[str, option("Passes per sleep, N; inf is for replay.", MODEL)],
     t: Annotated[int | None, option("rule110: steps of the automaton.", TASK)] = None,
     strings: Annotated[int | None, option("rule110: strings per sequence.", TASK)] = None,
@@ -66,6 +68,9 @@ def finetune(
     ] = None,
     held_out: Annotated[
         float | None, option("Fraction of strings, or of lines without --eval-data, kept out of training.", TASK)
+    ] = None,
+    task_option: Annotated[
+        list[str] | None, option("NAME=VALUE, for what has no option of its own here; can be repeated.", TASK)
     ] = None,
     window: Annotated[
         int | None, option("Tokens before eviction, L; by default the task's, or as remembered.", MODEL)
@@ -118,7 +123,7 @@ def finetune(
 
         options = dict(t=t, strings=strings, bits=bits, boundary=boundary, held_out=held_out)
         options |= dict(data=data, eval_data=eval_data, seq_len=seq_len, overflow=overflow, end_token=end_token)
-        built = _build_task(task, folder, options)
+        built = _build_task(task, folder, options | _named_values(task_option or []))
         settings = dict(
             window=built.window if window is None else window,
             passes=parse_passes(passes),
@@ -169,6 +174,20 @@ def finetune(
         console.print(f"{out}: the fast weights are warm; the same command goes on with everything")
 
 
+def _named_values(texts: list[str]) -> dict:
+    """NAME=VALUE pairs; a value that is no JSON is a string."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ValueError(f"task_option: expected NAME=VALUE, got {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
 def _build_task(name: str, folder: Path, options: dict):
     """The task of these options; those not given are None."""
     from sleep_ops.tasks import TASKS
@@ -176,7 +195,7 @@ def _build_task(name: str, folder: Path, options: dict):
     if name not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
     given = {key: str(x.resolve()) if isinstance(x, Path) else x for key, x in options.items() if x is not None}
-    known = [f.name for f in fields(TASKS[name])]
+    known = inspect.signature(TASKS[name]).parameters
     for key, value in given.items():
         if key not in known:
             raise ValueError(f"{key}: expected no such option for the task {name}, got {value!r}")
