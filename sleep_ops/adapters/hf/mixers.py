@@ -64,6 +64,8 @@ class _Mixer(GDNMixer):
     read = GDNMixer.forward
 
     def _project(self, x, tail, lengths, cu_seqlens):
+        adapted = hasattr(self.conv1d, "base_layer")
+        expect(not adapted, "conv1d", "a plain convolution, whose weight is all there is to it", "one with an adapter")
         qkv, a, b, gate = self._inputs(x)
         weight = self.conv1d.weight.squeeze(1)
         qkv, tail = short_convolution(
