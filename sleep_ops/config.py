@@ -125,6 +125,8 @@ class HybridConfig(SleepSettings):
     intermediate_size: SwiGLU width, default 8/3 hidden_size rounded up to a multiple of 16. rope_theta: base of the
         rotary positions. norm_eps: of every RMSNorm. tie_embeddings: the head shares the embedding's weight.
         initializer_range: standard deviation of the weights.
+    tied_repeats: how often the blocks stand one after another, sharing their weights but not their states: the loop of
+        a model that loops at prediction time too. `loop` counts them all.
     loop_gate, reinject: two ways to keep many refining passes stable. With x what the loop was fed awake and h what a
         pass put out, the next pass is fed x + gate (h - x), a gate per channel that starts at zero; or h + x.
 
@@ -151,6 +153,7 @@ class HybridConfig(SleepSettings):
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     initializer_range: float = 0.02
+    tied_repeats: int = 1
     loop_gate: bool = False
     reinject: bool = False
 
@@ -159,7 +162,7 @@ class HybridConfig(SleepSettings):
         expect(listed, "layers", "a tuple of at least one block, such as ('attn', 'gdn')", self.layers)
         object.__setattr__(self, "layers", tuple(self.layers))
         super().__post_init__()
-        for name in ("vocab_size", "hidden_size", "num_heads", "conv_size"):
+        for name in ("vocab_size", "hidden_size", "num_heads", "conv_size", "tied_repeats"):
             check_count(name, getattr(self, name))
         for name in (
             "num_kv_heads",
@@ -183,7 +186,7 @@ class HybridConfig(SleepSettings):
 
     def _check_together(self) -> None:
         """What one field asks of another."""
-        self.resolve_loop(len(self.layers))
+        self.resolve_loop(len(self.layers) * self.tied_repeats)
         for name in ("loop_gate", "reinject"):
             given = getattr(self, name)
             expect(not given or self.sleep_kind == "refine", name, "False where sleep_kind is 'replay'", given)
@@ -206,4 +209,4 @@ class HybridConfig(SleepSettings):
     @property
     def loop_range(self) -> tuple[int, int]:
         """First and last looped block, both included."""
-        return self.resolve_loop(len(self.layers))
+        return self.resolve_loop(len(self.layers) * self.tied_repeats)

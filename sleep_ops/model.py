@@ -47,7 +47,7 @@ class SleepHybridModel(SleepReader, nn.Module):
 
     @property
     def sleep_blocks(self) -> Sequence[Block]:
-        return self.blocks
+        return [*self.blocks] * self.config.tied_repeats
 
     @property
     def vocab_size(self) -> int:

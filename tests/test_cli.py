@@ -1,9 +1,7 @@
 """The command line: help, what a run leaves behind, resuming, refusals, and the demo in miniature."""
 
 import csv
-import inspect
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from typer.testing import CliRunner
 
 import sleep_ops.cli
 from sleep_ops.demo import CPU, CUDA, Scale, choose_scale, run_demo
+from sleep_ops.experiments.presets import preset, run_config
 from sleep_ops.tasks import Rule110
 from sleep_ops.training import TrainConfig, load_run
 from sleep_ops.training.logs import read_csv
@@ -42,12 +41,11 @@ def test_no_command_shows_the_help():
     assert "train" in run("--help") and "rule110" in run("train", "--help") and "passes" in run("bench", "--help")
 
 
-def test_train_defaults_are_those_of_the_library():
-    parameters = inspect.signature(sleep_ops.cli.train_rule110).parameters
-    renamed = {"batch_size": "batch"}
-    for owner in (TrainConfig, Rule110):
-        for field in fields(owner):
-            assert parameters[renamed.get(field.name, field.name)].default == field.default, field.name
+def test_the_papers_rule_110_is_the_default_of_the_library():
+    settings = preset("rule110", "paper")
+    settings["task"]["name"] = "rule110"
+    config = run_config("rule110", settings)
+    assert config.train == TrainConfig() and config.task == Rule110().to_dict()
 
 
 def test_train_eval_and_resume(tmp_path):

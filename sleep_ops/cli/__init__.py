@@ -9,7 +9,7 @@ import typer
 from sleep_ops.cli import evaluate, finetune
 from sleep_ops.cli.bench import bench_app, bench_kernels, bench_passes, bench_train, bench_tune
 from sleep_ops.cli.evaluate import demo, recall
-from sleep_ops.cli.train import train_app, train_rule110
+from sleep_ops.cli.train import train_app
 
 app = typer.Typer(
     name="sleep-ops",
@@ -39,5 +39,4 @@ __all__ = [
     "demo",
     "main",
     "recall",
-    "train_rule110",
 ]
