@@ -49,6 +49,16 @@ def test_layout_of_a_sequence(task):
         assert target == [IGNORE_INDEX] * context + answers
 
 
+def test_an_instance_is_readable():
+    task = Rule110(t=3, strings=2, bits=5)
+    ids, labels = task.batch(0, 0, 1)[:2]
+    lines = task.render(ids[0], labels[0]).split("\n")
+    assert len(lines) == 2
+    for line in lines:
+        string, answer = line.split(" -> ")
+        assert oracle(map(int, string), 3, "periodic")[0] == int(answer)
+
+
 def test_paper_setting():
     task = Rule110(t=32)
     assert (task.seq_len, task.window, task.vocab_size) == (100, 24, 3)

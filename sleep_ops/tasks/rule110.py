@@ -166,6 +166,13 @@ class Rule110:
             "ones": float(seen.mean()),
         }
 
+    def render(self, input_ids: torch.Tensor, labels: torch.Tensor) -> str:
+        """One sequence, input_ids and labels int64 [seq_len], as strings and their answers."""
+        cells = "".join(map(str, input_ids[: self.strings * self.bits].tolist()))
+        strings = (cells[i : i + self.bits] for i in range(0, len(cells), self.bits))
+        answers = labels[self.strings * self.bits :].tolist()
+        return "\n".join(f"{string} -> {answer}" for string, answer in zip(strings, answers, strict=True))
+
     def _draw(self, seed: int, step: int, size: int, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Strings uint8 [size, strings, bits] and their answers uint8 [size, strings]."""
         if split not in _SPLITS:
