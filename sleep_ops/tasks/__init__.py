@@ -1,10 +1,14 @@
 """Tasks that ask for reasoning over evicted context, behind one interface (`Task`)."""
 
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch, Task
+from sleep_ops.tasks.depo import Depo
+from sleep_ops.tasks.mqar import MQAR
 from sleep_ops.tasks.rule110 import Rule110
 from sleep_ops.tasks.text import Text
+from sleep_ops.tasks.variable_tracking import VariableTracking
+from sleep_ops.tasks.word_problem import WordProblem
 
-TASKS = {task.name: task for task in (Rule110, Text)}
+TASKS = {task.name: task for task in (Rule110, Depo, MQAR, WordProblem, VariableTracking, Text)}
 
 
 def build_task(settings: dict) -> Task:
@@ -16,4 +20,16 @@ def build_task(settings: dict) -> Task:
     return TASKS[name](**settings)
 
 
-__all__ = ["IGNORE_INDEX", "TASKS", "Batch", "Rule110", "Task", "Text", "build_task"]
+__all__ = [
+    "IGNORE_INDEX",
+    "MQAR",
+    "TASKS",
+    "Batch",
+    "Depo",
+    "Rule110",
+    "Task",
+    "Text",
+    "VariableTracking",
+    "WordProblem",
+    "build_task",
+]
