@@ -27,6 +27,7 @@ setup(
         "sleep_ops.examples",
         "sleep_ops.experiments",
         "sleep_ops.tasks",
+        "sleep_ops.tasks.gsm_infinite",
         "sleep_ops.training",
     ],
     package_dir={"sleep_ops.kernels": "kernels"},

@@ -2,13 +2,14 @@
 
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch, Task
 from sleep_ops.tasks.depo import Depo
+from sleep_ops.tasks.gsm_infinite import GSMInfinite
 from sleep_ops.tasks.mqar import MQAR
 from sleep_ops.tasks.rule110 import Rule110
 from sleep_ops.tasks.text import Text
 from sleep_ops.tasks.variable_tracking import VariableTracking
 from sleep_ops.tasks.word_problem import WordProblem
 
-TASKS = {task.name: task for task in (Rule110, Depo, MQAR, WordProblem, VariableTracking, Text)}
+TASKS = {task.name: task for task in (Rule110, Depo, MQAR, WordProblem, VariableTracking, GSMInfinite, Text)}
 
 
 def build_task(settings: dict) -> Task:
@@ -26,6 +27,7 @@ __all__ = [
     "TASKS",
     "Batch",
     "Depo",
+    "GSMInfinite",
     "Rule110",
     "Task",
     "Text",
