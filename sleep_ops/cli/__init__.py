@@ -6,7 +6,7 @@ failed, 128 + n one that signal n stopped (its checkpoint is saved).
 
 import typer
 
-from sleep_ops.cli import evaluate, finetune
+from sleep_ops.cli import evaluate, experiments, finetune
 from sleep_ops.cli.bench import bench_app, bench_kernels, bench_passes, bench_train, bench_tune
 from sleep_ops.cli.evaluate import demo, recall
 from sleep_ops.cli.train import train_app
@@ -22,6 +22,9 @@ app.add_typer(train_app, name="train")
 app.add_typer(bench_app, name="bench")
 app.command("finetune")(finetune.finetune)
 app.command("eval")(evaluate.evaluate)
+app.command("sweep")(experiments.sweep)
+app.command("plot")(experiments.plot)
+app.command("data")(experiments.data)
 app.command()(demo)
 app.command()(recall)
 

@@ -1,7 +1,7 @@
 """What commands share: options, values read from text, refusals, the table of evaluations."""
 
+import json
 import math
-from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -96,13 +96,33 @@ def parse_loop(text: str | None) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
+def named_values(option: str, texts: list[str]) -> dict:
+    """What was given as NAME=VALUE; a value that is no JSON is a string."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ValueError(f"{option}: expected NAME=VALUE, got {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
 def print_evaluations(console: Console, task, found: list[tuple[int | float, dict]]) -> None:
-    title, chance = "sequences training never shows" if task.held_out else "fresh sequences", task.chance()
-    table = Table("N", "exact", "+/-", "per label", "loss", "sequences", title=f"accuracy on {title}")
-    percent: Callable[[float], str] = "{:.2%}".format
-    for n, r in found:
-        cells = (percent(r["exact"]), percent(r["exact_stderr"]), percent(r["per_label"]), f"{r['loss']:.4f}")
-        table.add_row(str(n), *cells, f"{r['samples']:.0f}")
-    label = percent(max(chance["ones"], 1 - chance["ones"])) if "ones" in chance else ""
-    table.add_row("chance", percent(chance["majority"]), "", label, "", "")
+    """A table of evaluations, a column for each N and one for chance; what they measure is the task's affair."""
+    title = "sequences training never shows" if getattr(task, "held_out", 0) else "fresh sequences"
+    chance = task.chance()
+    table = Table("", *(f"N = {n}" for n, _ in found), "chance", title=f"accuracy on {title}")
+    for name in found[0][1]:
+        if name in ("samples", "exact_stderr"):
+            continue
+        form = "{:.4f}".format if "loss" in name else "{:.2%}".format
+        cells = [form(r[name]) for _, r in found]
+        if name == "exact" and "exact_stderr" in found[0][1]:
+            cells = [f"{cell} +/- {r['exact_stderr']:.2%}" for cell, (_, r) in zip(cells, found, strict=True)]
+        guess = chance.get(name, chance.get("majority") if name == task.metric else None)
+        table.add_row(name, *cells, "" if guess is None else form(guess))
+    table.add_row("sequences", *(f"{r['samples']:.0f}" for _, r in found), "")
     console.print(table)

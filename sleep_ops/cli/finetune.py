@@ -1,7 +1,6 @@
 """`sleep-ops finetune`: an existing checkpoint, taught to sleep."""
 
 import inspect
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +36,7 @@ from sleep_ops.cli.common import (
     Warmup,
     WeightDecay,
     integers,
+    named_values,
     option,
     parse_loop,
     parse_passes,
@@ -123,7 +123,7 @@ def finetune(
 
         options = dict(t=t, strings=strings, bits=bits, boundary=boundary, held_out=held_out)
         options |= dict(data=data, eval_data=eval_data, seq_len=seq_len, overflow=overflow, end_token=end_token)
-        built = _build_task(task, folder, options | _named_values(task_option or []))
+        built = _build_task(task, folder, options | named_values("task_option", task_option or []))
         settings = dict(
             window=built.window if window is None else window,
             passes=parse_passes(passes),
@@ -172,20 +172,6 @@ def finetune(
         print_evaluations(console, built, [(passes, result.evaluation)])
     if result.finished and not (out / "model").exists():
         console.print(f"{out}: the fast weights are warm; the same command goes on with everything")
-
-
-def _named_values(texts: list[str]) -> dict:
-    """NAME=VALUE pairs; a value that is no JSON is a string."""
-    found = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not (name and equals):
-            raise ValueError(f"task_option: expected NAME=VALUE, got {text!r}")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
 
 
 def _build_task(name: str, folder: Path, options: dict):

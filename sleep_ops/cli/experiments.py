@@ -1,0 +1,154 @@
+"""The paper's figures and the tasks' data: `sleep-ops sweep`, `plot` and `data`."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sleep_ops.cli.common import Device, Resume, Seed, named_values, option, refusals
+
+FigureName = Annotated[str | None, typer.Argument(help="fig2a, fig2b, ...; without one, they are listed.")]
+PresetName = Annotated[str, option("paper, small or tiny.")]
+
+
+def sweep(
+    figure: FigureName = None,
+    preset: PresetName = "paper",
+    baselines: Annotated[
+        str | None, option("Also depth, loop, repeat, state, full (separated by commas) for the largest N.")
+    ] = None,
+    set: Annotated[
+        list[str] | None, option("A setting of every run, such as train.steps=100 (may be given again and again).")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Annotated[Path | None, option("Folder; runs/FIGURE-PRESET by default.")] = None,
+    resume: Resume = True,
+) -> None:
+    """All runs of one of the paper's figures, then its plot. Stopped, the same command goes on."""
+    console = Console()
+    with refusals(console):
+        from sleep_ops.experiments.figures import load_figure
+
+        if figure is None:
+            _list_figures(console)
+            return
+        chosen, place = load_figure(figure, preset), out or Path("runs") / f"{figure}-{preset}"
+        changes = {"train.seed": seed, "train.device": device} | named_values("set", set or [])
+        if chosen.kind == "throughput":
+            _throughput(console, chosen, changes, place)
+            return
+        from sleep_ops.experiments.plot import plot
+        from sleep_ops.experiments.sweep import RESULTS_FILE
+        from sleep_ops.experiments.sweep import sweep as run
+
+        names = tuple(baselines.split(",")) if baselines else ()
+        stopped = run(chosen, preset, place, baselines=names, changes=changes, resume=resume, console=console)
+        if stopped is not None:
+            console.print(f"stopped by signal {stopped.signal}, saved; the same command goes on")
+            raise typer.Exit(128 + stopped.signal)
+        plot(chosen, place, place / f"{figure}.png")
+    console.print(f"wrote {place / RESULTS_FILE} and {place / f'{figure}.png'}", soft_wrap=True)
+
+
+def plot(
+    figure: Annotated[str, typer.Argument(help="fig2a, fig2b, ...")],
+    preset: PresetName = "paper",
+    out: Annotated[Path | None, option("Folder of the sweep; runs/FIGURE-PRESET by default.")] = None,
+    image: Annotated[Path | None, option("PNG, PDF or SVG; FIGURE.png in the folder by default.")] = None,
+) -> None:
+    """A figure from what its sweep has written so far, with the paper's numbers where it gives any."""
+    console = Console()
+    with refusals(console):
+        from sleep_ops.experiments.figures import load_figure
+        from sleep_ops.experiments.plot import plot as draw
+
+        place = out or Path("runs") / f"{figure}-{preset}"
+        image = image or place / f"{figure}.png"
+        draw(load_figure(figure, preset), place, image)
+    console.print(f"wrote {image}", soft_wrap=True)
+
+
+def data(
+    task: Annotated[str, typer.Argument(help="rule110, depo, ...")],
+    count: Annotated[int, option("Instances.")] = 3,
+    split: Annotated[str, option("train or eval.")] = "train",
+    task_option: Annotated[
+        list[str] | None, option("A setting of the task, such as t=16 (may be given again and again).")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    out: Annotated[Path | None, option("JSONL file to write instead of printing; new instances, one per line.")] = None,
+) -> None:
+    """Prints a task's instances with their answers, or exports them as JSONL."""
+    console = Console()
+    with refusals(console):
+        from sleep_ops.tasks import TASKS
+        from sleep_ops.training.config import resolve_device
+
+        resolve_device(device)
+        if task not in TASKS:
+            raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+        if count < 1 or seed < 0:
+            raise ValueError(f"count, seed: expected >= 1, >= 0, got {count}, {seed}")
+        values = named_values("task_option", task_option or [])
+        unknown = sorted(values.keys() - {f.name for f in fields(TASKS[task])})
+        if unknown:
+            raise ValueError(f"task_option: expected settings of {task}, got {', '.join(unknown)}")
+        built = TASKS[task](**values)
+        if out is None:
+            batch = built.batch(seed, 0, count, split=split)
+            for row in zip(batch.input_ids, batch.labels, strict=True):
+                console.print(built.render(*row), highlight=False, markup=False, soft_wrap=True)
+                console.rule()
+            return
+        if out.is_dir():
+            raise ValueError(f"out: expected a JSONL file, got the folder {out}")
+        from sleep_ops.training.checkpoint import write_atomically
+
+        lines = [json.dumps(record, ensure_ascii=False) for record in records(built, seed, count, split)]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, ("\n".join(lines) + "\n").encode())
+    if out is not None:
+        console.print(f"wrote {count} instances to {out}", soft_wrap=True)
+
+
+def records(task, seed: int, count: int, split: str) -> list[dict]:
+    """The first `count` instances of a stream: the task's own records, or its tokens, answers and their text."""
+    if hasattr(task, "records"):
+        return task.records(seed, count, split=split)
+    batch = task.batch(seed, 0, count, split=split)
+    return [
+        {"input_ids": ids.tolist(), "labels": labels.tolist(), "text": task.render(ids, labels)}
+        for ids, labels in zip(batch.input_ids, batch.labels, strict=True)
+    ]
+
+
+def _list_figures(console: Console) -> None:
+    from sleep_ops.experiments.figures import figure_names, load_figure
+
+    table = Table("figure", "what", "kind", "runs: paper", "small", "tiny")
+    for name in figure_names():
+        sizes = [load_figure(name, size) for size in ("paper", "small", "tiny")]
+        table.add_row(name, sizes[0].title, sizes[0].kind, *(str(len(f.points())) for f in sizes))
+    console.print(table)
+
+
+def _throughput(console: Console, figure, changes: dict, out: Path) -> None:
+    """A figure of timed training steps is `bench train` with the figure's grid."""
+    from sleep_ops.cli.bench import bench_train
+
+    known = {"train.seed": "seed", "train.device": "device", "train.batch_size": "batch", "train.repeats": "repeats"}
+    unknown = sorted(changes.keys() - known.keys())
+    if unknown:
+        raise ValueError(f"set: expected {', '.join(known)} for {figure.name}, got {', '.join(unknown)}")
+    passes, windows = (",".join(map(str, figure.grid[name])) for name in ("model.passes", "window"))
+    options = {known[name]: value for name, value in changes.items()}
+    settings = dict(preset=figure.task, passes=passes, window=windows, providers="ours")
+    # Called as a function, so every option is spelt out: typer's defaults are those of the command line alone.
+    settings |= dict(checkpointing="off,on", cuda_graph=False, batch=None, precision="auto", repeats=None)
+    bench_train(**settings | options, out=out)
