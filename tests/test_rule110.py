@@ -36,7 +36,7 @@ def test_steps_match_the_table(t, bits, boundary):
     "task", [Rule110(), Rule110(t=3, strings=1, bits=5, boundary="zero"), Rule110(t=2, strings=3, bits=10)], ids=repr
 )
 def test_layout_of_a_sequence(task):
-    ids, labels, mask = task.batch(seed=7, step=3, size=6)
+    ids, labels, mask, *_ = task.batch(seed=7, step=3, size=6)
     context = task.strings * task.bits
     assert ids.shape == labels.shape == mask.shape == (6, task.seq_len) == (6, context + task.strings)
     assert ids.dtype == labels.dtype == torch.int64 and mask.dtype == torch.bool

@@ -70,7 +70,7 @@ def test_batches_are_a_pure_function_and_epochs_see_everything_once(tokenizer, t
     task = Text(data, tokenizer, held_out=0.2)
     again = build_task(json.loads(json.dumps(task.to_dict())))
     assert isinstance(again, TASKS["text"]) and again == task
-    for a, b in zip(task.batch(3, 5, 7), again.batch(3, 5, 7), strict=True):
+    for a, b in zip(task.batch(3, 5, 7)[:3], again.batch(3, 5, 7)[:3], strict=True):
         assert torch.equal(a, b)
     stream = [row[0] for step in range(8) for row in rows(task.batch(1, step, 4))]
     first, second = stream[:16], stream[16:]
@@ -181,7 +181,7 @@ def test_evaluation_of_a_model_that_sleeps(tokenizer, tmp_path):
     torch.manual_seed(0)
     size = dict(vocab_size=task.vocab_size, hidden_size=16, num_heads=2)
     model = SleepHybridModel(HybridConfig(layers=("attn", "gdn"), window=4, passes=2, **size))
-    ids, labels, _ = task.batch(0, 0, 8, split="eval")
+    ids, labels, *_ = task.batch(0, 0, 8, split="eval")
     with torch.no_grad():
         logits = model(ids).logits
     marked = labels != IGNORE_INDEX
@@ -190,3 +190,28 @@ def test_evaluation_of_a_model_that_sleeps(tokenizer, tmp_path):
     assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert found["per_label"] == pytest.approx((logits.argmax(-1) == labels)[marked].float().mean().item())
     assert task.evaluate(model, samples=8, passes=1)["loss"] != pytest.approx(found["loss"], rel=1e-6)
+
+
+def test_accuracy_is_reported_by_level(tokenizer, tmp_path):
+    """A model that always says "b": right on every level as often as "b" is the answer there."""
+    lines = [
+        pair("a", "b", op=1),
+        pair("c", "b", op=1),
+        pair("d", "e", op=2),
+        pair("f", "b", op=2),
+        pair("g", "e", op=2),
+    ]
+    data = write(tmp_path / "data", *lines)
+    task = Text(data, tokenizer, eval_data=data, end_token=False, level="op")
+    config = HybridConfig(vocab_size=task.vocab_size, hidden_size=8, layers=("gdn",), window=4, num_heads=2)
+    model = SleepHybridModel(config)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.lm_head.bias = torch.nn.Parameter(torch.nn.functional.one_hot(torch.tensor(ID["b"]), task.vocab_size).float())
+    for batch_size in (2, 5):
+        found = task.evaluate(model, batch_size=batch_size)
+        assert (found["exact_1"], found["exact_2"]) == (1.0, 1 / 3) and found["exact"] == 3 / 5
+        assert (found["majority_1"], found["majority_2"]) == (1.0, 2 / 3)
+    plain = Text(data, tokenizer, eval_data=data, end_token=False)
+    assert not any(name.startswith("exact_1") for name in plain.evaluate(model))
+    with pytest.raises(ValueError, match="line 1: hops: expected an integer >= 0, as for `level`, got None"):
+        Text(data, tokenizer, eval_data=data, level="hops")

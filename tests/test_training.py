@@ -458,3 +458,29 @@ def test_the_loss_falls(tmp_path):
     trainer(tmp_path, config(steps=60, batch_size=64, lr_muon=2e-2, lr_adamw=1e-2, checkpoint_every=0)).fit()
     found = [loss for _, loss, *_ in losses(tmp_path)]
     assert sum(found[-5:]) < 0.9 * sum(found[:5])
+
+
+class Padded(Rule110):
+    """Rule 110 with sequences of different lengths, padded at their left."""
+
+    def batch(self, *args, **kwargs):
+        batch = super().batch(*args, **kwargs)
+        real = torch.arange(self.seq_len) >= torch.arange(len(batch.input_ids))[:, None] % 5
+        return batch._replace(attention_mask=real, windows_by="positions")
+
+
+@pytest.mark.parametrize("size", [None, 3], ids=["whole", "parts"])
+def test_padding_reaches_the_model(size, tmp_path):
+    run = hybrid(tmp_path, micro_batch=size)
+    run.task = Padded(t=2, strings=2, bits=6)
+    batch = run._make_batch(0)
+    loss = run._loss_and_gradients(batch)
+    named = batch._asdict()
+    ids = named.pop("input_ids")
+    expected = run.model(ids, **named).loss
+    torch.testing.assert_close(loss, expected.detach())
+    assert not torch.isclose(loss, run.model(ids, labels=batch.labels).loss)
+    assert run.fit().finished
+    moved = batch.to("meta")
+    assert moved.attention_mask.device == moved.labels.device == torch.device("meta")
+    assert moved.loss_mask is batch.loss_mask and moved.windows_by == "positions"

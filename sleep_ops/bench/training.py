@@ -196,7 +196,7 @@ class Trained:
                 raise NotMeasured("no graph serves it")
             return loss
         with self.context():
-            ids, labels, mask = batch
+            ids, labels, mask = batch[:3]
             loss = self.model(ids, labels=labels, loss_mask=mask, return_state=False).loss
         loss.backward()
         return loss.detach()

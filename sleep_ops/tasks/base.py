@@ -1,5 +1,6 @@
 """What the trainer, the command line and the demo ask of a task."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,28 +12,45 @@ IGNORE_INDEX = -100
 class Batch(NamedTuple):
     """One batch of sequences.
 
-    input_ids  int64 [B, T].
-    labels     int64 [B, T]; labels[b, t] is what position t must predict (already shifted), -100 where nothing is.
-    loss_mask  bool [B, T]; where the loss is taken. Always on the CPU: which windows sleep is decided from it, and a
-               copy on the device would have to be waited for.
+    input_ids       int64 [B, T].
+    labels          int64 [B, T]; labels[b, t] is what position t must predict (already shifted), -100 where nothing is.
+    loss_mask       bool [B, T]; where the loss is taken. Always on the CPU: which windows sleep is decided from it, and
+                    a copy on the device would have to be waited for.
+    attention_mask  bool [B, T], which tokens are real; None where all are.
+    windows_by      "tokens" or "positions": what fills a window, see `SleepReader.forward`.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    windows_by: str = "tokens"
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Copy input_ids and labels to `device`, without waiting where the source is pinned."""
-        return Batch(
-            self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.loss_mask
-        )
+        """Copy all but loss_mask to `device`, without waiting where the source is pinned."""
+        return self._each(lambda x: x if x is self.loss_mask else x.to(device, non_blocking=True))
 
     def split(self, size: int) -> list["Batch"]:
         """Its rows, `size` at a time."""
-        return [Batch(*part) for part in zip(*(x.split(size) for x in self), strict=True)]
+        return [self.rows(slice(start, start + size)) for start in range(0, len(self.input_ids), size)]
+
+    def rows(self, which: slice) -> "Batch":
+        return self._each(lambda x: x[which])
 
     def pin_memory(self) -> "Batch":
-        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(), self.loss_mask)
+        return self._each(lambda x: x if x is self.loss_mask else x.pin_memory())
+
+    def arguments(self) -> dict:
+        """All but input_ids, as a model takes it; what only some models take is left out where it says nothing."""
+        given = {"labels": self.labels, "loss_mask": self.loss_mask}
+        if self.attention_mask is not None:
+            given["attention_mask"] = self.attention_mask
+        if self.windows_by != "tokens":
+            given["windows_by"] = self.windows_by
+        return given
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return Batch(*(change(x) if isinstance(x, torch.Tensor) else x for x in self))
 
 
 class Task(Protocol):

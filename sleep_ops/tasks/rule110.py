@@ -131,7 +131,7 @@ class Rule110:
         try:
             for step, start in enumerate(range(0, samples, batch_size)):
                 size = min(batch_size, samples - start)
-                ids, labels, mask = self.batch(seed, step, size, device, split="eval")
+                ids, labels, mask = self.batch(seed, step, size, device, split="eval")[:3]
                 out = model(ids, labels=labels, loss_mask=mask, passes=passes, return_state=False)
                 columns = (out.positions.cpu() >= context).nonzero()[:, 0]
                 predicted = out.logits[:, columns.to(out.logits.device)].argmax(-1)

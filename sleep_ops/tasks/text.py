@@ -27,23 +27,29 @@ from sleep_ops.tasks.base import IGNORE_INDEX, Batch
 from sleep_ops.validation import check_choice, check_count, check_flags
 
 OVERFLOWS = ("error", "cut")
-_SETTINGS = ("data", "tokenizer", "eval_data", "held_out", "seq_len", "overflow", "end_token", "digest")
+_SETTINGS = ("data", "tokenizer", "eval_data", "held_out", "seq_len", "overflow", "end_token", "level", "digest")
 _LINES_AT_ONCE = 1000
 _HELD_OUT_KEY, _ORDER_KEY, _EVAL_KEY = 1 << 63, 0, 1 << 62  # streams of random numbers that never meet
 
 
 class Examples(NamedTuple):
     """Token sequences one after another: tokens int32 [total]; starts int64 [n + 1]; answers int64 [n], where in its
-    sequence each example's first predicted token is."""
+    sequence each example's first predicted token is; levels int64 [n], of difficulty, -1 where none is given."""
 
     tokens: np.ndarray
     starts: np.ndarray
     answers: np.ndarray
+    levels: np.ndarray
+
+    def given(self) -> list[bytes]:
+        """Every example's tokens to predict."""
+        spans = zip(self.starts[:-1] + self.answers, self.starts[1:], strict=True)
+        return [self.tokens[a:b].tobytes() for a, b in spans]
 
     def take(self, which: np.ndarray) -> "Examples":
         """The examples of these numbers."""
         parts = [self.tokens[self.starts[i] : self.starts[i + 1]] for i in which]
-        return _joined([(part, self.answers[i]) for part, i in zip(parts, which, strict=True)])
+        return _joined([(part, self.answers[i], self.levels[i]) for part, i in zip(parts, which, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Text:
                      "cut" drops its oldest tokens. Answers are never cut; texts longer than seq_len become several
                      examples.
     end_token        whether the tokenizer's end token follows every answer and text, as one more token to predict.
+    level            a field of the lines, an integer >= 0, by which evaluation is reported too: their difficulty.
     digest           of all tokens; given, as in the settings of a run that is taken up again, it is compared.
 
     Raises ValueError naming the file and the line for one that isn't such an object, or too long; ImportError naming
@@ -71,6 +78,7 @@ class Text:
     seq_len: int | None = None
     overflow: str = "error"
     end_token: bool = True
+    level: str | None = None
     digest: str | None = None
     splits: dict[str, Examples] = field(init=False, repr=False, compare=False)
 
@@ -133,19 +141,22 @@ class Text:
             raise ValueError(f"split: expected one of {tuple(self.splits)}, got {split!r}")
         if seed < 0 or step < 0 or size < 1:
             raise ValueError(f"seed, step, size: expected >= 0, >= 0, >= 1, got {seed}, {step}, {size}")
-        examples, key = self.splits[split], _ORDER_KEY if split == "train" else _EVAL_KEY
-        count = len(examples.answers)
-        epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), count)
-        orders = {epoch: _generator(seed, key | int(epoch)).permutation(count) for epoch in np.unique(epochs)}
+        examples = self.splits[split]
         input_ids = np.zeros((size, self.seq_len), dtype=np.int64)
         labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
-        for row, (epoch, place) in enumerate(zip(epochs, places, strict=True)):
-            i = orders[epoch][place]
+        for row, i in enumerate(self._chosen(seed, step, size, split)):
             tokens, answer = examples.tokens[examples.starts[i] : examples.starts[i + 1]], examples.answers[i]
             input_ids[row, : len(tokens) - 1] = tokens[:-1]
             labels[row, answer - 1 : len(tokens) - 1] = tokens[answer:]
         labels = torch.from_numpy(labels)
         return Batch(torch.from_numpy(input_ids), labels, labels != IGNORE_INDEX).to(device)
+
+    def _chosen(self, seed: int, step: int, size: int, split: str) -> np.ndarray:
+        """The examples of a batch, by number."""
+        count, key = len(self.splits[split].answers), _ORDER_KEY if split == "train" else _EVAL_KEY
+        epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), count)
+        orders = {epoch: _generator(seed, key | int(epoch)).permutation(count) for epoch in np.unique(epochs)}
+        return np.array([orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
 
     @torch.no_grad()
     def evaluate(
@@ -161,7 +172,8 @@ class Text:
         """Accuracy of `model` on `samples` evaluation examples, or on all of them where there are fewer.
 
         Returns exact (every answer token right), exact_stderr (its binomial standard error), per_label (of answer
-        tokens), loss (nats per answer token) and samples. The answers are fed as input, which changes nothing in
+        tokens), loss (nats per answer token), samples, and with `level` exact_L for every level L of the evaluation
+        examples and majority_L, what the commonest of its answers would reach. The answers are fed as input, which changes nothing in
         `exact`: greedy decoding is right everywhere exactly when it is right everywhere given the right prefix.
         """
         if samples < 1 or batch_size < 1:
@@ -170,37 +182,48 @@ class Text:
         size = min(batch_size, samples)
         was_training = model.training
         model.eval()
-        exact, right, loss, answers = 0, 0, 0.0, 0
+        exact, right, loss, answers, levels = [], 0, 0.0, 0, []
         try:
             for step, start in enumerate(range(0, samples, size)):
                 batch = self.batch(seed, step, size, device, split="eval")
-                ids, labels, mask = (x[: samples - start] for x in batch)
+                ids, labels, mask = (x[: samples - start] for x in batch[:3])
                 out = model(ids, labels=labels, loss_mask=mask, passes=passes, return_state=False)
                 asked = labels[:, out.positions.to(labels.device)]
                 found, marked = out.logits.argmax(-1) == asked, asked != IGNORE_INDEX
-                exact += int((found | ~marked).all(1).sum())
+                exact += (found | ~marked).all(1).tolist()
+                levels += self.splits["eval"].levels[self._chosen(seed, step, size, "eval")][: len(ids)].tolist()
                 right += int((found & marked).sum())
                 count = int(mask.sum())
                 loss, answers = loss + float(out.loss) * count, answers + count
         finally:
             model.train(was_training)
-        rate = exact / samples
+        rate = sum(exact) / samples
+        by_level = {f"exact_{level}": _mean(exact, levels, level) for level in self._levels}
         return {
             "exact": rate,
             "exact_stderr": (rate * (1 - rate) / samples) ** 0.5,
             "per_label": right / answers,
             "loss": loss / answers,
             "samples": float(samples),
+            **by_level,
+            **{f"majority_{level}": self._majority(level) for level in self._levels},
         }
 
     def chance(self, samples: int = 16384) -> dict[str, float]:
         """What is reached without reading the prompts: majority, by always giving training's commonest answer."""
-        found = {}
-        for split, examples in self.splits.items():
-            spans = zip(examples.starts + np.append(examples.answers, 0), examples.starts[1:], strict=False)
-            found[split] = [examples.tokens[a:b].tobytes() for a, b in islice(spans, samples)]
+        found = {split: examples.given()[:samples] for split, examples in self.splits.items()}
         ((commonest, _),) = Counter(found["train"]).most_common(1)
         return {"majority": found["eval"].count(commonest) / len(found["eval"])}
+
+    @property
+    def _levels(self) -> list[int]:
+        return sorted(set(self.splits["eval"].levels.tolist()) - {-1})
+
+    def _majority(self, level: int) -> float:
+        """How often the commonest answer of a level's evaluation examples is right."""
+        examples = self.splits["eval"]
+        given = [answer for answer, found in zip(examples.given(), examples.levels, strict=True) if found == level]
+        return Counter(given).most_common(1)[0][1] / len(given)
 
     def _read(self, path: str, tokenizer) -> Examples:
         """All examples of a file."""
@@ -214,7 +237,12 @@ class Text:
             )
             for (where, record), first, second in zip(part, firsts, seconds, strict=True):
                 end = [tokenizer.eos_token_id] if self.end_token else []
-                found += self._examples(where, "text" in record, first, second + end)
+                level = -1 if self.level is None else record.get(self.level)
+                if self.level is not None:
+                    fits = type(level) is int and level >= 0
+                    expect(fits, f"{where}: {self.level}", "an integer >= 0, as for `level`", level)
+                examples = self._examples(where, "text" in record, first, second + end)
+                found += [(tokens, answer, level) for tokens, answer in examples]
         expect(bool(found), "data", "at least one line", f"none in {path}")
         return _joined(found)
 
@@ -258,9 +286,16 @@ def _records(path: str) -> Iterator[tuple[str, dict]]:
             yield where, record
 
 
-def _joined(found: list[tuple[np.ndarray, int]]) -> Examples:
-    starts = np.cumsum([0, *(len(tokens) for tokens, _ in found)])
-    return Examples(np.concatenate([t for t, _ in found]), starts, np.array([a for _, a in found], dtype=np.int64))
+def _joined(found: list[tuple[np.ndarray, int, int]]) -> Examples:
+    tokens, answers, levels = zip(*found, strict=True)
+    starts = np.cumsum([0, *map(len, tokens)])
+    return Examples(np.concatenate(tokens), starts, np.array(answers, np.int64), np.array(levels, np.int64))
+
+
+def _mean(values: list[bool], levels: list[int], level: int) -> float:
+    """The mean over those of a level; NaN where there is none."""
+    chosen = [value for value, found in zip(values, levels, strict=True) if found == level]
+    return sum(chosen) / len(chosen) if chosen else float("nan")
 
 
 def _generator(seed: int, key: int) -> np.random.Generator:

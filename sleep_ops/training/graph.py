@@ -38,8 +38,8 @@ class StepGraphs:
     def __call__(self, batch: Batch) -> Tensor | None:
         """The loss of `batch`, its gradients left in the parameters; both are overwritten by the next call.
 
-        None, and nothing done, where no graph serves: for a loss mask that is not on the CPU, endless passes, rows of
-        which some sleep and others don't, and for further kinds of batches once there are MAX_GRAPHS.
+        None, and nothing done, where no graph serves: for a loss mask that is not on the CPU, padding, endless passes,
+        rows of which some sleep and others don't, and for further kinds of batches once there are MAX_GRAPHS.
         """
         kind = self._kind(batch)
         if kind is None or (kind not in self._graphs and len(self) == MAX_GRAPHS):
@@ -49,9 +49,11 @@ class StepGraphs:
         return self._graphs[kind].replay(batch)
 
     def _kind(self, batch: Batch) -> tuple | None:
-        ids, labels, mask = batch
+        ids, labels, mask = batch[:3]
         config = self.model.config
         if mask is None or mask.device.type != "cpu" or config.resolve_passes(None) == inf:
+            return None
+        if batch.attention_mask is not None:
             return None
         if config.sleep_on == "unlabelled" and not torch.equal(mask, mask[:1].expand_as(mask)):
             return None

@@ -336,7 +336,7 @@ class Trainer:
             if share == 0:
                 continue
             with autocast(t.precision, self.device):
-                out = self.model(part.input_ids, labels=part.labels, loss_mask=part.loss_mask, return_state=False)
+                out = self.model(part.input_ids, **part.arguments(), return_state=False)
             loss = out.loss * share
             loss.backward()
             whole = whole + loss.detach()
