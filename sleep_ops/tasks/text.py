@@ -173,8 +173,9 @@ class Text:
 
         Returns exact (every answer token right), exact_stderr (its binomial standard error), per_label (of answer
         tokens), loss (nats per answer token), samples, and with `level` exact_L for every level L of the evaluation
-        examples and majority_L, what the commonest of its answers would reach. The answers are fed as input, which changes nothing in
-        `exact`: greedy decoding is right everywhere exactly when it is right everywhere given the right prefix.
+        examples and majority_L, what the commonest of its answers would reach. The answers are fed as input, which
+        changes nothing in `exact`: greedy decoding is right everywhere exactly when it is right everywhere given the
+        right prefix.
         """
         if samples < 1 or batch_size < 1:
             raise ValueError(f"samples and batch_size: expected integers >= 1, got {samples} and {batch_size}")
