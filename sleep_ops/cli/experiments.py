@@ -24,6 +24,7 @@ def sweep(
     set: Annotated[
         list[str] | None, option("A setting of every run, such as train.steps=100 (may be given again and again).")
     ] = None,
+    model: Annotated[Path | None, option("Checkpoint folder, for the figures that fine-tune one (fig4, fig5).")] = None,
     seed: Seed = 0,
     device: Device = "auto",
     out: Annotated[Path | None, option("Folder; runs/FIGURE-PRESET by default.")] = None,
@@ -44,10 +45,22 @@ def sweep(
             return
         from sleep_ops.experiments.plot import plot
         from sleep_ops.experiments.sweep import RESULTS_FILE
-        from sleep_ops.experiments.sweep import sweep as run
 
-        names = tuple(baselines.split(",")) if baselines else ()
-        stopped = run(chosen, preset, place, baselines=names, changes=changes, resume=resume, console=console)
+        options = dict(changes=changes, resume=resume, console=console)
+        if chosen.kind == "finetune":
+            from sleep_ops.experiments.finetuned import sweep_finetuned
+
+            if model is None or baselines:
+                got = "--baselines" if baselines else "none"
+                raise ValueError(f"model: expected a checkpoint folder (and no baselines) for {figure}, got {got}")
+            stopped = sweep_finetuned(chosen, preset, place, model, **options)
+        else:
+            from sleep_ops.experiments.sweep import sweep as run
+
+            if model is not None:
+                raise ValueError(f"model: expected none for {figure}, whose runs start from scratch, got {model}")
+            names = tuple(baselines.split(",")) if baselines else ()
+            stopped = run(chosen, preset, place, baselines=names, **options)
         if stopped is not None:
             console.print(f"stopped by signal {stopped.signal}, saved; the same command goes on")
             raise typer.Exit(128 + stopped.signal)

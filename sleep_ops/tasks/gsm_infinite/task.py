@@ -135,6 +135,11 @@ class GSMInfinite:
         asked = [self.generator.answer(0, i, "eval") for i in range(samples)]
         return {"uniform": 1 / (LIMIT + 1), **self._majority(asked)}
 
+    def records(self, seed: int, count: int, *, split: str = "train") -> list[dict[str, str | int]]:
+        """The first `count` problems of a stream as `Problem.record` gives them, prompt and answer first."""
+        generator = self.generator
+        return [generator.problem(seed, i, split).record() for i in range(count)]
+
     def render(self, input_ids: torch.Tensor, labels: torch.Tensor) -> str:
         """One sequence in words: input_ids and labels are rows [T] of a batch."""
         answer = decode(labels[labels != IGNORE_INDEX].tolist())

@@ -1,0 +1,103 @@
+"""The figures that start from a checkpoint: GSM-Infinite problems in its own tokens, then one fine-tuning run per N."""
+
+import os
+from dataclasses import fields, replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from sleep_ops.adapters.loading import load_tokenizer
+from sleep_ops.config import SleepSettings, expect
+from sleep_ops.experiments.figures import Figure
+from sleep_ops.experiments.sweep import RESULTS_FILE, device_name, folder_name
+from sleep_ops.tasks import Text
+from sleep_ops.tasks.gsm_infinite.problem import Generator, write_jsonl
+from sleep_ops.training import TrainResult
+from sleep_ops.training.config import TrainConfig, resolve_device
+from sleep_ops.training.finetune import RECIPE, FinetuneConfig, finetune
+from sleep_ops.training.logs import read_csv, write_csv
+from sleep_ops.training.trainer import EVAL_FILE
+
+DATA = {"problems": 100000, "eval_problems": 2048, "lengths": [2000, 3300], "ops": [1, 8]}
+
+
+def grouped(settings: dict[str, object]) -> dict[str, dict[str, object]]:
+    """{"model": {...}, "train": {...}, "data": {...}} of settings named "part.field". ValueError for unknown ones."""
+    known = {
+        "model": {f.name for f in fields(SleepSettings)} | {"insert"},
+        "train": {f.name for f in fields(TrainConfig)} | {"warm_steps"},
+        "data": set(DATA),
+    }
+    found: dict[str, dict[str, object]] = {part: {} for part in known}
+    for part, names in groupby(sorted(settings), key=lambda name: name.partition(".")[0]):
+        expect(part in known, "set", f"{', '.join(known)} before the dot", part)
+        for name in names:
+            key = name.partition(".")[2]
+            expect(key in known[part], name, f"one of {', '.join(sorted(known[part]))}", key)
+            found[part][key] = settings[name]
+    return found
+
+
+def write_problems(folder: Path, checkpoint: Path, seed: int, data: dict, console: Console) -> tuple[Path, Path]:
+    """Training and evaluation problems as JSON lines, their lengths counted by the checkpoint's tokenizer.
+
+    Files that are there already are kept: they were written whole.
+    """
+    tokenizer = load_tokenizer(str(checkpoint))
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    generator = Generator(tuple(data["ops"]), tuple(data["lengths"]), count)
+    paths = []
+    for split, number in (("train", data["problems"]), ("eval", data["eval_problems"])):
+        paths.append(folder / f"{split}.jsonl")
+        if not paths[-1].exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = paths[-1].with_suffix(".partial")
+            numbers = track(range(number), description=f"writing problems: {split}", console=console)
+            write_jsonl(partial, (generator.problem(seed, i, split) for i in numbers))
+            os.replace(partial, paths[-1])
+    return paths[0], paths[1]
+
+
+def sweep_finetuned(
+    figure: Figure,
+    size: str,
+    out: Path,
+    checkpoint: Path,
+    *,
+    changes: dict[str, object] | None = None,
+    resume: bool = True,
+    console: Console | None = None,
+) -> TrainResult | None:
+    """Runs a "finetune" figure from the folder `checkpoint` in the folder `out`; after each run writes OUT/results.csv.
+
+    Stopped, the same call goes on. Returns the result of a run that a signal stopped, else None. Raises ValueError for
+    settings that can't be, and as `finetune` does.
+    """
+    expect(figure.kind == "finetune", "figure", "one of fine-tuning", figure.name)
+    console, out, rows = console or Console(), Path(out), []
+    chosen = grouped(figure.set | (changes or {}))
+    recipe = {name: value for name, value in chosen["train"].items() if name != "warm_steps"}
+    train = replace(RECIPE, **recipe)
+    resolve_device(train.device)
+    paths = write_problems(out / "data", checkpoint, train.seed, DATA | chosen["data"], console)
+    task = Text(str(paths[0].resolve()), str(Path(checkpoint).resolve()), str(paths[1].resolve()), level="op")
+    for point in figure.points():
+        name = folder_name(point)
+        settings = chosen["model"] | {"passes": point["model.passes"]}
+        config = FinetuneConfig(str(checkpoint), task.to_dict(), settings, train, chosen["train"].get("warm_steps", 0))
+        console.print(f"{figure.name}: {name}")
+        result = finetune(config, out / name, resume=resume, task=task, console=console)
+        if result is not None and result.signal is not None:
+            return result
+        last = read_csv(out / name / "full" / EVAL_FILE)[-1]
+        row = {"figure": figure.name, "preset": size, "run": name, **point, "baseline": "", "model": str(checkpoint)}
+        row |= {"device": device_name(resolve_device(train.device)), "torch": torch.__version__}
+        rows.append(row | last)
+        write_csv(out / RESULTS_FILE, rows)
+    return None
