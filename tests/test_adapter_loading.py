@@ -128,12 +128,13 @@ def test_parameters_are_float32_whatever_is_stored(tmp_path):
     assert {p.dtype for p in load_model(tmp_path, dtype=torch.bfloat16, **SETTINGS).parameters()} == {torch.bfloat16}
 
 
-def word_tokenizer(folder, words=("a", "b", "c")):
+def word_tokenizer(folder, words=("a", "b", "c"), *, whitespace=True):
+    """Words as tokens; with whitespace=False marks are words of their own too."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {word: i for i, word in enumerate(("<unk>", "<end>", *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if whitespace else pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
 
 
