@@ -1,14 +1,12 @@
 """The Gated DeltaNet mixer (Yang, Kautz, Hatamizadeh, arXiv 2412.06464), able to replay windows (sleep) on its own."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from sleep_ops.layers.mixer import GDNMixer, GDNWrites
-from sleep_ops.ops.gated_norm import gated_rms_norm
+from sleep_ops.layers.mixer import GDNWrites
+from sleep_ops.layers.projections import ProjectingMixer
 from sleep_ops.ops.short_conv import carried_tail, short_convolution
-from sleep_ops.validation import IMPLS, RULES, check_choice, check_count, check_eps, check_flags, check_passes
+from sleep_ops.validation import check_flags
 
 
 class ShortConvolution(nn.Module):
@@ -25,19 +23,7 @@ class ShortConvolution(nn.Module):
         return short_convolution(x, self.weight, tail=tail, lengths=lengths, cu_seqlens=cu_seqlens, impl=self.impl)
 
 
-class GatedRMSNorm(nn.Module):
-    """RMSNorm(x) * weight * SiLU(gate) over the last axis: weight [size]."""
-
-    def __init__(self, size: int, eps: float, impl: str = "auto"):
-        super().__init__()
-        self.eps, self.impl = eps, impl
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return gated_rms_norm(x, gate, self.weight, eps=self.eps, impl=self.impl)
-
-
-class SleepGDNLayer(GDNMixer):
+class SleepGDNLayer(ProjectingMixer):
     """Gated DeltaNet mixer [B, T, hidden_size] -> the same shape; causal, so it stands in for an attention mixer.
 
     Args:
@@ -73,67 +59,35 @@ class SleepGDNLayer(GDNMixer):
         rule: str = "delta",
         impl: str = "auto",
     ):
-        super().__init__()
-        num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        head_v_dim = head_dim if head_v_dim is None else head_v_dim
-        counts = dict(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim, num_v_heads=num_v_heads)
-        counts |= dict(head_v_dim=head_v_dim, conv_size=conv_size)
-        for name, value in counts.items():
-            check_count(name, value)
-        if num_v_heads % num_heads:
-            raise ValueError(f"num_v_heads: expected a multiple of num_heads = {num_heads}, got {num_v_heads}")
         check_flags(allow_neg_eigval=allow_neg_eigval)
-        check_eps("norm_eps", norm_eps)
-        check_passes(passes, window, output_pass)
-        check_choice("rule", rule, RULES)
-        check_choice("impl", impl, IMPLS)
+        super().__init__(
+            hidden_size,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            num_v_heads=num_v_heads,
+            head_v_dim=head_v_dim,
+            conv_size=conv_size,
+            norm_eps=norm_eps,
+            passes=passes,
+            window=window,
+            output_pass=output_pass,
+            rule=rule,
+            impl=impl,
+        )
+        self.allow_neg_eigval = allow_neg_eigval
 
-        self.hidden_size, self.conv_size = hidden_size, conv_size
-        self.num_heads, self.head_dim = num_heads, head_dim
-        self.num_v_heads, self.head_v_dim = num_v_heads, head_v_dim
-        self.passes, self.window, self.output_pass = passes, window, output_pass
-        self.rule, self.allow_neg_eigval, self.impl = rule, allow_neg_eigval, impl
-        self.key_channels, self.value_channels = num_heads * head_dim, num_v_heads * head_v_dim
+    def _build_convolutions(self, impl: str) -> None:
         self.tail_channels = 2 * self.key_channels + self.value_channels
-
-        self.q_proj = nn.Linear(hidden_size, self.key_channels, bias=False)
-        self.k_proj = nn.Linear(hidden_size, self.key_channels, bias=False)
-        self.v_proj = nn.Linear(hidden_size, self.value_channels, bias=False)
-        self.a_proj = nn.Linear(hidden_size, num_v_heads, bias=False)
-        self.b_proj = nn.Linear(hidden_size, num_v_heads, bias=False)
-        self.g_proj = nn.Linear(hidden_size, self.value_channels, bias=False)
-        self.o_proj = nn.Linear(self.value_channels, hidden_size, bias=False)
-
-        plain = "torch" if impl == "reference" else impl
-        self.q_conv = ShortConvolution(self.key_channels, conv_size, plain)
-        self.k_conv = ShortConvolution(self.key_channels, conv_size, plain)
-        self.v_conv = ShortConvolution(self.value_channels, conv_size, plain)
-        self.o_norm = GatedRMSNorm(head_v_dim, norm_eps, plain)
-
-        # Decay rates uniform in (0, 16), time steps log-uniform in [1e-3, 1e-1]; the first clamp keeps the log finite.
-        self.A_log = nn.Parameter(torch.empty(num_v_heads).uniform_(0, 16).clamp_(min=1e-4).log())
-        dt = torch.empty(num_v_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp_(min=1e-4)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self._mark_parameters()
-
-    def _mark_parameters(self) -> None:
-        for parameter in (self.A_log, self.dt_bias):
-            parameter._no_weight_decay = True
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._mark_parameters()  # a copied parameter has lost the mark
-
-    def _dtype(self) -> torch.dtype:
-        return self.k_proj.weight.dtype
+        self.q_conv = ShortConvolution(self.key_channels, self.conv_size, impl)
+        self.k_conv = ShortConvolution(self.key_channels, self.conv_size, impl)
+        self.v_conv = ShortConvolution(self.value_channels, self.conv_size, impl)
 
     def _project(self, x, tail, lengths, cu_seqlens):
         q_tail, k_tail, v_tail = self._tails(tail)
         writes, k_tail, v_tail = self._writes(x, k_tail, v_tail, lengths, cu_seqlens)
         q, q_tail = self.q_conv(self.q_proj(x), q_tail, lengths, cu_seqlens)
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        gate = self.g_proj(x).unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        return q, writes, torch.cat([q_tail, k_tail, v_tail], dim=-1), gate
+        return q, writes, torch.cat([q_tail, k_tail, v_tail], dim=-1), self._gate(x)
 
     def _project_writes(self, x, tail, lengths):
         """Queries only for the tail."""
@@ -151,10 +105,6 @@ class SleepGDNLayer(GDNMixer):
         else:
             q_tail = writes.k.new_zeros(x.shape[0], 0, self.key_channels)
         return writes, torch.cat([q_tail, k_tail, v_tail], dim=-1)
-
-    def _emit(self, o, gate):
-        # A padded position has q = 0, so o, the norm of it and its bias-free projection are exactly 0.
-        return self.o_proj(self.o_norm(o, gate).flatten(2))
 
     def _writes(self, x, k_tail, v_tail, lengths, cu_seqlens):
         """What x writes, and the new tails of k and v."""

@@ -1,16 +1,14 @@
 """The Jet block (Gu et al., "Jet-Nemotron", arXiv 2508.15884): Gated DeltaNet with a dynamic convolution on v alone."""
 
-import math
 from collections import OrderedDict
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sleep_ops.layers.gdn import GatedRMSNorm
-from sleep_ops.layers.mixer import GDNMixer, GDNWrites
+from sleep_ops.layers.mixer import GDNWrites
+from sleep_ops.layers.projections import ProjectingMixer
 from sleep_ops.ops.dynamic_conv import dynamic_convolution
-from sleep_ops.validation import IMPLS, RULES, check_choice, check_count, check_eps, check_passes
+from sleep_ops.validation import check_count
 
 KERNEL_REDUCTION = 8  # v channels per hidden unit of the kernel generator, as published
 
@@ -44,7 +42,7 @@ class DynamicConvolution(nn.Module):
         return dynamic_convolution(x, kernels, tail=tail, lengths=lengths, cu_seqlens=cu_seqlens)
 
 
-class JetBlock(GDNMixer):
+class JetBlock(ProjectingMixer):
     """Jet mixer [B, T, hidden_size] -> the same shape; causal, so it stands in for an attention mixer.
 
     q = SiLU(W_q x), k = SiLU(W_k x), v = DynamicConvolution(W_v x; kernels from x); then as in `SleepGDNLayer`, with
@@ -80,69 +78,37 @@ class JetBlock(GDNMixer):
         rule: str = "delta",
         impl: str = "auto",
     ):
-        super().__init__()
-        num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        head_v_dim = head_dim if head_v_dim is None else head_v_dim
-        counts = dict(hidden_size=hidden_size, num_heads=num_heads, num_v_heads=num_v_heads, head_dim=head_dim)
-        for name, value in (counts | dict(head_v_dim=head_v_dim, conv_size=conv_size)).items():
-            check_count(name, value)
-        if num_v_heads % num_heads:
-            raise ValueError(f"num_v_heads: expected a multiple of num_heads = {num_heads}, got {num_v_heads}")
-        key_channels, value_channels = num_heads * head_dim, num_v_heads * head_v_dim
-        kernel_hidden = max(value_channels // KERNEL_REDUCTION, 1) if kernel_hidden is None else kernel_hidden
-        check_count("kernel_hidden", kernel_hidden)
-        check_eps("norm_eps", norm_eps)
-        check_passes(passes, window, output_pass)
-        check_choice("rule", rule, RULES)
-        check_choice("impl", impl, IMPLS)
+        if kernel_hidden is not None:
+            check_count("kernel_hidden", kernel_hidden)
+        self._kernel_hidden = kernel_hidden
+        super().__init__(
+            hidden_size,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            num_v_heads=num_v_heads,
+            head_v_dim=head_v_dim,
+            conv_size=conv_size,
+            norm_eps=norm_eps,
+            passes=passes,
+            window=window,
+            output_pass=output_pass,
+            rule=rule,
+            impl=impl,
+        )
 
-        self.hidden_size, self.conv_size = hidden_size, conv_size
-        self.num_heads, self.head_dim = num_heads, head_dim
-        self.num_v_heads, self.head_v_dim = num_v_heads, head_v_dim
-        self.passes, self.window, self.output_pass = passes, window, output_pass
-        self.rule, self.impl = rule, impl
-        self.tail_channels = value_channels
-
-        self.q_proj = nn.Linear(hidden_size, key_channels, bias=False)
-        self.k_proj = nn.Linear(hidden_size, key_channels, bias=False)
-        self.v_proj = nn.Linear(hidden_size, value_channels, bias=False)
-        self.b_proj = nn.Linear(hidden_size, num_v_heads, bias=False)
-        self.a_proj = nn.Linear(hidden_size, num_v_heads, bias=False)
-        self.g_proj = nn.Linear(hidden_size, value_channels, bias=False)
-        self.o_proj = nn.Linear(value_channels, hidden_size, bias=False)
-        self.dynamic_conv1d = DynamicConvolution(value_channels, conv_size, hidden_size, kernel_hidden)
-        self.o_norm = GatedRMSNorm(head_v_dim, norm_eps, "torch" if impl == "reference" else impl)
-
-        # As in `SleepGDNLayer`: decay rates uniform in (0, 16), time steps log-uniform in [1e-3, 1e-1].
-        self.A_log = nn.Parameter(torch.empty(num_v_heads).uniform_(0, 16).clamp_(min=1e-4).log())
-        dt = torch.empty(num_v_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp_(min=1e-4)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
-        self._mark_parameters()
-
-    def _mark_parameters(self) -> None:
-        for parameter in (self.A_log, self.dt_bias):
-            parameter._no_weight_decay = True
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._mark_parameters()  # a copied parameter has lost the mark
-
-    def _dtype(self) -> torch.dtype:
-        return self.k_proj.weight.dtype
+    def _build_convolutions(self, impl: str) -> None:
+        self.tail_channels = self.value_channels
+        hidden = self._kernel_hidden or max(self.value_channels // KERNEL_REDUCTION, 1)
+        self.dynamic_conv1d = DynamicConvolution(self.value_channels, self.conv_size, self.hidden_size, hidden)
 
     def _project(self, x, tail, lengths, cu_seqlens):
         writes, tail = self._writes(x, tail, lengths, cu_seqlens)
         q = F.silu(self.q_proj(x)).unflatten(-1, (self.num_heads, self.head_dim))
-        gate = self.g_proj(x).unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        return q, writes, tail, gate
+        return q, writes, tail, self._gate(x)
 
     def _project_writes(self, x, tail, lengths):
         """No queries and no gate."""
         return self._writes(x, tail, lengths, None)
-
-    def _emit(self, o, gate):
-        # A padded position has q = 0, so o, the norm of it and its bias-free projection are exactly 0.
-        return self.o_proj(self.o_norm(o, gate).flatten(2))
 
     def _writes(self, x, tail, lengths, cu_seqlens):
         """What x writes, and the new tail."""
