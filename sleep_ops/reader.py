@@ -148,7 +148,7 @@ class SleepReader:
         positions that count (default: `labels != -100`); on the CPU it saves a wait for the device, and every position
         it marks must then have a label. attention_mask: `[B, T]`, 1 = real token; padding may stand anywhere.
         cu_seqlens: packed input, `[num_seqs + 1]` with B = 1. windows_by: "tokens", a window is full with L real
-        tokens; or "positions", with padding on the left alone: windows end at columns L, 2L, ..., padding or not.
+        tokens; or "positions", without padding between real tokens: windows end at columns L, 2L, ..., padding or not.
         passes: N, instead of the configuration's. state: from an earlier call, to read on. all_logits: logits of every
         window (default: only when there is neither a label nor a loss mask). return_state=False saves what only a
         continuation would see: the sleep on a last full window, and any window after the last loss.
@@ -265,10 +265,12 @@ class SleepReader:
         window, width = self.settings.window, rows.shape[1]
         if mask is None or window is None:
             return (0,) * len(rows.lengths)
-        padded = width - mask.bool().sum(1, keepdim=True)
-        left = bool((mask.bool() == (torch.arange(width, device=mask.device) >= padded)).all())
-        expect(left, "attention_mask", "padding on the left alone with windows_by 'positions'", "other padding")
-        return tuple((width - n) % window for n in rows.lengths)
+        mask, column = mask.bool(), torch.arange(width, device=mask.device)
+        first = mask.int().argmax(1, keepdim=True)
+        together = (column >= first) & (column < first + mask.sum(1, keepdim=True))
+        fits = bool((mask == together).all())
+        expect(fits, "attention_mask", "no padding between real tokens with windows_by 'positions'", "some")
+        return tuple(n % window for n in first[:, 0].tolist())
 
     def _check(self, shape: tuple, labels: Tensor | None, loss_mask: Tensor | None) -> None:
         for name, x in (("labels", labels), ("loss_mask", loss_mask)):

@@ -27,7 +27,16 @@ class Answering(nn.Module):
             answers = torch.where(self.wrong(input_ids, labels), (answers + 1) % self.vocab_size, answers)
         return answers
 
-    def forward(self, input_ids, labels=None, loss_mask=None, attention_mask=None, passes=None, return_state=True):
+    def forward(
+        self,
+        input_ids,
+        labels=None,
+        loss_mask=None,
+        attention_mask=None,
+        windows_by="tokens",
+        passes=None,
+        return_state=True,
+    ):
         assert not self.training
         assert loss_mask.device.type == "cpu" and torch.equal(loss_mask, labels.cpu() != IGNORE_INDEX)
         self.masks.append(attention_mask)

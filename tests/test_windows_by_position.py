@@ -45,6 +45,17 @@ def test_padded_columns_count(change):
         torch.testing.assert_close(logits[b, T - length :], by_hand(model, ids[b], length), **CLOSE)
 
 
+def test_padding_on_the_right_changes_nothing():
+    model = tiny()
+    ids, mask = padded((18, 9))
+    wide = torch.cat([ids, torch.zeros(2, 4, dtype=torch.long)], dim=1)
+    both = torch.cat([mask, torch.zeros(2, 4, dtype=torch.bool)], dim=1)
+    with torch.no_grad():
+        logits = model(wide, attention_mask=both, windows_by="positions").logits
+        expected = model(ids, attention_mask=mask, windows_by="positions").logits
+    torch.testing.assert_close(logits[:, :T][mask], expected[mask], **CLOSE)
+
+
 def test_it_matters_and_only_where_there_is_padding():
     model = tiny()
     ids, mask = padded((18, 16))
@@ -83,10 +94,10 @@ def test_reading_on_keeps_the_borders():
     "call, message",
     [
         (dict(windows_by="columns"), "windows_by: expected one of"),
-        (dict(attention_mask=torch.tensor([[1] * 17 + [0]])), "attention_mask: expected padding on the left alone"),
+        (dict(attention_mask=torch.tensor([[1] * 9 + [0] + [1] * 8])), "attention_mask: expected no padding between"),
         (dict(cu_seqlens=torch.tensor([0, 18])), "cu_seqlens: expected None with windows_by"),
     ],
-    ids=("unknown", "right-padding", "packed"),
+    ids=("unknown", "padding-between", "packed"),
 )
 def test_what_cannot_be_is_refused(call, message):
     with pytest.raises(ValueError, match=message):

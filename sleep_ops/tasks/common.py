@@ -1,6 +1,6 @@
 """What the synthetic tasks share: reproducible random numbers, and a model's answers scored place by place."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -102,13 +102,11 @@ def score(
     seed: int,
     passes: int | float | None,
     device: torch.device | str,
-    attention_mask: Callable[[Tensor], Tensor | None] = lambda input_ids: None,
 ) -> Scores:
     """Run `model` over `samples` sequences of the evaluation stream.
 
-    attention_mask: input_ids [B, T] -> bool [B, T] or None, what the model gets beside them. Answers that are part of
-    the input are fed as they should be, which changes nothing in `exact`: greedy decoding is right everywhere exactly
-    when it is right everywhere given the right prefix.
+    Answers that are part of the input are fed as they should be, which changes nothing in `exact`: greedy decoding is
+    right everywhere exactly when it is right everywhere given the right prefix.
     """
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples and batch_size: expected integers >= 1, got {samples} and {batch_size}")
@@ -117,10 +115,8 @@ def score(
     try:
         for step, start in enumerate(range(0, samples, batch_size)):
             batch = task.batch(seed, step, min(batch_size, samples - start), split="eval")
-            real = attention_mask(batch.input_ids)
-            extra = {} if real is None else {"attention_mask": real.to(device)}
             sent, asked = batch.to(device), batch.loss_mask
-            out = model(sent.input_ids, labels=sent.labels, loss_mask=asked, passes=passes, return_state=False, **extra)
+            out = model(sent.input_ids, **sent.arguments(), passes=passes, return_state=False)
             column = torch.zeros(asked.shape[1], dtype=torch.long)
             column[out.positions.cpu()] = torch.arange(len(out.positions))
             row, place = asked.nonzero(as_tuple=True)

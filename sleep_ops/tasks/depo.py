@@ -121,8 +121,9 @@ class Depo:
     ) -> Batch:
         """Batch number `step` of the stream (seed, split): `size` sequences of `seq_len` tokens.
 
-        The loss is taken where [=] or a token of an answer comes next. input_ids and labels come on `device`,
-        loss_mask on the CPU.
+        The loss is taken where [=] or a token of an answer comes next. Where there is padding that is to be masked, the
+        batch has an attention_mask, and windows end at columns (with repeats, where padding stands between them, they
+        count real tokens). All but loss_mask come on `device`.
         """
         stream = Stream(seed, step, size, split)
         nodes, hops = self._sizes(stream, size, split)
@@ -157,7 +158,12 @@ class Depo:
         labels = np.full(input_ids.shape, IGNORE_INDEX)
         at = self.context - 1  # the column whose label is the first query token
         labels[:, at:-1] = np.where(to_predict == 1, queries, IGNORE_INDEX)
-        return as_batch(input_ids, labels, device)
+        batch = as_batch(input_ids, labels, device)
+        mask = self.attention_mask(batch.input_ids)
+        if mask is None or bool(mask.all()):
+            return batch
+        # Read once, padding stands at the ends alone, and windows end where they do without any.
+        return batch._replace(attention_mask=mask, windows_by="positions" if self.repeats == 1 else "tokens")
 
     def evaluate(
         self,
@@ -175,21 +181,8 @@ class Depo:
         of an answer name); exact, the mean over k; exact_stderr, its standard error, as sequences vary; per_label and
         loss over all labels, [=] among them; samples.
         """
-
-        def real(input_ids: Tensor) -> Tensor | None:
-            mask = self.attention_mask(input_ids)
-            return None if mask is None or mask.all() else mask
-
-        s = score(
-            self,
-            model,
-            samples=samples,
-            batch_size=batch_size,
-            seed=seed,
-            passes=passes,
-            device=device,
-            attention_mask=real,
-        )
+        options = dict(samples=samples, batch_size=batch_size, seed=seed, passes=passes, device=device)
+        s = score(self, model, **options)
         # An answer belongs to the query that began last before it.
         hop = s.input_ids - 2 * self.vocabulary
         begins = (hop >= 1) & (hop <= self.max_hops)
