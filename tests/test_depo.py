@@ -159,6 +159,20 @@ def test_attention_mask_marks_the_padding(pads):
         assert not real[0] or task.pad_token not in row[: task.context]
 
 
+def test_batches_mask_their_padding_and_keep_window_borders():
+    """Padding at the ends of a sequence read once: windows end at the columns of a sequence without any."""
+    batch = Depo(**SMALL).batch(0, 0, 64)
+    assert batch.windows_by == "positions"
+    assert torch.equal(batch.attention_mask, batch.input_ids != Depo(**SMALL).pad_token)
+    steps = batch.attention_mask.int().diff(dim=1)
+    assert bool(((steps == -1).sum(1) <= 1).all()) and bool(((steps == 1).sum(1) <= 1).all())
+    twice = Depo(**SMALL, repeats=2).batch(0, 0, 64)
+    assert twice.windows_by == "tokens" and twice.attention_mask is not None
+    plain = Depo(**SMALL, pads="tokens").batch(0, 0, 64)
+    assert plain.attention_mask is None and plain.windows_by == "tokens"
+    assert Depo(**SMALL).batch(0, 0, 8, split="eval").attention_mask is None  # cycles of the largest size alone
+
+
 def hop_of(task, ids):
     """int64 [B, T]: k of the query a token belongs to, by reading on from left to right."""
     found = torch.zeros_like(ids)
