@@ -77,6 +77,10 @@ def whole_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(left, ignore_errors=True)
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
 def save_checkpoint(
     folder: Path, step: int, model: dict[str, torch.Tensor], state: dict, *, keep: int | None = None
 ) -> Path:
@@ -84,7 +88,7 @@ def save_checkpoint(
 
     model  a state dict. state  nested dicts, lists, numbers, strings and tensors only (it is read with weights_only).
     """
-    final = folder / f"step-{step:08d}"
+    final = checkpoint_path(folder, step)
     with whole_folder(final) as temporary:
         # Cloned one by one: safetensors refuses tensors that share memory, as tied weights do.
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.items()}

@@ -5,6 +5,7 @@ import math
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sleep_ops.config import HybridConfig
@@ -14,10 +15,16 @@ from sleep_ops.validation import check_choice, check_count, check_flags
 
 PRECISIONS = ("auto", "bf16", "float32")
 TRAINABLE = ("all", "fast_weights")
+PASSES_SCHEDULES = ("fixed", "random", "curriculum")
+PARALLEL = ("ddp", "fsdp")
 CONFIG_FILE = "config.json"
 _VERSION = 1
 # What may change when a run is taken up again: none of it enters the mathematics of a step.
-_FREE_ON_RESUME = {"device", "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "cuda_graph"}
+_FREE_ON_RESUME = {
+    *("device", "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "cuda_graph"),
+    *("stop_at", "patience", "parallel"),
+}
+_PASSES_STREAM = 1 << 62  # keeps the draws of N apart from the tasks' own random numbers
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,15 @@ class TrainConfig:
     micro_batch           sequences in one forward and backward, so many of which make up a batch; None: all at once.
     trainable             "all", or "fast_weights": the gated-delta-rule mixers, and inserted blocks as a whole; then
                           the rest stays as it is.
+    passes_schedule       N of each training step: "fixed" is the model's; "random" is drawn from 1..N, each as likely;
+                          "curriculum" rises from 1 to N over the first `curriculum` (a fraction) of the steps. It
+                          depends on seed and step alone. Evaluation has the model's N always.
+    stop_at               end the run early, once an evaluation reaches this value of the task's metric; None: don't.
+    patience              end it early, after this many evaluations in a row that were no better than the best; None:
+                          don't.
+    parallel              how several processes share the work: "ddp", each has the whole model; "fsdp", each keeps its
+                          part of the parameters and of the optimisers' state between steps. batch_size is that of all
+                          together, micro_batch that of one.
     cuda_graph            on CUDA, launch a step's forward and backward as one recorded graph; the losses are the same.
                           Batches of more than a few different loss masks go without, and so do endless passes.
     """
@@ -66,6 +82,11 @@ class TrainConfig:
     cuda_graph: bool = False
     micro_batch: int | None = None
     trainable: str = "all"
+    passes_schedule: str = "fixed"
+    curriculum: float = 0.5
+    stop_at: float | None = None
+    patience: int | None = None
+    parallel: str = "ddp"
 
     def __post_init__(self):
         for name, low in (
@@ -94,6 +115,16 @@ class TrainConfig:
             raise ValueError(f"warmup + decay: expected at most 1, got {self.warmup} + {self.decay}")
         check_flags(cuda_graph=self.cuda_graph)
         check_choice("trainable", self.trainable, TRAINABLE)
+        check_choice("parallel", self.parallel, PARALLEL)
+        if self.cuda_graph and self.parallel == "fsdp":
+            raise ValueError("parallel: expected 'ddp' with cuda_graph, got 'fsdp'")
+        check_choice("passes_schedule", self.passes_schedule, PASSES_SCHEDULES)
+        if not 0 < self.curriculum <= 1:
+            raise ValueError(f"curriculum: expected a number in (0, 1], got {self.curriculum!r}")
+        if self.stop_at is not None and not math.isfinite(self.stop_at):
+            raise ValueError(f"stop_at: expected a finite number or None, got {self.stop_at!r}")
+        if self.patience is not None:
+            check_count("patience", self.patience)
         if self.micro_batch is not None:
             check_count("micro_batch", self.micro_batch)
             if self.cuda_graph:
@@ -110,6 +141,16 @@ class TrainConfig:
         if left < fall:
             return self.final_lr + (1.0 - self.final_lr) * left / fall
         return 1.0
+
+    def passes_at(self, step: int, most: int) -> int:
+        """N of the training step after `step` others, for a model whose own is `most`."""
+        if self.passes_schedule == "random":
+            source = np.random.Philox(key=np.array([self.seed, _PASSES_STREAM | step], dtype=np.uint64))
+            return 1 + int(source.random_raw() % most)
+        if self.passes_schedule == "curriculum":
+            rising = max(round(self.curriculum * self.steps), 1)
+            return most if step >= rising else 1 + step * (most - 1) // rising
+        return most
 
 
 def resolve_device(device: str) -> torch.device:

@@ -19,7 +19,8 @@ from sleep_ops.config import SleepSettings
 from sleep_ops.tasks import Task, build_task
 from sleep_ops.training.checkpoint import whole_folder
 from sleep_ops.training.config import CONFIG_FILE, RunConfig, TrainConfig, resolve_device
-from sleep_ops.training.trainer import Trainer, TrainResult, build_model, check_vocabulary, clear_run
+from sleep_ops.training.run import build_model, check_vocabulary, clear_run
+from sleep_ops.training.trainer import Trainer, TrainResult
 
 RECIPE = TrainConfig(batch_size=256, lr_muon=1e-3)  # the paper's
 MODEL_FOLDER = "model"

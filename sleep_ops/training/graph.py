@@ -21,8 +21,8 @@ WARM_UP = 3  # steps before recording: kernels are compiled, libraries allocate 
 class StepGraphs:
     """Losses and gradients of a model in training, by one graph for every kind of batch among the first few.
 
-    Batches are of a kind that agree in shapes, dtypes and loss mask: all that the host decides by, the number of passes
-    being the model's. context: makes the context (autocast) of the forward. Gradients stand in buffers of their own,
+    Batches are of a kind that agree in shapes, dtypes, loss mask and number of passes: all that the host decides by.
+    context: makes the context (autocast) of the forward. Gradients stand in buffers of their own,
     the same for all graphs; clearing a parameter's `.grad` doesn't free them.
     """
 
@@ -35,37 +35,39 @@ class StepGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def __call__(self, batch: Batch) -> Tensor | None:
+    def __call__(self, batch: Batch, passes: int | None = None) -> Tensor | None:
         """The loss of `batch`, its gradients left in the parameters; both are overwritten by the next call.
+
+        passes: N, instead of the model's.
 
         None, and nothing done, where no graph serves: for a loss mask that is not on the CPU, padding, endless passes,
         rows of which some sleep and others don't, and for further kinds of batches once there are MAX_GRAPHS.
         """
-        kind = self._kind(batch)
+        kind = self._kind(batch, passes)
         if kind is None or (kind not in self._graphs and len(self) == MAX_GRAPHS):
             return None
         if kind not in self._graphs:
-            self._graphs[kind] = _StepGraph(self, batch)
+            self._graphs[kind] = _StepGraph(self, batch, passes)
         return self._graphs[kind].replay(batch)
 
-    def _kind(self, batch: Batch) -> tuple | None:
+    def _kind(self, batch: Batch, passes: int | None) -> tuple | None:
         ids, labels, mask = batch[:3]
-        config = self.model.config
-        if mask is None or mask.device.type != "cpu" or config.resolve_passes(None) == inf:
+        config, passes = self.model.config, self.model.config.resolve_passes(passes)
+        if mask is None or mask.device.type != "cpu" or passes == inf:
             return None
         if batch.attention_mask is not None:
             return None
         if config.sleep_on == "unlabelled" and not torch.equal(mask, mask[:1].expand_as(mask)):
             return None
-        return ids.shape, ids.dtype, labels.shape, labels.dtype, mask.shape, mask.numpy().tobytes()
+        return passes, ids.shape, ids.dtype, labels.shape, labels.dtype, mask.shape, mask.numpy().tobytes()
 
 
 class _StepGraph:
     """The graph of one kind of batch, with buffers for its input."""
 
-    def __init__(self, owner: StepGraphs, batch: Batch):
+    def __init__(self, owner: StepGraphs, batch: Batch, passes: int | None):
         self.owner = owner
-        reading = owner.model.plan(batch.input_ids, labels=batch.labels, loss_mask=batch.loss_mask, return_state=False)
+        reading = owner.model.plan(batch.input_ids, **batch.arguments(), passes=passes, return_state=False)
         self.ids, self.labels = reading.ids.clone(), reading.labels.clone()
         self.reading = reading._replace(ids=self.ids, labels=self.labels)
         self.loss = torch.empty((), device=self.ids.device)

@@ -32,7 +32,8 @@ class CsvLog:
                 reader = csv.DictReader(file)
                 rows = [row for row in reader if None not in row.values() and int(row["step"]) <= step]
         text = io.StringIO()
-        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+        # A column that an older run did not have stays unknown.
+        writer = csv.DictWriter(text, columns, restval="nan", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(path, text.getvalue().encode())
@@ -63,6 +64,51 @@ def tensorboard_writer(folder: Path, step: int):
     except ImportError:
         return None
     return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+class RunLog:
+    """What a run writes of itself, from `step` on: metrics, evaluations, TensorBoard events in a folder `board`.
+
+    active: False for one that writes nothing.
+    """
+
+    def __init__(self, metrics: Path, evaluations: Path, board: Path, columns: list[str], step: int, active: bool):
+        self._evaluations, self._folder, self._step, self._active = evaluations, board, step, active
+        self._metrics = CsvLog(metrics, columns, step) if active else None
+        self._evals, self._board = None, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for log in (self._metrics, self._evals, self._board):
+            if log is not None:
+                log.close()
+
+    def train(self, row: dict) -> None:
+        if self._active:
+            self._metrics.write(row)
+            self._scalars("train", {key: row[key] for key in ("loss", "grad_norm", "lr_muon")}, row["step"])
+
+    def evaluation(self, step: int, tokens: int, found: dict[str, float]) -> None:
+        if self._active:
+            columns = ["step", "tokens", *found]
+            self._evals = self._evals or CsvLog(self._evaluations, columns, step - 1)
+            self._evals.write({"step": step, "tokens": tokens, **found})
+            self._evals.flush()
+            self._scalars("eval", found, step)
+
+    def flush(self) -> None:
+        if self._active:
+            self._metrics.flush()
+
+    def _scalars(self, group: str, values: dict[str, float], step: int) -> None:
+        if self._folder is not None and self._board is None:
+            self._board = tensorboard_writer(self._folder, self._step)
+            self._folder = None
+        if self._board is not None:
+            for key, value in values.items():
+                self._board.add_scalar(f"{group}/{key}", value, step)
 
 
 class ProgressBar:

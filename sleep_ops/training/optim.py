@@ -27,12 +27,18 @@ def split_parameters(model: nn.Module) -> tuple[dict, dict]:
 
 
 def build_optimizers(
-    model: nn.Module, *, lr_muon: float, lr_adamw: float, weight_decay: float = 1e-4, momentum: float = 0.95
+    model: nn.Module,
+    *,
+    lr_muon: float,
+    lr_adamw: float,
+    weight_decay: float = 1e-4,
+    momentum: float = 0.95,
+    matrix_optimizer: type[Muon] = Muon,
 ) -> dict[str, Optimizer]:
     """{"muon": ..., "adamw": ...}, each only where it has parameters.
 
     Weight decay applies to the weights of nn.Linear and nn.Embedding modules, unless they are marked
-    `_no_weight_decay = True`, and to nothing else.
+    `_no_weight_decay = True`, and to nothing else. matrix_optimizer: Muon, or one for matrices kept in other ways.
     """
     weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
 
@@ -46,7 +52,7 @@ def build_optimizers(
     muon, adamw = split_parameters(model)
     optimizers: dict[str, Optimizer] = {}
     if muon:
-        optimizers["muon"] = Muon(
+        optimizers["muon"] = matrix_optimizer(
             groups(muon), lr=lr_muon, momentum=momentum, nesterov=True, ns_steps=5, adjust_lr_fn=None
         )
     if adamw:

@@ -1,37 +1,43 @@
-"""The training loop: one recipe for every task, stopped and taken up again without a trace."""
+"""The training loop: one recipe for every task and any number of processes, stopped and taken up without a trace."""
 
-import os
-import shutil
+import math
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from sleep_ops.adapters.loading import load_model
-from sleep_ops.layers.block import Block
-from sleep_ops.layers.mixer import GDNMixer
-from sleep_ops.model import HybridConfig, SleepHybridModel
+from sleep_ops.model import SleepHybridModel
+from sleep_ops.reader import SleepReader
 from sleep_ops.tasks import Batch, Task, build_task
-from sleep_ops.training.checkpoint import load_newest, save_checkpoint
-from sleep_ops.training.config import CONFIG_FILE, RunConfig, resolve_device
+from sleep_ops.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
+from sleep_ops.training.config import RunConfig, resolve_device
 from sleep_ops.training.graph import StepGraphs
-from sleep_ops.training.logs import CsvLog, ProgressBar, tensorboard_writer
+from sleep_ops.training.logs import ProgressBar, RunLog
 from sleep_ops.training.optim import build_optimizers, set_learning_rates
+from sleep_ops.training.parallel import Replicated, World, local_device
+from sleep_ops.training.run import (
+    CHECKPOINTS,
+    EVAL_FILE,
+    METRICS_FILE,
+    alone,
+    autocast,
+    build_model,
+    check_vocabulary,
+    clear_run,
+    deterministic,
+    newest_checkpoint,
+    select_parameters,
+)
 
-METRICS_FILE, EVAL_FILE, CHECKPOINTS = "metrics.csv", "eval.csv", "checkpoints"
-_OWN = (CHECKPOINTS, "tensorboard", METRICS_FILE, EVAL_FILE)  # what a run writes beside its configuration
+_COLUMNS = ["step", "tokens", "loss", "grad_norm", "lr_muon", "lr_adamw", "passes", "skipped", "tokens_per_second"]
 _EVAL_SEED = 0
 
 
@@ -41,8 +47,8 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """step reached; whether that is the last; the signal that stopped it, if one did; the last evaluation; seconds of
-    training over all sessions; steps skipped."""
+    """step reached; whether the run is over, by its last step or an early stop; the signal that stopped it, if one did;
+    the last evaluation; seconds of training over all sessions; steps skipped."""
 
     step: int
     finished: bool
@@ -52,106 +58,15 @@ class TrainResult:
     skipped: int
 
 
-def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
-    """The model a run begins with, on the CPU; new weights are drawn from the run's seed (the same on every device).
-
-    weights: False leaves those of a checkpoint folder unread, for a model whose own are about to be loaded.
-    """
-    torch.manual_seed(config.train.seed)
-    if "folder" in config.model:
-        return load_model(**config.model, weights=weights)
-    return SleepHybridModel(HybridConfig.from_dict(config.model))
-
-
-def select_parameters(model: nn.Module, trainable: str) -> list[nn.Parameter]:
-    """The parameters to train; the others stop requiring gradients. See `TrainConfig.trainable`.
-
-    Raises ValueError for a model without fast weights where only those are wanted.
-    """
-    if trainable == "fast_weights":
-        owners = [m for m in model.modules() if isinstance(m, GDNMixer) or (isinstance(m, Block) and m.mlp is None)]
-        if not owners:
-            raise ValueError(f"trainable: expected 'all' for a model without fast weights, got {trainable!r}")
-        model.requires_grad_(False)
-        for owner in owners:
-            owner.requires_grad_(True)
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def check_vocabulary(model: nn.Module, task: Task) -> None:
-    """Raises ValueError where the task has tokens that the model does not know."""
-    known = getattr(model, "vocab_size", task.vocab_size)
-    if known < task.vocab_size:
-        needed = f"a vocabulary of at least {task.vocab_size} tokens for {task.name}"
-        raise ValueError(f"model: expected {needed}, got {known}")
-
-
-def load_run(folder: Path, *, device: str = "auto", warn=print) -> tuple[RunConfig, Task, nn.Module, int]:
-    """The configuration, task, trained model and step of a run folder. ValueError where it holds no checkpoint."""
-    config = RunConfig.load(folder)
-    checkpoint = load_newest(folder / CHECKPOINTS, warn)
-    if checkpoint is None:
-        raise ValueError(f"{folder}: expected a trained run, but it has no checkpoint yet")
-    model = build_model(config, weights=False)
-    model.load_state_dict(checkpoint.model)
-    return config, build_task(config.task), model.to(resolve_device(device)).eval(), checkpoint.step
-
-
-@contextmanager
-def alone(folder: Path):
-    """Hold a run folder against a second trainer, which would overwrite this one's records."""
-    if fcntl is None:
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{folder}: expected a folder of its own, got one another process trains in") from error
-        yield
-
-
-def clear_run(folder: Path) -> None:
-    """Delete a run's own files in `folder`, and nothing else."""
-    with alone(folder):
-        for path in (folder / name for name in (CONFIG_FILE, *_OWN)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def autocast(precision: str, device: torch.device):
-    """The autocast context of a precision on a device; see TrainConfig.precision."""
-    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
-@contextmanager
-def deterministic(device: torch.device):
-    """The same seed gives the same bits: PyTorch's deterministic algorithms while a CUDA run trains.
-
-    Where an operation has none, PyTorch warns. The CPU needs nothing.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; read when it is first used
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
 class Trainer:
     """Trains `config` in the folder `out`.
 
     resume  take up the newest whole checkpoint of `out`, if there is one; otherwise the run begins anew, and a run
             already there is deleted. ValueError where the folder holds a different run.
     model   the module to train, where it is not the one that `config.model` describes.
+
+    Under `torchrun` every process makes a trainer with the same arguments and calls the same methods. All see the same
+    results and errors; the first one evaluates, writes and prints. How many there are may change between sessions.
     """
 
     def __init__(
@@ -166,16 +81,30 @@ class Trainer:
         console: Console | None = None,
     ):
         self.config, self.out, self.label = config, Path(out), label
-        self.console = console or Console()
-        self.device = resolve_device(config.train.device)
-        self.task = task or build_task(config.task)
-        checkpoint = self._take_up() if resume else None
-        self.model = (model or build_model(config, weights=checkpoint is None)).to(self.device)
         t = config.train
-        check_vocabulary(self.model, self.task)
-        self.parameters = select_parameters(self.model, t.trainable)
+        self.device = resolve_device(local_device(t.device))
+        self.world = World.join(self.device)
+        if t.batch_size < self.world.size:
+            raise ValueError(f"batch_size: expected at least {self.world.size}, one per process, got {t.batch_size}")
+        self.console = (console or Console()) if self.world.main else Console(quiet=True)
+        self.task = task or build_task(config.task)
+        checkpoint = self._newest() if resume else None
+        model = model or build_model(config, weights=checkpoint is None)
+        if checkpoint is not None:
+            model.load_state_dict(checkpoint.model)
+        check_vocabulary(model, self.task)
+        self.passes = self._passes(model)
+        select_parameters(model, t.trainable)
+        self.layout = self._lay_out(model)
+        self.model = self.layout.model
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = build_optimizers(
-            self.model, lr_muon=t.lr_muon, lr_adamw=t.lr_adamw, weight_decay=t.weight_decay, momentum=t.momentum
+            self.model,
+            lr_muon=t.lr_muon,
+            lr_adamw=t.lr_adamw,
+            weight_decay=t.weight_decay,
+            momentum=t.momentum,
+            matrix_optimizer=self.layout.matrix_optimizer,
         )
         self.graphs: StepGraphs | None = None
         if t.cuda_graph and self.device.type == "cuda":
@@ -184,47 +113,54 @@ class Trainer:
                 raise ValueError(f"cuda_graph: expected False, or a SleepHybridModel to train, got {got}")
             self.graphs = StepGraphs(self.model, partial(autocast, t.precision, self.device))
         self.step, self.skipped, self.skipped_in_row, self.seconds = 0, 0, 0, 0.0
+        self.best: float | None = None  # of the evaluations, and how many since were no better
+        self.stale = 0
+        if self.world.rank:
+            torch.manual_seed(t.seed + self.world.rank)  # dropout differs from process to process
         if checkpoint is not None:
             self._restore(checkpoint)
-        if self.out.exists():
-            if checkpoint is None:
-                clear_run(self.out)
-            else:
-                with alone(self.out):  # refused here rather than by `fit`
-                    pass
-        self.out.mkdir(parents=True, exist_ok=True)
-        config.save(self.out)
-        self._signal: int | None = None
+        self.world.first(partial(self._begin, resumed=checkpoint is not None))
+        self._noted: int | None = None  # a signal to this process
+        self._signal: int | None = None  # one to any process, known to all
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step has been taken, or evaluations say to stop before it."""
+        t = self.config.train
+        reached = t.stop_at is not None and self.best is not None and self.best >= t.stop_at
+        return self.step >= t.steps or reached or (t.patience is not None and self.stale >= t.patience)
 
     def fit(self, until: int | None = None) -> TrainResult:
         """Train up to step `until` (default: the last), evaluating, logging and checkpointing on the way.
 
-        SIGTERM and the first Ctrl-C end the step in hand, save and return; a second Ctrl-C raises KeyboardInterrupt.
-        Raises TrainingDiverged after `max_skipped` steps in a row without a finite gradient.
+        SIGTERM and the first Ctrl-C, to any process, end the step in hand, save and return; a second Ctrl-C raises
+        KeyboardInterrupt. Raises TrainingDiverged after `max_skipped` steps in a row without a finite gradient.
         """
         t = self.config.train
         last = t.steps if until is None else min(until, t.steps)
+        files = [self.out / name for name in (METRICS_FILE, EVAL_FILE, "tensorboard")]
         evaluation = None
-        columns = ["step", "tokens", "loss", "grad_norm", "lr_muon", "lr_adamw", "skipped", "tokens_per_second"]
-        metrics = CsvLog(self.out / METRICS_FILE, columns, self.step)
-        # Nothing to do must not cost an evaluation, nor a thread.
-        if self.step >= last:
-            metrics.close()
-            return TrainResult(self.step, self.step >= t.steps, None, None, self.seconds, self.skipped)
-        board = tensorboard_writer(self.out / "tensorboard", self.step)
-        evals: CsvLog | None = None
-        saved = self.step
+        with RunLog(*files, _COLUMNS, self.step, self.world.main) as log:
+            # Nothing to do must not cost an evaluation, nor a thread.
+            if self.step < last and not self.finished:
+                evaluation = self._train(last, log)
+        return TrainResult(self.step, self.finished, self._signal, evaluation, self.seconds, self.skipped)
+
+    def _train(self, last: int, log: RunLog) -> dict[str, float] | None:
+        """Steps up to `last`, and a checkpoint of where they end; returns the last evaluation."""
+        t, evaluation, saved = self.config.train, None, self.step
         self.model.train()
         with (
-            alone(self.out),
+            ExitStack() as stack,
             self._signals(),
             deterministic(self.device),
             ProgressBar(self.console, self.label, self.step, t.steps) as bar,
             ThreadPoolExecutor(1, thread_name_prefix="data") as pool,
         ):
+            self.world.first(lambda: stack.enter_context(alone(self.out)))
             coming = pool.submit(self._make_batch, self.step)
             mark, mark_step = time.perf_counter(), self.step
-            while self.step < last and self._signal is None:
+            while not self._stopped() and self.step < last and not self.finished:
                 batch = coming.result()
                 coming = pool.submit(self._make_batch, self.step + 1)
                 row = self._train_step(batch.to(self.device))
@@ -232,81 +168,97 @@ class Trainer:
                 self.seconds += now - mark
                 row["tokens_per_second"] = self._tokens(self.step - mark_step) / (now - mark)
                 mark, mark_step = now, self.step
-                metrics.write(row)
-                if board:
-                    for key in ("loss", "grad_norm", "lr_muon"):
-                        board.add_scalar(f"train/{key}", row[key], self.step)
+                log.train(row)
                 note = f"  {self.skipped} skipped" if self.skipped else ""
                 bar.update(self.step, row["loss"], row["tokens_per_second"], note)
                 if self.skipped_in_row >= t.max_skipped:
-                    metrics.close()
                     raise TrainingDiverged(
                         f"{self.label}: {self.skipped_in_row} steps in a row up to step {self.step} had a loss or "
                         f"gradient that is not finite (last loss {row['loss']}); try a lower learning rate"
                     )
                 if self.step == t.steps or (t.eval_every and self.step % t.eval_every == 0):
                     evaluation = self.evaluate()
-                    evals = evals or CsvLog(self.out / EVAL_FILE, ["step", "tokens", *evaluation], self.step - 1)
-                    evals.write({"step": self.step, "tokens": self._tokens(self.step), **evaluation})
-                    evals.flush()
-                    if board:
-                        for key, value in evaluation.items():
-                            board.add_scalar(f"eval/{key}", value, self.step)
+                    self._judge(evaluation[self.task.metric])
+                    log.evaluation(self.step, self._tokens(self.step), evaluation)
                     name = self.task.metric
                     bar.print(f"{self.label}  step {self.step}: {name} {evaluation[name]:.4f}")
+                    if self.finished and self.step < t.steps:
+                        bar.print(f"{self.label}  stopped early: best {name} {self.best}")
                     mark = time.perf_counter()
                 if self.step == t.steps or (t.checkpoint_every and self.step % t.checkpoint_every == 0):
-                    metrics.flush()
+                    log.flush()
                     self.save()
                     saved, mark = self.step, time.perf_counter()
             coming.cancel()
-        metrics.close()
-        if evals:
-            evals.close()
-        if board:
-            board.close()
-        if saved < self.step:
-            self.save()
-        return TrainResult(self.step, self.step >= t.steps, self._signal, evaluation, self.seconds, self.skipped)
+            if saved < self.step:
+                log.flush()
+                self.save()
+            self._stopped()  # for a signal that came while the last things were done
+        return evaluation
 
     def evaluate(self, samples: int | None = None) -> dict[str, float]:
         """The task's evaluation of the model as it stands, in the run's precision."""
         t = self.config.train
-        with autocast(t.precision, self.device):
-            return self.task.evaluate(
-                self.model,
-                samples=samples or t.eval_samples,
-                batch_size=t.micro_batch or t.batch_size,
-                seed=_EVAL_SEED,
-                device=self.device,
-            )
+
+        def score() -> dict[str, float]:
+            with autocast(t.precision, self.device):
+                return self.task.evaluate(
+                    self.model,
+                    samples=samples or t.eval_samples,
+                    batch_size=t.micro_batch or t.batch_size,
+                    seed=_EVAL_SEED,
+                    device=self.device,
+                )
+
+        with self.layout.gathered():
+            return self.world.first(score)
 
     def save(self) -> Path:
-        """Write a checkpoint of everything the next step depends on."""
+        """Write a checkpoint of everything the next step depends on: the same, however many processes there are."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        first, *others = self.world.all(rng)
         state = {
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "rng": {"cpu": torch.get_rng_state()},
+            "optimizers": {name: self.layout.whole(o.state_dict()) for name, o in self.optimizers.items()},
+            "rng": first,
+            "rng_of_others": others,
             "data_step": self.step,
             "skipped": self.skipped,
             "skipped_in_row": self.skipped_in_row,
             "seconds": self.seconds,
+            "best": self.best,
+            "stale": self.stale,
         }
-        if self.device.type == "cuda":
-            state["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
-        return save_checkpoint(
-            self.out / CHECKPOINTS, self.step, self.model.state_dict(), state, keep=self.config.train.keep_checkpoints
-        )
+        model = self.layout.whole(self.model.state_dict())
+        keep = self.config.train.keep_checkpoints
+        return self.world.first(lambda: save_checkpoint(self.out / CHECKPOINTS, self.step, model, state, keep=keep))
 
-    def _train_step(self, batch) -> dict:
+    def whole_model(self) -> nn.Module | None:
+        """The model with all its parameters in one piece, on the CPU if they are shared out; the first process's alone.
+
+        Every process has to call it.
+        """
+        if type(self.layout) is Replicated:
+            return self.model if self.world.main else None
+        weights = self.layout.whole(self.model.state_dict())
+        if not self.world.main:
+            return None
+        model = build_model(self.config, weights=False)
+        model.load_state_dict(weights)
+        return model
+
+    def _train_step(self, batch: Batch) -> dict:
         """One optimiser step. Skipped, but counted, where the loss or the gradient norm is not finite."""
         t = self.config.train
         factor = t.learning_rate_factor(self.step)
         rates = {"muon": t.lr_muon * factor, "adamw": t.lr_adamw * factor}
+        passes = self._scheduled_passes()
         loss = self._loss_and_gradients(batch)
-        norm = nn.utils.clip_grad_norm_(self.parameters, t.grad_clip)
+        norm = self.layout.clip(self.parameters, t.grad_clip)
         # The only wait for the device in a step: whether to take it must be known before the weights change.
         loss, norm = torch.stack([loss.float(), norm.float()]).tolist()
-        finite = abs(loss) < float("inf") and abs(norm) < float("inf")  # false for NaN too
+        finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             set_learning_rates(self.optimizers, rates)
             for optimizer in self.optimizers.values():
@@ -323,66 +275,129 @@ class Trainer:
             "grad_norm": norm,
             "lr_muon": rates["muon"],
             "lr_adamw": rates["adamw"],
+            "passes": passes or self.passes or math.nan,
             "skipped": self.skipped,
         }
 
     def _loss_and_gradients(self, batch: Batch) -> Tensor:
-        loss = None if self.graphs is None else self.graphs(batch)
-        if loss is not None:
-            return loss
-        t, total, whole = self.config.train, int(batch.loss_mask.sum()), 0.0
+        """The mean loss of the whole batch; its gradients are left in the parameters, of which each process has summed
+        those of its own rows."""
+        total = int(batch.loss_mask.sum())
+        with self.layout.gradients():
+            loss = self._own_loss(batch.rows(slice(self.world.rank, None, self.world.size)), total)
+        return self.world.sum(loss)
+
+    def _own_loss(self, batch: Batch, total: int) -> Tensor:
+        """What these rows add to the mean loss over `total` tokens, with its gradients."""
+        t, passes = self.config.train, self._scheduled_passes()
+        whole = torch.zeros((), device=self.device)
+        if self.graphs is not None and batch.loss_mask.any():
+            loss = self.graphs(batch, passes)
+            if loss is not None:
+                share = int(batch.loss_mask.sum()) / total
+                for p in self.parameters:
+                    if p.grad is not None and share != 1:
+                        p.grad.mul_(share)
+                return loss * share
+        given = {} if passes is None else {"passes": passes}
         for part in batch.split(t.micro_batch or t.batch_size):
             share = int(part.loss_mask.sum()) / total
             if share == 0:
                 continue
             with autocast(t.precision, self.device):
-                out = self.model(part.input_ids, **part.arguments(), return_state=False)
+                out = self.model(part.input_ids, **part.arguments(), return_state=False, **given)
             loss = out.loss * share
             loss.backward()
             whole = whole + loss.detach()
         return whole
 
-    def _make_batch(self, step: int):
+    def _scheduled_passes(self) -> int | None:
+        """N of the step in hand; None for the model's own."""
+        t = self.config.train
+        return None if t.passes_schedule == "fixed" else t.passes_at(self.step, self.passes)
+
+    def _judge(self, value: float) -> None:
+        value = -math.inf if math.isnan(value) else value
+        better = self.best is None or value > self.best
+        self.best, self.stale = (value, 0) if better else (self.best, self.stale + 1)
+
+    def _make_batch(self, step: int) -> Batch:
         batch = self.task.batch(self.config.train.seed, step, self.config.train.batch_size)
         return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _tokens(self, steps: int) -> int:
         return steps * self.config.train.batch_size * self.task.seq_len
 
-    def _take_up(self):
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"{self.out}: expected a folder, got a file")
-        if not (self.out / CONFIG_FILE).exists():
-            found = [name for name in _OWN if (self.out / name).exists()]
-            if found:
-                raise ValueError(
-                    f"{self.out}: expected a run or a folder without {' or '.join(found)}, got no {CONFIG_FILE}; it "
-                    "cannot be resumed. Choose another folder, or let them be deleted (resume=False, --fresh)."
-                )
-            return None
-        self.config.check_resumable(self.out)
-        return load_newest(self.out / CHECKPOINTS, lambda text: self.console.print(f"[yellow]{text}[/yellow]"))
+    def _passes(self, model: nn.Module) -> int | float | None:
+        """The model's own N; None for one that doesn't sleep. ValueError where it can't be scheduled."""
+        reader = model if isinstance(model, SleepReader) else getattr(model, "sleep", None)
+        passes = reader.settings.passes if isinstance(reader, SleepReader) else None
+        schedule = self.config.train.passes_schedule
+        if schedule != "fixed" and passes in (None, math.inf):
+            raise ValueError(f"passes_schedule: expected 'fixed' for a model with passes {passes}, got {schedule!r}")
+        return passes
 
-    def _restore(self, checkpoint) -> None:
-        self.model.load_state_dict(checkpoint.model)
+    def _lay_out(self, model: nn.Module) -> Replicated:
+        if self.config.train.parallel == "ddp" or self.world.size == 1:
+            return Replicated(model, self.world, self.device)
+        from sleep_ops.training.sharded import Sharded  # half a second to import
+
+        return Sharded(model, self.world, self.device)
+
+    def _newest(self) -> Checkpoint | None:
+        """The checkpoint to go on from: the first process chooses it, and all read it."""
+        found = None
+
+        def look() -> int | None:
+            nonlocal found
+            found = newest_checkpoint(self.config, self.out, lambda x: self.console.print(f"[yellow]{x}[/yellow]"))
+            return None if found is None else found.step
+
+        step = self.world.first(look)
+        if step is None or self.world.main:
+            return found
+        return load_checkpoint(checkpoint_path(self.out / CHECKPOINTS, step))
+
+    def _begin(self, resumed: bool) -> None:
+        """Make the run's folder, or check that it is free to go on in."""
+        if self.out.exists():
+            if not resumed:
+                clear_run(self.out)
+            else:
+                with alone(self.out):  # refused here rather than by `fit`
+                    pass
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.config.save(self.out)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+            optimizer.load_state_dict(self.layout.split(state["optimizers"][name], optimizer))
+        known = [state["rng"], *state.get("rng_of_others", [])]
+        if self.world.rank < len(known):
+            rng = known[self.world.rank]
+            torch.set_rng_state(rng["cpu"])
+            if self.device.type == "cuda" and "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"], self.device)
         self.step, self.seconds = state["data_step"], state["seconds"]
         self.skipped, self.skipped_in_row = state["skipped"], state["skipped_in_row"]
+        self.best, self.stale = state.get("best"), state.get("stale", 0)
+
+    def _stopped(self) -> bool:
+        """Whether any process has been sent a signal."""
+        (number,) = self.world.largest([self._noted or 0])
+        self._signal = number or None
+        return self._signal is not None
 
     @contextmanager
-    def _signals(self):
+    def _signals(self) -> Iterator[None]:
         """Turn SIGTERM and the first SIGINT into a flag that the loop looks at between steps."""
-        self._signal = None
+        self._noted = self._signal = None
 
         def note(number, _frame):
-            if self._signal is not None and number == signal.SIGINT:
+            if self._noted is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self._signal = number
+            self._noted = number
 
         before = {}
         try:

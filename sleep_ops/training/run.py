@@ -1,0 +1,138 @@
+"""A run's folder and its model: building it, finding it again, keeping others out."""
+
+import os
+import shutil
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+import torch
+from torch import nn
+
+from sleep_ops.adapters.loading import load_model
+from sleep_ops.layers.block import Block
+from sleep_ops.layers.mixer import GDNMixer
+from sleep_ops.model import HybridConfig, SleepHybridModel
+from sleep_ops.tasks import Task, build_task
+from sleep_ops.training.checkpoint import Checkpoint, load_newest
+from sleep_ops.training.config import CONFIG_FILE, RunConfig, resolve_device
+
+METRICS_FILE, EVAL_FILE, CHECKPOINTS = "metrics.csv", "eval.csv", "checkpoints"
+OWN = (CHECKPOINTS, "tensorboard", METRICS_FILE, EVAL_FILE)  # what a run writes beside its configuration
+
+
+def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
+    """The model a run begins with, on the CPU; new weights are drawn from the run's seed (the same on every device).
+
+    weights: False leaves those of a checkpoint folder unread, for a model whose own are about to be loaded.
+    """
+    torch.manual_seed(config.train.seed)
+    if "folder" in config.model:
+        return load_model(**config.model, weights=weights)
+    return SleepHybridModel(HybridConfig.from_dict(config.model))
+
+
+def select_parameters(model: nn.Module, trainable: str) -> list[nn.Parameter]:
+    """The parameters to train; the others stop requiring gradients. See `TrainConfig.trainable`.
+
+    Raises ValueError for a model without fast weights where only those are wanted.
+    """
+    if trainable == "fast_weights":
+        owners = [m for m in model.modules() if isinstance(m, GDNMixer) or (isinstance(m, Block) and m.mlp is None)]
+        if not owners:
+            raise ValueError(f"trainable: expected 'all' for a model without fast weights, got {trainable!r}")
+        model.requires_grad_(False)
+        for owner in owners:
+            owner.requires_grad_(True)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def check_vocabulary(model: nn.Module, task: Task) -> None:
+    """Raises ValueError where the task has tokens that the model does not know."""
+    known = getattr(model, "vocab_size", task.vocab_size)
+    if known < task.vocab_size:
+        needed = f"a vocabulary of at least {task.vocab_size} tokens for {task.name}"
+        raise ValueError(f"model: expected {needed}, got {known}")
+
+
+def load_run(folder: Path, *, device: str = "auto", warn=print) -> tuple[RunConfig, Task, nn.Module, int]:
+    """The configuration, task, trained model and step of a run folder. ValueError where it holds no checkpoint."""
+    config = RunConfig.load(folder)
+    checkpoint = load_newest(folder / CHECKPOINTS, warn)
+    if checkpoint is None:
+        raise ValueError(f"{folder}: expected a trained run, but it has no checkpoint yet")
+    model = build_model(config, weights=False)
+    model.load_state_dict(checkpoint.model)
+    return config, build_task(config.task), model.to(resolve_device(device)).eval(), checkpoint.step
+
+
+def newest_checkpoint(config: RunConfig, folder: Path, warn) -> Checkpoint | None:
+    """The newest whole checkpoint of `folder`, or None for a new run.
+
+    ValueError where the folder holds a run with other settings, or a run's files without one.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, got a file")
+    if not (folder / CONFIG_FILE).exists():
+        found = [name for name in OWN if (folder / name).exists()]
+        if found:
+            raise ValueError(
+                f"{folder}: expected a run or a folder without {' or '.join(found)}, got no {CONFIG_FILE}; it cannot "
+                "be resumed. Choose another folder, or let them be deleted (resume=False, --fresh)."
+            )
+        return None
+    config.check_resumable(folder)
+    return load_newest(folder / CHECKPOINTS, warn)
+
+
+@contextmanager
+def alone(folder: Path):
+    """Hold a run folder against a second trainer, which would overwrite this one's records."""
+    if fcntl is None:
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{folder}: expected a folder of its own, got one another process trains in") from error
+        yield
+
+
+def clear_run(folder: Path) -> None:
+    """Delete a run's own files in `folder`, and nothing else."""
+    with alone(folder):
+        for path in (folder / name for name in (CONFIG_FILE, *OWN)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def autocast(precision: str, device: torch.device):
+    """The autocast context of a precision on a device; see TrainConfig.precision."""
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+@contextmanager
+def deterministic(device: torch.device):
+    """The same seed gives the same bits: PyTorch's deterministic algorithms while a CUDA run trains.
+
+    Where an operation has none, PyTorch warns. The CPU needs nothing.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; read when it is first used
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
