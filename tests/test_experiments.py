@@ -74,13 +74,16 @@ def test_a_tasks_options_and_a_presets_settings_meet(tmp_path):
 def test_baselines_spend_the_same_otherwise():
     given = settings("rule110", "tiny", model__passes=3)
     plain = HybridConfig.from_dict(run_config("rule110", given).model)
-    found = {name: run_config("rule110", given, name) for name in BASELINES if name != "repeat"}
+    found = {name: run_config("rule110", given, name) for name in BASELINES}
     models = {name: HybridConfig.from_dict(c.model) for name, c in found.items()}
     assert all(m.passes == 1 for m in models.values()) and plain.passes == 3
     assert models["depth"].layers == plain.layers * 3 and models["depth"].window == plain.window
     assert models["loop"].tied_repeats == 3 and models["loop"].layers == plain.layers
     assert models["state"].gdn_head_v_dim == 3 * plain.hidden_size // plain.num_heads
     assert models["full"].window is None
+    assert build_task(found["repeat"].task).repeats == 3 and models["repeat"] == HybridConfig.from_dict(
+        plain.to_dict() | {"passes": 1}
+    )
     for config in models.values():
         SleepHybridModel(config)
     depo = settings("depo", "tiny", model__passes=3)

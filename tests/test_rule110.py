@@ -178,3 +178,15 @@ def test_bad_settings(settings, name):
 def test_bad_batches(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         Rule110().batch(**{"seed": 0, "step": 0, "size": 4} | kwargs)
+
+
+def test_repeated_strings_are_the_same_task_read_more_often():
+    once, thrice = Rule110(t=3, strings=2, bits=6), Rule110(t=3, strings=2, bits=6, repeats=3)
+    assert (thrice.seq_len, thrice.window) == (3 * 12 + 2, 6)
+    a, b = once.batch(0, 1, 5), thrice.batch(0, 1, 5)
+    assert torch.equal(b.input_ids[:, :36], a.input_ids[:, :12].repeat(1, 3))
+    assert torch.equal(b.input_ids[:, 36:], a.input_ids[:, 12:]) and torch.equal(b.labels[:, 36:], a.labels[:, 12:])
+    assert not b.loss_mask[:, :36].any() and b.loss_mask[:, 36:].all()
+    assert thrice.render(b.input_ids[0], b.labels[0]) == once.render(a.input_ids[0], a.labels[0])
+    with pytest.raises(ValueError, match="repeats: expected"):
+        Rule110(repeats=0)

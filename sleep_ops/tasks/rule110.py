@@ -52,6 +52,7 @@ class Rule110:
     boundary  "periodic" or "zero".
     held_out  fraction of all strings, chosen by a fixed hash, that never occur in training; evaluation then draws from
               these only. 0: both splits are uniform over all strings (the paper's setting), from disjoint streams.
+    repeats   how often the strings are read, one after another each time: a baseline for sleep.
     """
 
     t: int = 8
@@ -59,13 +60,14 @@ class Rule110:
     bits: int = 24
     boundary: str = "periodic"
     held_out: float = 0.0
+    repeats: int = 1
 
     name: ClassVar[str] = "rule110"
     metric: ClassVar[str] = "exact"
     vocab_size: ClassVar[int] = 3
 
     def __post_init__(self):
-        for key, low in (("t", 0), ("strings", 1), ("bits", 3)):
+        for key, low in (("t", 0), ("strings", 1), ("bits", 3), ("repeats", 1)):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{key}: expected an integer >= {low}, got {value!r}")
@@ -79,7 +81,12 @@ class Rule110:
 
     @property
     def seq_len(self) -> int:
-        return self.strings * self.bits + self.strings
+        return self.context + self.strings
+
+    @property
+    def context(self) -> int:
+        """Columns before the answers."""
+        return self.repeats * self.strings * self.bits
 
     @property
     def window(self) -> int:
@@ -96,9 +103,9 @@ class Rule110:
         input_ids and labels come on `device`, loss_mask on the CPU.
         """
         cells, answers = self._draw(seed, step, size, split)
-        n, context = self.strings, self.strings * self.bits
+        n, context = self.strings, self.context
         input_ids = np.empty((size, self.seq_len), dtype=np.int64)
-        input_ids[:, :context] = cells.reshape(size, context)
+        input_ids[:, :context] = np.tile(cells.reshape(size, -1), self.repeats)
         input_ids[:, context] = SEP
         input_ids[:, context + 1 :] = answers[:, : n - 1]
         labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
@@ -127,7 +134,7 @@ class Rule110:
             raise ValueError(f"samples and batch_size: expected integers >= 1, got {samples} and {batch_size}")
         was_training = model.training
         model.eval()
-        context, right, loss = self.strings * self.bits, [], 0.0
+        context, right, loss = self.context, [], 0.0
         try:
             for step, start in enumerate(range(0, samples, batch_size)):
                 size = min(batch_size, samples - start)
@@ -170,7 +177,7 @@ class Rule110:
         """One sequence, input_ids and labels int64 [seq_len], as strings and their answers."""
         cells = "".join(map(str, input_ids[: self.strings * self.bits].tolist()))
         strings = (cells[i : i + self.bits] for i in range(0, len(cells), self.bits))
-        answers = labels[self.strings * self.bits :].tolist()
+        answers = labels[self.context :].tolist()
         return "\n".join(f"{string} -> {answer}" for string, answer in zip(strings, answers, strict=True))
 
     def _draw(self, seed: int, step: int, size: int, split: str) -> tuple[np.ndarray, np.ndarray]:
