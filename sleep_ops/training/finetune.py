@@ -19,6 +19,7 @@ from sleep_ops.config import SleepSettings
 from sleep_ops.tasks import Task, build_task
 from sleep_ops.training.checkpoint import whole_folder
 from sleep_ops.training.config import CONFIG_FILE, RunConfig, TrainConfig, resolve_device
+from sleep_ops.training.parallel import World, local_device
 from sleep_ops.training.run import build_model, check_vocabulary, clear_run
 from sleep_ops.training.trainer import Trainer, TrainResult
 
@@ -103,26 +104,33 @@ def finetune(
     anything is written; and as `Trainer` does.
     """
     model_type(config.folder)
-    phases, console, task = config.phases(out), console or Console(), task or build_task(config.task)
-    for phase in phases:
-        begun, source = (phase.out / CONFIG_FILE).exists(), Path(config.folder).resolve()
-        if phase.export.resolve() == source or (phase.done and not begun):
-            raise ValueError(f"{phase.export}: expected a folder to write the model to, got one that has another model")
-        if resume and begun:
-            phase.run.check_resumable(phase.out)
-    model = None
-    if not resume:
-        resolve_device(config.train.device)
-        model = build_model(phases[0].run)
-        check_vocabulary(model, task)  # nothing is deleted for settings that can't be
-        for phase in reversed(phases):  # a model goes before the run that made it, a run before what it began with
-            if phase.done:
-                shutil.rmtree(phase.export)
-            if phase.out.exists():
-                clear_run(phase.out)
+    world = World.join(resolve_device(local_device(config.train.device)))
+    console = (console or Console()) if world.main else Console(quiet=True)
+    phases, task, model = config.phases(out), task or build_task(config.task), None
+
+    def begin() -> list[bool]:
+        nonlocal model
+        for phase in phases:
+            begun, source = (phase.out / CONFIG_FILE).exists(), Path(config.folder).resolve()
+            if phase.export.resolve() == source or (phase.done and not begun):
+                expected = "expected a folder to write the model to, got one that has another model"
+                raise ValueError(f"{phase.export}: {expected}")
+            if resume and begun:
+                phase.run.check_resumable(phase.out)
+        if not resume:
+            model = build_model(phases[0].run)
+            check_vocabulary(model, task)  # nothing is deleted for settings that can't be
+            for phase in reversed(phases):  # a model goes before the run that made it, a run before what it began with
+                if phase.done:
+                    shutil.rmtree(phase.export)
+                if phase.out.exists():
+                    clear_run(phase.out)
+        return [phase.done for phase in phases]
+
+    done = world.first(begin)
     result, before = None, 0
-    for phase in phases:
-        if not phase.done:
+    for phase, over in zip(phases, done, strict=True):
+        if not over:
             trainer = Trainer(phase.run, phase.out, label=phase.name, task=task, model=model, console=console)
             result = _run(trainer, phase, config.folder, None if until is None else until - before)
             trainer = model = None  # two phases' models need not fit at once
@@ -140,7 +148,12 @@ def _run(trainer: Trainer, phase: Phase, source: str, until: int | None) -> Trai
         trainer.console.print(f"{phase.out}: going on from step {trainer.step}", soft_wrap=True)
     result = trainer.fit(until)
     if result.finished:
-        with whole_folder(phase.export) as folder:
-            save_model(trainer.model, folder, source)
+        model = trainer.whole_model()
+
+        def export() -> None:
+            with whole_folder(phase.export) as folder:
+                save_model(model, folder, source)
+
+        trainer.world.first(export)
         trainer.console.print(f"wrote {phase.export}", soft_wrap=True)
     return result
