@@ -1,0 +1,305 @@
+"""A run in two processes, whole models or shards, against one process: the same losses, weights and checkpoints."""
+
+import math
+import os
+import signal
+import socket
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from torch.distributed.tensor import distribute_tensor
+
+from sleep_ops import HybridConfig
+from sleep_ops.tasks import Rule110
+from sleep_ops.training import RunConfig, TrainConfig, Trainer, TrainingDiverged, load_run
+from sleep_ops.training.checkpoint import list_checkpoints, load_checkpoint
+from sleep_ops.training.logs import read_csv
+from sleep_ops.training.parallel import World, local_device
+
+QUIET = Console(quiet=True)
+WAYS = ("ddp", "fsdp")
+
+
+class Ragged(Rule110):
+    """Padded sequences, of which some have no loss: in every third batch those of the second process."""
+
+    def batch(self, seed, step, size, *args, **kwargs):
+        batch = super().batch(seed, step, size, *args, **kwargs)
+        real = torch.arange(self.seq_len) >= torch.arange(size)[:, None] * 2 % 7
+        labels = batch.labels.clone()
+        labels[1 :: 2 if step % 3 == 0 else 4] = -100
+        return batch._replace(labels=labels, loss_mask=labels != -100, attention_mask=real)
+
+
+TASK = Rule110(t=2, strings=2, bits=6)
+MODEL = dict(vocab_size=3, hidden_size=18, layers=("attn", "gdn", "attn"), window=6, num_heads=3, passes=2)
+TRAIN = TrainConfig(
+    steps=4, batch_size=7, lr_adamw=1e-4, eval_every=2, eval_samples=8, checkpoint_every=0, warmup=0, device="cpu"
+)
+CASES = {
+    "refine": (TASK, dict(activation_checkpointing=True, loop_gate=True, tie_embeddings=True), dict(micro_batch=3)),
+    "replay": (TASK, dict(sleep_kind="replay", passes=3, activation_checkpointing=True), {}),
+    "random-passes": (TASK, dict(passes=3, reinject=True), dict(passes_schedule="random")),
+    "ragged": (Ragged(t=2, strings=2, bits=6), dict(eviction="sliding"), {}),
+    "fast-weights": (TASK, {}, dict(trainable="fast_weights")),
+}
+
+
+def make(out, case="refine", *, ahead=None, resume=True, **recipe):
+    """A trainer of a case; ahead(calls, loss) changes the losses of training, `calls` counting forwards."""
+    task, model, train = CASES[case]
+    settings = HybridConfig(**MODEL | model)
+    config = RunConfig(task.to_dict(), settings.to_dict(), replace(TRAIN, **train | recipe))
+    run = Trainer(config, out, task=task, console=QUIET, resume=resume)
+    if ahead is not None:
+        forward, calls = run.model.forward, []
+
+        def changed(*args, **kwargs):
+            result = forward(*args, **kwargs)
+            if run.model.training:
+                calls.append(None)
+                result = result._replace(loss=ahead(len(calls), result.loss))
+            return result
+
+        run.model.forward = changed
+    return run
+
+
+def gradients(run):
+    """Loss and gradients of the first batch, whole."""
+    loss = run._loss_and_gradients(run._make_batch(0))
+    found = run.layout.whole({name: p.grad for name, p in run.model.named_parameters()})
+    for p in run.model.parameters():
+        p.grad = None
+    return loss, found
+
+
+def stepped(run, distribute):
+    """The weights after two optimiser steps with gradients that are drawn."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        for p in run.model.parameters():
+            p.grad = distribute(torch.randn(p.shape), p)
+        for optimizer in run.optimizers.values():
+            optimizer.step()
+    return run.layout.whole(run.model.state_dict())
+
+
+def refusal(function):
+    try:
+        function()
+    except (ValueError, TrainingDiverged) as error:
+        return f"{type(error).__name__} {error}"
+
+
+def worker(rank, port, folder):
+    """Everything that two processes do, so that they are started once. Returns what the tests look at in files."""
+    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in torchrun.items()}
+    torch.set_num_threads(1)
+    found = {}
+    for way in WAYS:
+        out = folder / way
+        for case in CASES:
+            run = make(out / case, case, parallel=way)
+            found[way, case] = gradients(run)
+            found[way, case, "result"] = run.fit()
+        # Stopped and taken up again: by two processes, and by another number of them.
+        make(out / "parts", parallel=way).fit(until=2)
+        found[way, "parts"] = make(out / "parts", parallel=way).fit()
+        make(out / "two-then-one", parallel=way).fit(until=2)
+        found[way, "one-then-two"] = make(folder / f"one-then-{way}", parallel=way).fit()
+        found[way, "whole_model"] = run.whole_model()
+
+        def interrupt(calls, loss):
+            if rank == 1 and calls == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return loss
+
+        found[way, "signal"] = make(out / "signal", "replay", parallel=way, ahead=interrupt).fit()
+        found[way, "signal-again"] = make(out / "signal", "replay", parallel=way).fit()
+
+        def spoil(calls, loss):
+            return loss * math.nan if rank == 1 and calls >= 3 else loss
+
+        spoiled = make(out / "spoiled", "replay", parallel=way, ahead=spoil, max_skipped=2)
+        found[way, "spoiled"] = refusal(spoiled.fit), spoiled.step, spoiled.skipped
+        found[way, "early"] = make(out / "early", parallel=way, stop_at=0.0).fit()
+        found[way, "other"] = refusal(lambda out=out, way=way: make(out / "refine", parallel=way, seed=1))
+    found["stepped"] = stepped(
+        make(folder / "stepped", parallel="fsdp"),
+        lambda x, p: distribute_tensor(x, p.device_mesh, p.placements),
+    )
+    found["other-way"] = refusal(lambda: make(folder / "ddp/refine", parallel="fsdp").fit())
+    found["small"] = refusal(lambda: make(folder / "small", batch_size=1))
+    found["device"] = refusal(lambda: local_device("cuda:0"))
+    world = World.join(torch.device("cpu"))
+    found["world"] = world.all(rank), world.largest([rank, -rank]), world.first(lambda: rank)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What one process does, then what two do."""
+    folder = tmp_path_factory.mktemp("runs")
+    for case in CASES:
+        run = make(folder / "one" / case, case)
+        torch.save(gradients(run), folder / f"one-{case}.pt")
+        run.fit()
+    for way in WAYS:
+        make(folder / f"one-then-{way}").fit(until=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, args=(port, folder), nprocs=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def metrics(out, *names):
+    return [
+        tuple(row[name] for name in names or ("step", "loss", "grad_norm")) for row in read_csv(out / "metrics.csv")
+    ]
+
+
+def last(out):
+    return load_checkpoint(list_checkpoints(out / "checkpoints")[-1])
+
+
+def assert_same_bits(a, b):
+    assert metrics(a) == metrics(b)
+    for x, y in ((last(a).model, last(b).model), (states(last(a)), states(last(b)))):
+        assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+def states(checkpoint):
+    return {
+        (name, i, key): x
+        for name, optimizer in checkpoint.state["optimizers"].items()
+        for i, values in optimizer["state"].items()
+        for key, x in values.items()
+    }
+
+
+def assert_same_run(found, expected):
+    """The same losses, weights and optimiser states but for rounding, which Muon's bfloat16 magnifies where gradients
+    are nearly singular: one process that sums parts of its batch in another order is as far off."""
+    torch.testing.assert_close(torch.tensor(metrics(found)), torch.tensor(metrics(expected)), rtol=2e-3, atol=0)
+    case = expected.name
+    start = make(found.parent / "begun" / found.name, case).model.state_dict()
+    weights, moved, apart = last(found).model, 0.0, 0.0
+    for name, x in last(expected).model.items():
+        distance, way = (weights[name] - x).norm(), (x - start[name]).norm()
+        assert distance <= 0.2 * way, name
+        moved, apart = moved + way**2, apart + distance**2
+    assert apart**0.5 <= 0.1 * moved**0.5
+    a, b = states(last(found)), states(last(expected))
+    assert a.keys() == b.keys()
+    for key, x in b.items():
+        assert a[key].shape == x.shape and (a[key] - x).norm() <= 0.1 * x.norm(), key
+
+
+@pytest.mark.parametrize("way", WAYS)
+class TestTwoProcesses:
+    @pytest.mark.parametrize("case", CASES)
+    def test_loss_and_gradients_are_those_of_one(self, way, case, folder, ranks):
+        loss, expected = torch.load(folder / f"one-{case}.pt")
+        for rank in ranks:
+            torch.testing.assert_close(rank[way, case][0], loss)
+        found = ranks[0][way, case][1]
+        for name, x in expected.items():
+            assert (found[name] is None) == (x is None), name
+            if x is not None:
+                torch.testing.assert_close(
+                    found[name], x, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+                )
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_runs_are_those_of_one(self, way, case, folder, ranks):
+        assert_same_run(folder / way / case, folder / "one" / case)
+        names = ("step", "tokens", "lr_muon", "passes", "skipped")
+        assert metrics(folder / way / case, *names) == metrics(folder / "one" / case, *names)
+        results = [rank[way, case, "result"] for rank in ranks]
+        assert all(r.finished and r.evaluation == results[0].evaluation for r in results)
+        assert [row["step"] for row in read_csv(folder / way / case / "eval.csv")] == [2, 4]
+
+    def test_a_stopped_run_goes_on_to_the_same_bits(self, way, folder, ranks):
+        assert all(rank[way, "parts"].finished for rank in ranks)
+        assert_same_bits(folder / way / "parts", folder / way / "refine")
+
+    def test_one_process_goes_on_where_two_stopped(self, way, folder):
+        run = make(folder / way / "two-then-one", parallel=way)
+        assert run.step == 2 and run.fit().finished
+        assert_same_run(folder / way / "two-then-one", folder / "one" / "refine")
+        assert load_run(folder / way / "refine", device="cpu")[3] == 4
+
+    def test_two_go_on_where_one_stopped(self, way, folder, ranks):
+        assert all(rank[way, "one-then-two"].finished for rank in ranks)
+        assert metrics(folder / f"one-then-{way}")[:2] == metrics(folder / "one" / "refine")[:2]
+        assert_same_run(folder / f"one-then-{way}", folder / "one" / "refine")
+
+    def test_a_signal_to_one_stops_both(self, way, folder, ranks):
+        for rank in ranks:
+            stopped, again = rank[way, "signal"], rank[way, "signal-again"]
+            assert (stopped.step, stopped.finished, stopped.signal) == (2, False, signal.SIGTERM)
+            assert again.finished and again.signal is None
+        assert_same_bits(folder / way / "signal", folder / way / "replay")
+
+    def test_a_loss_spoiled_in_one_is_skipped_by_both(self, way, folder, ranks):
+        for rank in ranks:
+            message, step, skipped = rank[way, "spoiled"]
+            assert message.startswith("TrainingDiverged train: 2 steps in a row up to step 4")
+            assert (step, skipped) == (4, 2)
+        assert metrics(folder / way / "spoiled")[:2] == metrics(folder / way / "replay")[:2]
+        assert metrics(folder / way / "spoiled", "skipped") == [(0,), (0,), (1,), (2,)]
+
+    def test_both_end_early(self, way, ranks):
+        assert [(r[way, "early"].step, r[way, "early"].finished) for r in ranks] == [(2, True)] * 2
+
+    def test_a_refusal_of_the_first_is_everyones(self, way, ranks):
+        for rank in ranks:
+            assert "train.seed: 0 -> 1" in rank[way, "other"] and rank[way, "other"].startswith("ValueError")
+
+    def test_the_whole_model_is_the_first_processs(self, way, folder, ranks):
+        first, second = (rank[way, "whole_model"] for rank in ranks)
+        assert second is None
+        expected = last(folder / way / list(CASES)[-1]).model
+        found = first.state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+def test_optimisers_of_shards_are_those_of_whole_matrices(folder, ranks):
+    expected = stepped(make(folder / "whole-stepped"), lambda x, p: x)
+    for name, x in ranks[0]["stepped"].items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-6, atol=1e-7)
+
+
+def test_what_processes_tell_one_another(ranks):
+    for rank in ranks:
+        assert rank["world"] == ([0, 1], [1, 0], 0)
+        assert rank["other-way"] is None  # how the work is shared out is free to change
+        assert "batch_size: expected at least 2, one per process, got 1" in rank["small"]
+        assert "device: expected auto, cuda or cpu with several processes" in rank["device"]
+
+
+def test_one_process_alone(monkeypatch):
+    world = World.join(torch.device("cpu"))
+    assert (world.rank, world.size, world.main) == (0, 1, True)
+    assert (world.all(3), world.largest([1, 2]), world.first(lambda: 4)) == ([3], [1, 2], 4)
+    tensor = torch.ones(2)
+    assert world.sum(tensor) is tensor and local_device("cuda:1") == "cuda:1"
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_available=lambda: True))
+    assert [local_device(name) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
