@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import fields
 
 import hf_models
 import pytest
@@ -12,12 +13,13 @@ from typer.testing import CliRunner
 
 import sleep_ops.cli
 from sleep_ops import HybridConfig, SleepHybridModel
+from sleep_ops.cli.train import _SETTINGS
 from sleep_ops.experiments.figures import figure_names, load_figure
 from sleep_ops.experiments.presets import BASELINES, SIZES, preset, run_config, set_value
 from sleep_ops.experiments.sweep import RESULTS_FILE, train_runs
 from sleep_ops.tasks import TASKS, build_task
 from sleep_ops.tasks.gsm_infinite.task import VOCABULARY
-from sleep_ops.training import load_run
+from sleep_ops.training import TrainConfig, load_run
 
 TRAINED = sorted(set(TASKS) - {"text"})  # text has no data of its own
 
@@ -69,6 +71,13 @@ def test_a_tasks_options_and_a_presets_settings_meet(tmp_path):
     assert (task.t, task.bits, task.strings, model.config.window) == (3, 6, 2, 6)
     assert (model.config.passes, model.config.reinject, model.config.backprop_passes) == (2, True, 1)
     assert (model.config.eviction, model.config.loop, config.train.lr_muon) == ("sliding", (1, 1), 5e-3)
+
+
+def test_every_setting_of_the_recipe_has_an_option():
+    places = {place for _, _, place, _ in _SETTINGS}
+    assert {f"train.{f.name}" for f in fields(TrainConfig)} == {p for p in places if p.startswith("train.")}
+    known = {f"model.{f.name}" for f in fields(HybridConfig)}
+    assert {p for p in places if p.startswith("model.")} < known
 
 
 def test_baselines_spend_the_same_otherwise():
