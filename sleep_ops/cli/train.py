@@ -59,30 +59,16 @@ _SETTINGS = [
     ("stop_at", float, "train.stop_at", "End early once an evaluation reaches this value of the task's metric."),
     ("patience", int, "train.patience", "End early after so many evaluations in a row without a better one."),
     ("parallel", str, "train.parallel", "Under torchrun: ddp, or fsdp (parameters sharded)."),
-    ("passes_schedule", str, "train.passes_schedule", "N while training: fixed, random (1..N) or curriculum (1 to N)."),
-    ("curriculum", float, "train.curriculum", "Fraction of the steps over which a curriculum rises."),
-    ("stop_at", float, "train.stop_at", "End the run once an evaluation reaches this value."),
-    ("patience", int, "train.patience", "End the run after so many evaluations in a row that were no better."),
     ("trainable", str, "train.trainable", "all, or fast_weights: the GDN mixers alone."),
     ("seed", int, "train.seed", "Random seed."),
     ("device", str, "train.device", "auto (CUDA where there is one), cpu, cuda or cuda:i."),
     ("cuda_graph", bool, "train.cuda_graph", "Record a step once and launch it as one, on CUDA."),
-    ("parallel", str, "train.parallel", "Under torchrun: ddp (whole models) or fsdp (shards)."),
     ("checkpoint_every", int, "train.checkpoint_every", "Steps between checkpoints (0: only the last)."),
     ("keep_checkpoints", int, "train.keep_checkpoints", "Newest checkpoints kept."),
     ("eval_every", int, "train.eval_every", "Steps between evaluations (0: only the last)."),
     ("eval_samples", int, "train.eval_samples", "Sequences per evaluation."),
 ]
-_RUN_SETTINGS = (
-    "seed",
-    "device",
-    "cuda_graph",
-    "parallel",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "eval_every",
-    "eval_samples",
-)
+_RUN_SETTINGS = ("seed", "device", "cuda_graph", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_samples")
 
 
 def task_help(task: type) -> dict[str, str]:
