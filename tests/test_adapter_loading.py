@@ -138,7 +138,7 @@ def word_tokenizer(folder, words=("a", "b", "c"), *, whitespace=True):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "ouro"])
+@pytest.mark.parametrize("family", ["qwen3_5", "ouro", "jet_nemotron"])
 def test_the_tokenizer_comes_along(family, tmp_path):
     folder = plain(tmp_path / "plain", family)
     with pytest.raises(ValueError, match="tokenizer: expected a folder with one of tokenizer.json"):
@@ -146,6 +146,17 @@ def test_the_tokenizer_comes_along(family, tmp_path):
     word_tokenizer(folder)
     save_model(load_model(folder, **SETTINGS), tmp_path / "saved", source=folder)
     assert load_tokenizer(tmp_path / "saved")("b c a")["input_ids"] == [3, 4, 2]
+
+
+def test_no_code_of_a_folder_is_asked_for(tmp_path, monkeypatch):
+    """Ouro is published with code of its own, which transformers asks to run even for the tokenizer."""
+    folder = plain(tmp_path, "ouro")
+    word_tokenizer(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_ouro.OuroConfig"}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    assert load_tokenizer(folder)("b c a")["input_ids"] == [3, 4, 2]
 
 
 def test_what_cannot_be_is_refused(tmp_path):

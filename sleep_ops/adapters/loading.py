@@ -136,10 +136,12 @@ def load_tokenizer(folder: str | os.PathLike):
     found = any(path for pattern in _VOCABULARIES for path in folder.glob(pattern))
     expect(found, "tokenizer", f"a folder with one of {', '.join(_VOCABULARIES)}", str(folder))
     try:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedConfig
     except ImportError as error:
         raise ImportError("tokenizer: expected transformers (pip install 'sleep-ops[hf]'), found none") from error
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # transformers refuses the ports' configurations, or asks whether to run the code that they name.
+    own = (folder / CONFIG_FILE).is_file() and read_config(folder).get("model_type") in PORTS
+    return AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig() if own else None, local_files_only=True)
 
 
 def model_type(folder: str | os.PathLike) -> str:
