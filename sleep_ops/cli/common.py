@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -49,6 +50,11 @@ SleepKind = Annotated[
 ]
 Loop = Annotated[str, option("Looped blocks: all, or FIRST:LAST, both included.", MODEL)]
 Checkpointing = Annotated[bool, option("Recompute each (window, pass) in the backward.", MODEL)]
+
+
+def run_console() -> Console:
+    """One that prints in the first of the processes of a run alone, as `torchrun` numbers them."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 @contextmanager

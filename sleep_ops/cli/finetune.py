@@ -42,6 +42,7 @@ from sleep_ops.cli.common import (
     parse_passes,
     print_evaluations,
     refusals,
+    run_console,
 )
 
 
@@ -116,8 +117,8 @@ def finetune(
 
     Stopped, the same command goes on. What is not given is as the folder remembers it.
     """
-    console = Console()
-    with refusals(console):
+    console = run_console()
+    with refusals(Console()):
         from sleep_ops.training.finetune import FinetuneConfig
         from sleep_ops.training.finetune import finetune as run
 

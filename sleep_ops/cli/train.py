@@ -12,7 +12,19 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 
-from sleep_ops.cli.common import MODEL, RECIPE, RUN, TASK, Resume, Until, option, parse_loop, parse_passes, refusals
+from sleep_ops.cli.common import (
+    MODEL,
+    RECIPE,
+    RUN,
+    TASK,
+    Resume,
+    Until,
+    option,
+    parse_loop,
+    parse_passes,
+    refusals,
+    run_console,
+)
 from sleep_ops.tasks import TASKS
 
 train_app = typer.Typer(help="Train a hybrid model on a task.", no_args_is_help=True)
@@ -115,8 +127,8 @@ def _parameters(task: type) -> list[inspect.Parameter]:
 
 def train(task: str, given: dict[str, Any]) -> None:
     """Trains `task` with the options of its command."""
-    console = Console()
-    with refusals(console):
+    console = run_console()
+    with refusals(Console()):
         from sleep_ops.experiments.presets import preset, run_config, set_value
         from sleep_ops.model import HybridConfig
         from sleep_ops.tasks import build_task

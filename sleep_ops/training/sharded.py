@@ -5,6 +5,7 @@ gathered once, block by block, and let go after the last backward, instead of ar
 for each window and pass, and how many depends on the rows a process has.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,6 +67,8 @@ class Sharded(Replicated):
             vars(p).update(marks[name])
         model.set_requires_gradient_sync(False)
         model.set_reshard_after_backward(False)
+        # Hooks lost to views, of which FSDP2 warns, would gather and reduce: what is done here in their place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         self.units = [m for m in model.modules() if isinstance(m, FSDPModule)]
 
     @contextmanager
