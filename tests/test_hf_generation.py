@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from hf_models import build, tokens
+from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from sleep_ops import SleepSession
@@ -180,12 +181,29 @@ def test_saved_sessions_go_on_and_know_their_model(tmp_path):
         SleepSession.load(tmp_path / "session.safetensors", sleeping("qwen3_next"))
 
 
-def test_other_generation_modes_are_refused():
+REFUSED = {
+    "beams": (dict(num_beams=2), "generation mode: expected greedy or sampled"),
+    "cache": (dict(past_key_values=DynamicCache()), "past_key_values: expected None: .* passed as session="),
+    "embeddings": (dict(inputs_embeds=torch.zeros(1, 4, 64)), "inputs_embeds: expected None"),
+    "attentions": (dict(output_attentions=True, return_dict_in_generate=True), "output_attentions: expected False"),
+    "hidden": (dict(output_hidden_states=True, return_dict_in_generate=True), "output_hidden_states: expected False"),
+    "guidance": (dict(guidance_scale=1.5), "guidance_scale: expected None"),
+    "no-session": (dict(session="night"), "session: expected a SleepSession, got 'str'"),
+}
+
+
+@pytest.mark.parametrize("options, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_generated_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sleeping().generate(tokens(1, 9), max_new_tokens=3, **options)
+
+
+def test_sessions_that_do_not_fit_the_call_are_refused():
     model, ids = sleeping(), tokens(1, 9)
-    with pytest.raises(ValueError, match="generation mode: expected greedy or sampled"):
-        model.generate(ids, num_beams=2, max_new_tokens=3)
     with pytest.raises(ValueError, match="passes: expected None with a session"):
         model.generate(ids, session=SleepSession(model), passes=2, max_new_tokens=3)
+    with pytest.raises(ValueError, match="session: expected one over this very model"):
+        model.generate(ids, session=SleepSession(sleeping()), max_new_tokens=3)
 
 
 def test_a_session_needs_a_model_that_sleeps():

@@ -428,6 +428,15 @@ class TestHostileUse:
         out.loss.backward()
         assert out.logits.shape[-1] == 140 and model.get_input_embeddings().weight.grad[139].abs().max() > 0
 
+    def test_chosen_columns_of_logits(self):
+        model, ids = sleeping(), tokens(2, 20)
+        kept = model(ids, labels=ids, logits_to_keep=torch.tensor([4, 1])).logits
+        assert torch.equal(kept, model(ids).logits[:, [4, 1]])
+
+    def test_a_text_without_a_batch_is_refused_by_its_shape(self):
+        with pytest.raises(ValueError, match=r"input_ids: expected a tensor \[B, T\], got \(4,\)"):
+            sleeping()(tokens(1, 4)[0])
+
     def test_a_row_of_padding_changes_nothing(self):
         model, ids = sleeping(passes=3), tokens(2, 20)
         mask, labels = torch.ones_like(ids), ids.clone()

@@ -29,13 +29,21 @@ def generate(
 
     passes: N, instead of the model's own. session: a `SleepSession` to go on from; input_ids then come after what it
     has read, and in the end it has read everything returned. Greedy or sampled; the memory does not grow with the text.
-    Raises ValueError for other generation modes.
+    Raises ValueError for other generation modes, for what a session doesn't give, and for another model's session.
     """
     mode = generation_config.get_generation_mode()
     possible = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     expect(mode in possible, "generation mode", "greedy or sampled (num_beams=1)", mode.value)
-    expect(session is None or passes is None, "passes", "None with a session, which has its own", passes)
+    for name in ("output_attentions", "output_hidden_states"):
+        expect(not getattr(generation_config, name), name, "False: a session keeps neither", True)
+    guidance = getattr(generation_config, "guidance_scale", None)
+    expect(guidance in (None, 1), "guidance_scale", "None: the text is read once, with the prompt", guidance)
     keep = session is not None
+    expect(not keep or passes is None, "passes", "None with a session, which has its own", passes)
+    if keep:
+        expect(isinstance(session, SleepSession), "session", "a SleepSession", type(session).__name__)
+        own = getattr(session.model, "model", None) is model
+        expect(own, "session", "one over this very model", f"one over another {type(session.model).__name__}")
     session = session or SleepSession(model, passes)
     logits = session.read(input_ids, model_kwargs.get("attention_mask"))
     alive = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -107,7 +107,7 @@ def _forward(
     inputs_embeds: Tensor | None = None,
     labels: Tensor | None = None,
     use_cache: bool | None = None,
-    logits_to_keep: int = 0,
+    logits_to_keep: int | Tensor = 0,
     *,
     shift_labels: Tensor | None = None,
     loss_mask: Tensor | None = None,
@@ -134,7 +134,8 @@ def _forward(
         past_key_values=(past_key_values, "None: a model that sleeps keeps its own state"),
         inputs_embeds=(inputs_embeds, "None: windows are cut from input_ids"),
     )
-    expect(isinstance(input_ids, Tensor) and input_ids.dim() == 2, "input_ids", "a tensor [B, T]", input_ids)
+    got = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+    expect(isinstance(input_ids, Tensor) and input_ids.dim() == 2, "input_ids", "a tensor [B, T]", got)
     borders = cu_seqlens if cu_seqlens is not None else cu_seq_lens_q
     if borders is None:
         borders = inputs.sequence_borders(position_ids, attention_mask, input_ids, state)
@@ -144,7 +145,7 @@ def _forward(
     if nothing:
         targets = loss_mask = None
     if all_logits is None:
-        all_logits = targets is None or not self.training or logits_to_keep > 0
+        all_logits = targets is None or not self.training or isinstance(logits_to_keep, Tensor) or logits_to_keep > 0
     reading = self.sleep.plan(
         input_ids,
         targets,
@@ -164,13 +165,19 @@ def _forward(
         loss = loss * reading.loss_tokens / num_items_in_batch
     logits, positions = read.logits, read.positions
     if all_logits:
-        logits, positions = logits[:, -logits_to_keep:] if logits_to_keep else logits, None
+        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+        logits, positions = logits[:, kept], None
     output = SleepCausalLMOutput(loss=loss, logits=logits, positions=positions, state=read.state)
     return output.to_tuple() if return_dict is False else output
 
 
 def _generate(self, *args, custom_generate=generate, streamer=None, **kwargs):
     """transformers' `generate`, decoding through a `SleepSession` unless told otherwise; see `generation.generate`."""
+    inputs.check_unused(
+        {},
+        past_key_values=(kwargs.get("past_key_values"), "None: what was read before is passed as session="),
+        inputs_embeds=(kwargs.get("inputs_embeds"), "None: windows are cut from input_ids"),
+    )
     if callable(custom_generate) and streamer is not None:  # transformers itself gives such loops no streamer
         custom_generate = partial(custom_generate, streamer=streamer)
     return type(self).generate(self, *args, custom_generate=custom_generate, streamer=streamer, **kwargs)
