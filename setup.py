@@ -44,7 +44,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn"],
-        "hf": ["transformers>=5.15", "accelerate"],
+        "hf": ["transformers>=5.7", "accelerate"],
         "train": ["tensorboard"],
         "bench": ["pytest-benchmark", "pandas"],
         "test": [

@@ -5,6 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the adapters' tests need transformers (extra: hf)")
 
+VERSION = tuple(int(x) for x in transformers.__version__.split(".")[:2])
 VOCAB = 128
 _BASE = dict(
     vocab_size=VOCAB,
@@ -58,6 +59,12 @@ def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **c
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.04)
     return model.to(dtype)
+
+
+def needs_cache(family: str) -> None:
+    """Skips where transformers' own forward pass with a cache fails, whatever the mixer."""
+    if family == "olmo_hybrid" and VERSION == (5, 14):
+        pytest.skip("transformers 5.14: OlmoHybridDynamicCache lacks get_query_offset, which attention masks call")
 
 
 def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:

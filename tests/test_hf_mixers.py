@@ -5,10 +5,12 @@ import copy
 import hf_models
 import pytest
 import torch
-from hf_models import HYBRIDS, build, tokens
-from transformers import AutoModelForCausalLM
+from hf_models import HYBRIDS, VERSION, build, needs_cache, tokens
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from sleep_ops.adapters.hf import replace_mixers, replaced_mixers
+from sleep_ops.adapters.hf.states import cached_state, store_state
+from sleep_ops.layers.mixer import GDNState
 
 
 def gradients(model, ids, **inputs):
@@ -20,6 +22,7 @@ def gradients(model, ids, **inputs):
 
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_same_logits_and_gradients(family):
+    needs_cache(family)
     model = build(family)
     ours, ids = replace_mixers(copy.deepcopy(model)), tokens(2, 21)
     logits, grads = gradients(model, ids)
@@ -33,18 +36,22 @@ def test_same_logits_and_gradients(family):
 
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_same_logits_in_bfloat16(family):
-    """As far from a float32 run as transformers' own bfloat16 is, within a factor."""
-    model = build(family)
+    """As far from a float32 run as transformers' own bfloat16 is, within a factor.
+
+    Tokens go to all experts: a rounded router may choose others, and the difference is then not one of rounding.
+    """
+    model = build(family, **dict(num_experts_per_tok=4) if "moe" in family else {})
     ids = tokens(2, 30)
     with torch.no_grad():
-        truth = model(ids).logits
-        theirs = copy.deepcopy(model).bfloat16()(ids).logits.float()
-        ours = replace_mixers(copy.deepcopy(model).bfloat16())(ids).logits.float()
+        rounded = copy.deepcopy(model).bfloat16()
+        truth, theirs = (m(ids, use_cache=False).logits.float() for m in (model, rounded))
+        ours = replace_mixers(rounded)(ids, use_cache=False).logits.float()
     assert (ours - truth).norm() <= 2 * (theirs - truth).norm() + 1e-3 * truth.norm()
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_same_tokens_with_transformers_cache(family):
+    needs_cache(family)
     model, ids = build(family), tokens(2, 9)
     ours = replace_mixers(copy.deepcopy(model))
     expected = model.generate(ids, max_new_tokens=12, do_sample=False)
@@ -53,14 +60,23 @@ def test_same_tokens_with_transformers_cache(family):
     assert torch.equal(ours.generate(ids, **beams), model.generate(ids, **beams))
 
 
-def test_a_text_continued_from_a_cache():
-    """Several tokens after several: the convolution's tail and the fast weights both come from the cache."""
-    model, ids = replace_mixers(build("qwen3_5")), tokens(2, 20)
+@pytest.mark.parametrize(
+    "turns", ((1, 1, 1, 1), (0, 1, 0, 1), (1, 0, 1, 0)), ids=("ours", "theirs-first", "ours-first")
+)
+@pytest.mark.parametrize("family", ("qwen3_5", "olmo_hybrid", "qwen3_next"))
+def test_a_text_continued_from_a_cache(family, turns):
+    """Several tokens after several: the convolution's tail and the fast weights both come from the cache.
+
+    It can be handed over to transformers' own mixers and back.
+    """
+    needs_cache(family)
+    model, ids = build(family), tokens(2, 20)
+    models = model, replace_mixers(copy.deepcopy(model))
     with torch.no_grad():
         whole = model(ids).logits
         cache, pieces = None, []
-        for part in ids.split((2, 1, 7, 10), dim=1):
-            out = model(part, past_key_values=cache, use_cache=True)
+        for turn, part in zip(turns, ids.split((2, 1, 7, 10), dim=1), strict=True):
+            out = models[turn](part, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             pieces.append(out.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
@@ -69,6 +85,7 @@ def test_a_text_continued_from_a_cache():
 @pytest.mark.parametrize("side", ("left", "right"))
 def test_padding_changes_nothing(side):
     """On the right too, where transformers' own mixer lets padding into the state."""
+    needs_cache("olmo_hybrid")
     model, ids = replace_mixers(build("olmo_hybrid")), tokens(1, 12)
     padded = torch.zeros(1, 17, dtype=torch.long)
     real = slice(5, None) if side == "left" else slice(0, 12)
@@ -78,9 +95,99 @@ def test_padding_changes_nothing(side):
         out = model(padded, attention_mask=mask, use_cache=True)
         expected = model(ids, use_cache=True)
     torch.testing.assert_close(out.logits[:, real], expected.logits, rtol=1e-4, atol=1e-5)
-    for layer, other in zip(out.past_key_values.layers, expected.past_key_values.layers, strict=True):
-        if hasattr(layer, "recurrent_states"):
-            torch.testing.assert_close(layer.recurrent_states[0], other.recurrent_states[0], rtol=1e-4, atol=1e-5)
+    mixers = [layer.linear_attn for layer in model.model.layers if hasattr(layer, "linear_attn")]
+    assert len(mixers) == 3
+    for mixer in mixers:
+        state, other = (cached_state(o.past_key_values, mixer) for o in (out, expected))
+        torch.testing.assert_close(state.fast_weights, other.fast_weights, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(state.conv_tail, other.conv_tail, rtol=1e-4, atol=1e-5)
+
+
+class PlainLayer:
+    """A layer of a cache before transformers 5.14: plain tensors, written in place."""
+
+    conv_states = recurrent_states = None
+    has_previous_state = False
+
+    def update_conv_state(self, new, **_):
+        if self.conv_states is None:
+            self.conv_states = torch.zeros_like(new)
+        kept = self.conv_states.shape[-1]
+        self.conv_states.copy_(torch.cat([self.conv_states, new], dim=-1)[..., -kept:])
+        self.has_previous_state = True
+
+    def update_recurrent_state(self, new, **_):
+        if self.recurrent_states is None:
+            self.recurrent_states = torch.zeros_like(new)
+        self.recurrent_states.copy_(new)
+
+
+class PlainCache:
+    def __init__(self):
+        self.layers = [PlainLayer()]
+
+    def has_previous_state(self, i):
+        return self.layers[i].has_previous_state
+
+    def update_conv_state(self, new, i, **options):
+        self.layers[i].update_conv_state(new, **options)
+
+    def update_recurrent_state(self, new, i):
+        self.layers[i].update_recurrent_state(new)
+
+
+class CacheOfThree:
+    """That of olmo_hybrid before transformers 5.15."""
+
+    def __init__(self):
+        self.conv_states_q, self.conv_states_k, self.conv_states_v, self.recurrent_states = ([None] for _ in range(4))
+
+
+@pytest.mark.parametrize("cache", (PlainCache, CacheOfThree, DynamicCache), ids=lambda c: c.__name__)
+def test_states_are_kept_in_every_cache(cache):
+    """Replaced whole, and safe from what happens to the cache afterwards."""
+    model = replace_mixers(build("qwen3_5"))
+    mixer = model.model.layers[0].linear_attn
+    cache = cache(config=model.config) if cache is DynamicCache else cache()
+    assert cached_state(cache, mixer) is None
+    states = [GDNState(*map(torch.randn_like, mixer.init_state(2))) for _ in range(3)]
+    read = []
+    for state in states:
+        store_state(cache, mixer, state)
+        found = cached_state(cache, mixer)
+        assert all(torch.equal(x, y) for x, y in zip(found, state, strict=True))
+        read.append(found.fast_weights)
+    assert torch.equal(read[0], states[0].fast_weights)
+
+
+def test_three_convolutions_are_one():
+    """olmo_hybrid has three before transformers 5.15, and its checkpoints their names."""
+    mixer, x = replace_mixers(build("olmo_hybrid")).model.layers[0].linear_attn, torch.randn(2, 9, 64)
+    names, sizes = ("q_conv1d", "k_conv1d", "v_conv1d"), (mixer.key_dim, mixer.key_dim, mixer.value_dim)
+    with torch.no_grad():
+        expected = mixer(x)
+        if hasattr(mixer, "conv1d"):
+            for name, part in zip(names, mixer.conv1d.weight.split(sizes), strict=True):
+                setattr(mixer, name, torch.nn.Conv1d(len(part), len(part), part.shape[-1], groups=len(part)))
+                getattr(mixer, name).weight.copy_(part)
+            del mixer.conv1d
+        else:
+            weight = torch.cat([getattr(mixer, name).weight for name in names])
+            mixer.conv1d = torch.nn.Conv1d(len(weight), len(weight), weight.shape[-1], groups=len(weight))
+            mixer.conv1d.weight.copy_(weight)
+            for name in names:
+                delattr(mixer, name)
+        assert torch.equal(mixer(x), expected)
+
+
+def test_the_norm_of_another_library_has_another_epsilon():
+    """fla's, which transformers before 5.15 puts in where it is installed."""
+    mixer, x = replace_mixers(build("qwen3_5")).model.layers[0].linear_attn, torch.randn(2, 9, 64)
+    with torch.no_grad():
+        expected = mixer(x)
+        mixer.norm.eps = mixer.norm.variance_epsilon
+        del mixer.norm.variance_epsilon
+        assert torch.equal(mixer(x), expected)
 
 
 def test_packed_sequences_do_not_meet():
@@ -125,6 +232,8 @@ def test_a_model_without_such_mixers_is_refused():
 def test_a_cache_that_records_its_past_is_refused():
     model, ids = replace_mixers(build("qwen3_5")), tokens(1, 6)
     cache = model(ids, use_cache=True).past_key_values
+    if VERSION < (5, 14):
+        pytest.skip("caches record their past from transformers 5.14 on")
     for layer in cache.layers:
         if hasattr(layer, "record_past"):
             layer.record_past = True

@@ -1,4 +1,4 @@
-"""Hugging Face models that sleep. Needs transformers 5.15 or newer: `pip install sleep-ops[hf]`.
+"""Hugging Face models that sleep. Needs transformers 5.7 or newer: `pip install sleep-ops[hf]`.
 
     from sleep_ops.adapters.hf import sleepify
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -10,7 +10,7 @@ with sleep in between (Algorithm 1 of arXiv 2605.26099).
 
 from importlib.metadata import PackageNotFoundError, version
 
-OLDEST = (5, 15)
+OLDEST = (5, 7)
 
 
 def _require_transformers() -> None:

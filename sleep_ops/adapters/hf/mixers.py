@@ -16,15 +16,16 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGated
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from sleep_ops.adapters.hf.cache import LayerCache
+from sleep_ops.adapters.hf.states import cached_state, store_state
 from sleep_ops.config import expect
-from sleep_ops.layers.mixer import GDNMixer, GDNState, GDNWrites
+from sleep_ops.layers.mixer import GDNMixer, GDNWrites
 from sleep_ops.ops.gated_norm import gated_rms_norm
 from sleep_ops.ops.short_conv import short_convolution
 from sleep_ops.validation import IMPLS, check_choice
 
 
 class _Mixer(GDNMixer):
-    """What the families share: one convolution over q, k and v, a gated norm, an output projection.
+    """What the families share: a convolution over q, k and v, a gated norm, an output projection.
 
     A subclass gives `_inputs(x)` -> (q, k, v joined [B, T, 2K + V], raw decay a, raw beta b, gate z [B, T, HV, V]),
     and `_output()` -> (norm, projection).
@@ -33,7 +34,8 @@ class _Mixer(GDNMixer):
     num_heads = property(lambda self: self.num_k_heads)
     head_dim = property(lambda self: self.head_k_dim)
     conv_size = property(lambda self: self.conv_kernel_size)
-    tail_channels = property(lambda self: self.conv_dim)
+    tail_channels = property(lambda self: 2 * self.key_dim + self.value_dim)
+    convolutions: tuple[str, ...] = ("conv1d",)
 
     def forward(self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **kwargs):
         """Called by transformers' layers. hidden_states `[B, T, hidden_size]` -> the same shape.
@@ -43,31 +45,23 @@ class _Mixer(GDNMixer):
         """
         if isinstance(cache_params, LayerCache):
             return cache_params.mix(self, hidden_states)
-        borders, state = kwargs.get("cu_seq_lens_q"), None
-        if cache_params is not None and cache_params.has_previous_state(self.layer_idx):
-            held = cache_params.layers[self.layer_idx]
-            recording = "one that records its past"
-            expect(not held.record_past, "past_key_values", "a cache that is never rolled back", recording)
-            tail = held.conv_states[0][..., held.conv_states[0].shape[-1] - (self.conv_size - 1) :].transpose(1, 2)
-            state = GDNState(held.recurrent_states[0].clone(), tail)
+        borders = kwargs.get("cu_seq_lens_q")
+        state = None if cache_params is None else cached_state(cache_params, self)
         if attention_mask is not None:
             attention_mask = attention_mask[:, -hidden_states.shape[1] :]
         y, state = self.read(
             hidden_states, state=state, attention_mask=attention_mask, cu_seqlens=borders, return_state=True
         )
         if cache_params is not None:
-            tail = state.conv_tail.transpose(1, 2)
-            cache_params.update_conv_state(tail, self.layer_idx, conv_kernel_size=self.conv_size)
-            cache_params.update_recurrent_state(state.fast_weights, self.layer_idx)
+            store_state(cache_params, self, state)
         return y
 
     read = GDNMixer.forward
 
     def _project(self, x, tail, lengths, cu_seqlens):
-        adapted = hasattr(self.conv1d, "base_layer")
-        expect(not adapted, "conv1d", "a plain convolution, whose weight is all there is to it", "one with an adapter")
+        weights = [self._filters(name) for name in self.convolutions]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         qkv, a, b, gate = self._inputs(x)
-        weight = self.conv1d.weight.squeeze(1)
         qkv, tail = short_convolution(
             qkv, weight, tail=tail, lengths=lengths, cu_seqlens=cu_seqlens, impl=self._plain_impl()
         )
@@ -75,9 +69,17 @@ class _Mixer(GDNMixer):
         q, k = (t.unflatten(-1, (self.num_k_heads, self.head_k_dim)) for t in (q, k))
         return q, GDNWrites(k, v.unflatten(-1, (self.num_v_heads, self.head_v_dim)), a, b), tail, gate
 
+    def _filters(self, name):
+        convolution = getattr(self, name)
+        adapted = hasattr(convolution, "base_layer")
+        expect(not adapted, name, "a plain convolution, whose weight is all there is to it", "one with an adapter")
+        return convolution.weight.squeeze(1)
+
     def _emit(self, o, gate):
         norm, projection = self._output()
-        o = gated_rms_norm(o, gate, norm.weight, eps=norm.variance_epsilon, impl=self._plain_impl())
+        # Before 5.15 it is fla's where that is installed, which has another name for epsilon.
+        eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        o = gated_rms_norm(o, gate, norm.weight, eps=eps, impl=self._plain_impl())
         return projection(o.flatten(2))
 
     def _plain_impl(self) -> str:
@@ -126,7 +128,11 @@ class SleepQwen3NextMixer(_QwenMixer, Qwen3NextGatedDeltaNet):
 
 
 class SleepOlmoHybridMixer(_Mixer, OlmoHybridGatedDeltaNet):
-    """OlmoHybridGatedDeltaNet on this project's kernels."""
+    """OlmoHybridGatedDeltaNet on this project's kernels; before transformers 5.15, with three convolutions."""
+
+    @property
+    def convolutions(self) -> tuple[str, ...]:
+        return ("conv1d",) if hasattr(self, "conv1d") else ("q_conv1d", "k_conv1d", "v_conv1d")
 
     def _dtype(self) -> torch.dtype:
         return self.q_proj.weight.dtype
@@ -152,6 +158,7 @@ def replace_mixers(model: nn.Module, *, impl: str = "auto") -> nn.Module:
     """Puts this project's kernels under every gated-delta-rule mixer of a live model, in place; returns the model.
 
     impl: as in `gated_delta_rule`. Weights, their names, adapters and hooks stay; a second call changes `impl` alone.
+    In transformers 5.14, olmo_hybrid's own cache fails in its own forward pass: there, use_cache=False or `sleepify`.
     Raises ValueError where there is no such mixer.
     """
     check_choice("impl", impl, IMPLS)
