@@ -137,7 +137,8 @@ class SleepSession:
         if input_ids is not None:
             self.read(input_ids, attention_mask)
         if self.logits is None or 0 in self.seen:
-            got = f"tokens read so far: {self.seen}" if self.seen else "None, and nothing has been read yet"
+            held = "only a memory to go on from" if self.seen else "nothing has been read yet"
+            got = f"tokens read so far: {self.seen}" if 0 in self.seen else f"None, and {held}"
             raise ValueError(f"input_ids: expected a prompt for every row, got {got}")
         pad = eos_token_id if pad_token_id is None else pad_token_id
         alive = torch.ones(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
@@ -205,7 +206,7 @@ class SleepSession:
 
         The configuration must be the model's; that its weights are those the session was read with is up to the caller.
         Raises FileNotFoundError, and ValueError for a file that is damaged, of another format or version, or of a model
-        with another configuration.
+        with another configuration or states of other shapes.
         """
         model = reader_of(model)
         if not Path(path).exists():
@@ -233,8 +234,16 @@ class SleepSession:
         empty = model.init_state(len(rows[0]))
 
         def tensor(part: str, i: int, name: str) -> Tensor:
-            full = f"{part}.{i}.{name}"
-            return tensors[full] if full in tensors else tensors[f"blocks.{i}.{name}"]
+            found = tensors.get(f"{part}.{i}.{name}", tensors.get(f"blocks.{i}.{name}"))
+            skip = 2 if name in ("keys", "values") else 0  # rows, and as many tokens as were kept
+            needed, shape = (
+                None if x is None else list(x.shape[skip:]) for x in (getattr(empty.blocks[i], name), found)
+            )
+            if shape != needed:  # a configuration says less than shapes do
+                raise ValueError(
+                    f"path: expected a session of this model, with {name} {needed} in block {i}, got {shape}"
+                )
+            return found
 
         def fill(part: str) -> tuple:
             return tuple(

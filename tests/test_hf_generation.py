@@ -181,6 +181,27 @@ def test_saved_sessions_go_on_and_know_their_model(tmp_path):
         SleepSession.load(tmp_path / "session.safetensors", sleeping("qwen3_next"))
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(linear_num_value_heads=2), r"fast_weights \[1, 2, 16, 16\] in block 0, got \[1, 4, 16, 16\]"),
+        (dict(linear_conv_kernel_dim=3), r"conv_tail \[1, 2, 128\] in block 0, got \[1, 3, 128\]"),
+        (dict(num_key_value_heads=1), r"keys \[1, 16\] in block 3, got \[2, 16\]"),
+        (dict(layer_types=["full_attention"] + 3 * ["linear_attention"]), "keys .* in block 0, got None"),
+    ],
+    ids=("heads", "convolution", "keys", "layers"),
+)
+def test_a_session_of_other_shapes_is_refused(changes, message, tmp_path):
+    """Of a model that agrees in all that is compared of its configuration."""
+    session = SleepSession(sleeping())
+    session.read(tokens(1, 21))
+    session.sleep()
+    session.save(tmp_path / "memory", memory_only=True)
+    other = sleepify(build("qwen3_5", **changes), window=8, passes=2)
+    with pytest.raises(ValueError, match=f"^path: expected a session of this model, with {message}"):
+        SleepSession.load(tmp_path / "memory", other)
+
+
 REFUSED = {
     "beams": (dict(num_beams=2), "generation mode: expected greedy or sampled"),
     "cache": (dict(past_key_values=DynamicCache()), "past_key_values: expected None: .* passed as session="),

@@ -241,7 +241,7 @@ def test_a_saved_memory_is_the_fast_weights_alone(eviction, kind, tmp_path):
 
     loaded, question = SleepSession.load(tmp_path / "memory", model), tokens(length=7, seed=3)
     assert loaded.seen == (63, 63) and loaded.logits is None
-    with pytest.raises(ValueError, match="input_ids: expected a prompt for every row"):
+    with pytest.raises(ValueError, match="input_ids: expected a prompt for every row, got None, and only a memory"):
         loaded.generate()
     if eviction == "hard":
         assert torch.equal(loaded.read(question), session.read(question))
