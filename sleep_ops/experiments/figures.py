@@ -20,7 +20,7 @@ class Figure:
     "throughput" (training steps, timed).
 
     task: of the runs; of throughput, the preset of `bench train`. x: the grid's setting on the x axis, or "level": the
-    evaluation's own levels of difficulty, `levels`. metric: what is drawn. reference: the paper's (x, y), if it gives
+    evaluation's own levels of difficulty, `levels`, which are `x_label`. metric: what is drawn. reference: the paper's (x, y), if it gives
     numbers; where they hold for one series alone, (x, y, label).
     set: settings of all runs; grid: the values of those that vary, "model.passes" among them. All as "part.field".
     """
@@ -35,7 +35,7 @@ class Figure:
     set: dict[str, object] = field(default_factory=dict)
     reference: list[list] = field(default_factory=list)
     levels: list[int] = field(default_factory=list)
-    warm_steps: int = 0
+    x_label: str = ""
 
     @property
     def series(self) -> tuple[str, ...]:

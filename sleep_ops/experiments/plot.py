@@ -71,7 +71,9 @@ def _against_x(axes, figure: Figure, rows: list[dict[str, str]]) -> None:
         axes.plot(*zip(*marks, strict=True), "k*", markersize=11, label=f"paper {label}".strip())
     if figure.x == "level":
         axes.set_xscale("log", base=2)
-    axes.set(xlabel=_LABELS.get(figure.x, figure.x), ylabel=_LABELS.get(figure.metric, figure.metric))
+        axes.set_xticks(figure.levels, labels=[str(level) for level in figure.levels], minor=False)
+        axes.minorticks_off()
+    axes.set(xlabel=figure.x_label or _LABELS.get(figure.x, figure.x), ylabel=_LABELS.get(figure.metric, figure.metric))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
