@@ -20,8 +20,8 @@ class Figure:
     "throughput" (training steps, timed).
 
     task: of the runs; of throughput, the preset of `bench train`. x: the grid's setting on the x axis, or "level": the
-    evaluation's own levels of difficulty, `levels`, which are `x_label`. metric: what is drawn. reference: the paper's (x, y), if it gives
-    numbers; where they hold for one series alone, (x, y, label).
+    evaluation's own levels of difficulty, `levels`, which are `x_label`. metric: what is drawn. reference: the paper's
+    (x, y), if it gives numbers; where they hold for one series alone, (x, y, label).
     set: settings of all runs; grid: the values of those that vary, "model.passes" among them. All as "part.field".
     """
 
