@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import socket
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,12 +13,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
+from test_adapter_loading import plain
 from torch.distributed.tensor import distribute_tensor
 
 from sleep_ops import HybridConfig
+from sleep_ops.adapters.loading import load_model
 from sleep_ops.tasks import Rule110
-from sleep_ops.training import RunConfig, TrainConfig, Trainer, TrainingDiverged, load_run
+from sleep_ops.training import RunConfig, TrainConfig, Trainer, TrainingDiverged, graph, load_run
 from sleep_ops.training.checkpoint import list_checkpoints, load_checkpoint
+from sleep_ops.training.finetune import FinetuneConfig, finetune
 from sleep_ops.training.logs import read_csv
 from sleep_ops.training.parallel import World, local_device
 
@@ -79,6 +83,13 @@ def gradients(run):
     return loss, found
 
 
+def tuning(folder, way="ddp"):
+    """Fine-tuning of the tiny checkpoint in `folder`, in two phases."""
+    train = replace(TRAIN, steps=2, batch_size=4, eval_every=0, parallel=way)
+    settings = dict(window=8, passes=2, eviction="sliding", insert=(0, 2))
+    return FinetuneConfig(str(folder / "ouro"), Rule110(t=1, strings=2, bits=8).to_dict(), settings, train, 1)
+
+
 def stepped(run, distribute):
     """The weights after two optimiser steps with gradients that are drawn."""
     for seed in range(2):
@@ -131,6 +142,11 @@ def worker(rank, port, folder):
         found[way, "spoiled"] = refusal(spoiled.fit), spoiled.step, spoiled.skipped
         found[way, "early"] = make(out / "early", parallel=way, stop_at=0.0).fit()
         found[way, "other"] = refusal(lambda out=out, way=way: make(out / "refine", parallel=way, seed=1))
+    graph._record = lambda step, device: step  # eagerly, as no graph can be on the CPU
+    run = make(folder / "graphed", "replay")
+    run.graphs = graph.StepGraphs(run.model, nullcontext)
+    found["graphed"] = gradients(run), gradients(run)
+    found["finetune"] = finetune(tuning(folder, "fsdp"), folder / "tuned-by-two", console=QUIET)
     found["stepped"] = stepped(
         make(folder / "stepped", parallel="fsdp"),
         lambda x, p: distribute_tensor(x, p.device_mesh, p.placements),
@@ -154,6 +170,8 @@ def folder(tmp_path_factory):
         run.fit()
     for way in WAYS:
         make(folder / f"one-then-{way}").fit(until=2)
+    plain(folder / "ouro", "ouro")
+    finetune(tuning(folder), folder / "tuned-by-one", console=QUIET)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -276,6 +294,27 @@ class TestTwoProcesses:
         expected = last(folder / way / list(CASES)[-1]).model
         found = first.state_dict()
         assert found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+def test_a_graphed_step_has_the_same_gradients(folder, ranks):
+    loss, expected = torch.load(folder / "one-replay.pt")
+    for found, gradients in (rank["graphed"][i] for rank in ranks for i in range(2)):
+        torch.testing.assert_close(found, loss)
+        for name, x in expected.items():
+            assert (gradients[name] is None) == (x is None), name
+            if x is not None:
+                torch.testing.assert_close(gradients[name], x, rtol=1e-4, atol=1e-6)
+
+
+def test_finetuning_writes_the_model_of_one_process(folder, ranks):
+    assert all(rank["finetune"].finished for rank in ranks)
+    found, expected = (load_model(folder / name / "model").state_dict() for name in ("tuned-by-two", "tuned-by-one"))
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=0, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    for phase in ("warm", "full"):
+        one, two = (metrics(folder / name / phase) for name in ("tuned-by-one", "tuned-by-two"))
+        torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-3, atol=0)
 
 
 def test_optimisers_of_shards_are_those_of_whole_matrices(folder, ranks):

@@ -484,3 +484,16 @@ def test_padding_reaches_the_model(size, tmp_path):
     moved = batch.to("meta")
     assert moved.attention_mask.device == moved.labels.device == torch.device("meta")
     assert moved.loss_mask is batch.loss_mask and moved.windows_by == "positions"
+
+
+def test_a_checkpoint_older_than_a_record_is_read(tmp_path):
+    trainer(tmp_path / "straight").fit()
+    trainer(tmp_path / "old").fit(until=6)
+    folder = tmp_path / "old/checkpoints"
+    found = load_newest(folder, print)
+    for name in ("rng_of_others", "best", "stale"):
+        del found.state[name]
+    save_checkpoint(folder, found.step, found.model, found.state)
+    again = trainer(tmp_path / "old")
+    assert again.step == 6 and again.fit().finished
+    assert losses(tmp_path / "straight") == losses(tmp_path / "old")
