@@ -116,12 +116,13 @@ class Judged(Rule110):
     """Evaluations whose values are given."""
 
     def evaluate(self, model, **kwargs):
-        return {"exact": next(self.values)}
+        return {self.metric: next(self.values)}
 
 
-def judged(*values):
+def judged(*values, metric="exact"):
     task = Judged(t=2, strings=2, bits=6)
-    object.__setattr__(task, "values", iter(values))
+    for name, value in {"values": iter(values), "metric": metric}.items():
+        object.__setattr__(task, name, value)
     return task
 
 
@@ -151,6 +152,13 @@ class TestEarlyStop:
         assert len(column(tmp_path, "step", "eval.csv")) == steps // 2
         again = trainer(tmp_path, judged(), **recipe)
         assert again.step == steps and again.finished and again.fit().evaluation is None
+
+    @pytest.mark.parametrize(
+        "recipe, steps", [(dict(stop_at=0.6), 6), (dict(patience=2), 8), (dict(patience=1), 4)], ids=str
+    )
+    def test_a_smaller_loss_is_better(self, recipe, steps, tmp_path):
+        run = trainer(tmp_path, judged(0.8, 0.9, 0.5, 0.7, metric="loss"), **recipe)
+        assert run.fit().step == steps and run.best == min((0.8, 0.9, 0.5, 0.7)[: steps // 2])
 
     def test_a_run_that_ended_early_goes_on_with_another_rule(self, tmp_path):
         assert trainer(tmp_path, judged(0.5), stop_at=0.5).fit().step == 2

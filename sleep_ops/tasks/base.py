@@ -64,7 +64,7 @@ class Task(Protocol):
     vocab_size: int
     seq_len: int
     window: int | None  # the natural one, if there is one
-    metric: str  # the key of `evaluate`'s result that the run is judged by
+    metric: str  # the key of `evaluate`'s result that the run is judged by; larger is better, but for "loss"
 
     def batch(
         self, seed: int, step: int, size: int, device: torch.device | str = "cpu", *, split: str = "train"

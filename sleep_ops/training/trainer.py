@@ -127,7 +127,8 @@ class Trainer:
     def finished(self) -> bool:
         """Whether the last step has been taken, or evaluations say to stop before it."""
         t = self.config.train
-        reached = t.stop_at is not None and self.best is not None and self.best >= t.stop_at
+        judged = t.stop_at is not None and self.best is not None
+        reached = judged and self._merit(self.best) >= self._merit(t.stop_at)
         return self.step >= t.steps or reached or (t.patience is not None and self.stale >= t.patience)
 
     def fit(self, until: int | None = None) -> TrainResult:
@@ -317,9 +318,15 @@ class Trainer:
         return None if t.passes_schedule == "fixed" else t.passes_at(self.step, self.passes)
 
     def _judge(self, value: float) -> None:
-        value = -math.inf if math.isnan(value) else value
-        better = self.best is None or value > self.best
-        self.best, self.stale = (value, 0) if better else (self.best, self.stale + 1)
+        better = self.best is None or self._merit(value) > self._merit(self.best)
+        if better and not math.isnan(value):
+            self.best, self.stale = value, 0
+        else:
+            self.stale += 1
+
+    def _merit(self, value: float) -> float:
+        """A value of the task's metric, the larger the better."""
+        return -value if self.task.metric == "loss" else value
 
     def _make_batch(self, step: int) -> Batch:
         batch = self.task.batch(self.config.train.seed, step, self.config.train.batch_size)
