@@ -136,7 +136,7 @@ class TestEarlyStop:
             (dict(stop_at=0.5), (0.1, 0.4, 0.3, 0.2), 8),
             (dict(patience=1), (0.1, 0.2, 0.2), 6),
             (dict(patience=2), (0.2, 0.1, 0.3, 0.1), 8),
-            (dict(patience=2), (math.nan, math.nan, math.nan), 6),
+            (dict(patience=2), (math.nan, math.nan), 4),
             (dict(), (0.9, 0.1, 0.1, 0.1), 8),
         ],
         ids=["reached", "not-reached", "no-better", "better-again", "nan", "off"],
