@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from hf_models import build, tokens
-from transformers import DynamicCache
+from test_adapter_loading import word_tokenizer
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from sleep_ops import SleepSession
 from sleep_ops.adapters.hf import generate, insert_fast_weights, sleepify
+from sleep_ops.adapters.loading import load_tokenizer
 from sleep_ops.layers.attention import AttentionState
 
 CLOSE = dict(rtol=2e-4, atol=2e-5)
@@ -141,6 +143,19 @@ def test_streaming_gives_every_token_as_it_comes():
     assert streamer.ended and sum(streamer.pieces, []) == out[0].tolist()
 
 
+@pytest.mark.parametrize("how", ("keyword", "configuration"))
+def test_stop_strings(how, tmp_path):
+    model, ids = sleeping(), tokens(1, 9)
+    word_tokenizer(tmp_path, ["abcdef", *(f"w{i}" for i in range(3, 128))])  # the first: StopStringCriteria asks it
+    tokenizer = load_tokenizer(tmp_path)
+    out = model.generate(ids, **GREEDY, eos_token_id=None)
+    stop = dict(stop_strings=[tokenizer.decode(out[0, 13])])
+    options = GREEDY | stop if how == "keyword" else dict(generation_config=GenerationConfig(**GREEDY | stop))
+    stopped = model.generate(ids, **options, eos_token_id=None, tokenizer=tokenizer)
+    first = 9 + out[0, 9:].tolist().index(out[0, 13])
+    assert torch.equal(stopped, out[:, : first + 1])
+
+
 def test_going_on_from_a_session_that_has_read_a_document():
     model, document, question = sleeping(passes=2), tokens(1, 41, seed=7), tokens(1, 6, seed=8)
     session = SleepSession(model)
@@ -156,6 +171,20 @@ def test_the_number_of_passes_of_one_call():
     assert torch.equal(
         model.generate(ids, passes=3, **GREEDY), sleepify(copy.deepcopy(model), passes=3).generate(ids, **GREEDY)
     )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(layers=3), "layers: expected distinct layer numbers from 0 to 3, got 3"),
+        (dict(layers=[1], head_dim=0), "head_dim: expected"),
+        (dict(layers=[1], num_heads=0), "num_heads: expected"),
+    ],
+    ids=("layers", "head-dim", "heads"),
+)
+def test_blocks_that_cannot_be_inserted(options, message):
+    with pytest.raises(ValueError, match=message):
+        insert_fast_weights(build("llama"), **options)
 
 
 def test_inserted_fast_weights_generate():

@@ -1,14 +1,36 @@
 """`model.generate` for models that sleep: transformers' settings, processors, criteria and streamers over a session."""
 
+import copy
+
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from sleep_ops.config import expect
 from sleep_ops.session import SleepSession
+
+
+def with_stop_strings(options: dict) -> dict:
+    """`generate`'s options, with stop_strings as a stopping criterion: transformers gives such loops no tokenizer."""
+    config, tokenizer = options.get("generation_config"), options.get("tokenizer")
+    strings = options.get("stop_strings") or getattr(config, "stop_strings", None)
+    if strings is None or tokenizer is None:
+        return options
+    criteria = [*(options.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, strings)]
+    options = {k: v for k, v in options.items() if k not in ("stop_strings", "tokenizer")}
+    if config is not None:
+        options["generation_config"] = config = copy.copy(config)
+        config.stop_strings = None
+    return options | {"stopping_criteria": StoppingCriteriaList(criteria)}
 
 
 @torch.no_grad()

@@ -36,12 +36,13 @@ def insert_fast_weights(
     config, backbone = model.config, model.model
     expect(not hasattr(backbone, "fast_weights"), "model", "one without inserted blocks", "one that has them")
     count = len(backbone.layers)
-    layers = list(layers)
-    inside = all(type(i) is int and 0 <= i < count for i in layers) and len(set(layers)) == len(layers) > 0
+    listed = isinstance(layers, Sequence) and all(type(i) is int and 0 <= i < count for i in layers)
+    inside = listed and len(set(layers)) == len(layers) > 0
     expect(inside, "layers", f"distinct layer numbers from 0 to {count - 1}", layers)
+    own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sizes = dict(
-        num_heads=num_heads or config.num_attention_heads,
-        head_dim=head_dim or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_heads=config.num_attention_heads if num_heads is None else num_heads,
+        head_dim=own if head_dim is None else head_dim,
         num_v_heads=num_v_heads,
         head_v_dim=head_v_dim,
         conv_size=conv_size,

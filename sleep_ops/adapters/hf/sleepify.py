@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 from sleep_ops.adapters.hf import inputs
 from sleep_ops.adapters.hf.cache import ATTENTION
 from sleep_ops.adapters.hf.families import HYBRIDS, check_family, check_fast_weights, check_place
-from sleep_ops.adapters.hf.generation import generate
+from sleep_ops.adapters.hf.generation import generate, with_stop_strings
 from sleep_ops.adapters.hf.mixers import replace_mixers
 from sleep_ops.adapters.hf.reader import HFReader
 from sleep_ops.config import SleepSettings, expect
@@ -178,8 +178,9 @@ def _generate(self, *args, custom_generate=generate, streamer=None, **kwargs):
         past_key_values=(kwargs.get("past_key_values"), "None: what was read before is passed as session="),
         inputs_embeds=(kwargs.get("inputs_embeds"), "None: windows are cut from input_ids"),
     )
-    if callable(custom_generate) and streamer is not None:  # transformers itself gives such loops no streamer
-        custom_generate = partial(custom_generate, streamer=streamer)
+    if callable(custom_generate):  # transformers itself gives such loops neither streamer nor tokenizer
+        kwargs = with_stop_strings(kwargs)
+        custom_generate = custom_generate if streamer is None else partial(custom_generate, streamer=streamer)
     return type(self).generate(self, *args, custom_generate=custom_generate, streamer=streamer, **kwargs)
 
 
