@@ -1,6 +1,8 @@
 """What transformers, peft, torch.compile and FSDP2 do with a model that sleeps while it learns."""
 
 import copy
+import dataclasses
+import inspect
 import io
 import logging
 import math
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from sleep_ops import SleepSession
 from sleep_ops.adapters.hf import from_pretrained, insert_fast_weights, sleepify
+from sleep_ops.config import SleepSettings
 
 CLOSE = dict(rtol=1e-4, atol=1e-6)
 SMALL = dict(layer_types=["linear_attention", "full_attention", "linear_attention"], num_hidden_layers=3)
@@ -427,6 +430,19 @@ class TestHostileUse:
         out = model(torch.full((1, 12), 139), labels=torch.full((1, 12), 139))
         out.loss.backward()
         assert out.logits.shape[-1] == 140 and model.get_input_embeddings().weight.grad[139].abs().max() > 0
+
+    def test_every_setting_of_sleep_is_an_argument(self):
+        arguments = set(inspect.signature(sleepify).parameters) - {"model"}
+        assert arguments == {field.name for field in dataclasses.fields(SleepSettings)}
+
+    def test_gradients_through_some_of_the_passes(self):
+        ids, grads = tokens(1, 20), []
+        for through in (1, 2):
+            model = sleeping(passes=3, backprop_passes=through)
+            model(ids, labels=ids).loss.backward()
+            grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        assert model.config.sleep["backprop_passes"] == 2
+        assert not torch.allclose(*grads)
 
     def test_chosen_columns_of_logits(self):
         model, ids = sleeping(), tokens(2, 20)

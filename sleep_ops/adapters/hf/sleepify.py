@@ -43,6 +43,7 @@ def sleepify(
     sleep_kind: str | None = None,
     sleep_on: str | None = None,
     conv_boundary: str | None = None,
+    backprop_passes: int | None = None,
     activation_checkpointing: bool | None = None,
     attention_backend: str | None = None,
     impl: str | None = None,
