@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from hf_models import VOCAB, build, tokens
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from sleep_ops import SleepSession
@@ -186,6 +187,23 @@ def test_what_cannot_be_is_refused(tmp_path):
     (folders["ouro"] / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
         load_model(folders["ouro"], window=8)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "llama"])
+def test_transformers_makes_up_no_weights(family, tmp_path):
+    """Which it does, with a warning, for names that are missing and, where allowed, for other shapes."""
+    folder = plain(tmp_path, family)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.3.self_attn.q_proj.weight"]
+    weights["model.norm.weight"] = torch.ones(3)
+    save_file(weights, file, metadata={"format": "pt"})
+    insert = (1, 3) if family == "llama" else None
+    with pytest.raises(ValueError, match="^folder: expected the weights that .* describes, got ") as error:
+        load_model(folder, window=8, insert=insert)
+    assert "missing: model.layers.3.self_attn.q_proj.weight; wrongly shaped: model.norm.weight [3]" in str(error.value)
+    with pytest.raises(ValueError, match="missing: model.layers.3.self_attn.q_proj.weight; wrongly shaped"):
+        from_pretrained(folder, window=8)
 
 
 def test_without_transformers_the_ports_work_and_the_extra_is_named(tmp_path):

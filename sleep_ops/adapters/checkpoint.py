@@ -75,13 +75,11 @@ def load_weights(
     missing = [name for name in absent if name not in kept]
     if missing or unexpected or misshapen:
         groups = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshapen))
-        got = "; ".join(f"{what}: {_listed(names)}" for what, names in groups if names)
+        got = "; ".join(f"{what}: {listed(names)}" for what, names in groups if names)
         raise ValueError(f"folder: expected the weights of this {type(module).__name__} in {folder}, got {got}")
     empty = [name for name in kept if places[name][0].is_meta]
     if empty:
-        raise ValueError(
-            f"missing_ok: expected tensors that hold values, got some on the meta device: {_listed(empty)}"
-        )
+        raise ValueError(f"missing_ok: expected tensors that hold values, got some on the meta device: {listed(empty)}")
 
     wanted: dict[str, str] = {}
     for name, stored in sources.items():
@@ -195,7 +193,7 @@ def _locate(folder: Path) -> dict[Path, list[str] | None]:
         files.setdefault(folder / file, []).append(name)
     lost = [file.name for file in files if not file.is_file()]
     if lost:
-        raise ValueError(f"folder: expected every shard that {index} names, got none of the name {_listed(lost)}")
+        raise ValueError(f"folder: expected every shard that {index} names, got none of the name {listed(lost)}")
     return files
 
 
@@ -208,7 +206,7 @@ def _shapes(files: dict[Path, list[str] | None]) -> dict[str, list[int]]:
             lost = sorted(set(names or ()) - set(inside))
             if lost:
                 raise ValueError(
-                    f"folder: expected {file} to hold what its index says, got a file without {_listed(lost)}"
+                    f"folder: expected {file} to hold what its index says, got a file without {listed(lost)}"
                 )
             shapes |= {name: shard.get_slice(name).get_shape() for name in (inside if names is None else names)}
     return shapes
@@ -247,6 +245,7 @@ def _read_json(path: Path) -> dict:
     return values
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names for a message, the first of very many."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more

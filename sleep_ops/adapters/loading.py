@@ -162,12 +162,9 @@ def _transformer(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if weights:
-        try:
-            if insert is None:
-                return SleepingTransformer(hf.from_pretrained(folder, **options, **settings))
-            model = AutoModelForCausalLM.from_pretrained(folder, **options)
-        except RuntimeError as error:  # tensors of other shapes
-            raise ValueError(f"folder: expected the weights that {folder} describes, got others: {error}") from error
+        if insert is None:
+            return SleepingTransformer(hf.from_pretrained(folder, **options, **settings))
+        model = hf.loading.load_complete(folder, **options)
     else:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

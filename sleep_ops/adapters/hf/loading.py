@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sleep_ops.adapters.checkpoint import load_weights
+from sleep_ops.adapters.checkpoint import listed, load_weights
 from sleep_ops.adapters.hf.insert import insert_fast_weights
 from sleep_ops.adapters.hf.sleepify import sleepify
 from sleep_ops.config import SleepSettings, expect
@@ -14,16 +14,32 @@ from sleep_ops.config import SleepSettings, expect
 _PREFIX = "model.fast_weights."
 
 
+def load_complete(folder: str | os.PathLike, **options) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, which would make up weights that are missing or of other shapes.
+
+    ValueError, naming them, where there are any.
+    """
+    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+    misshapen = {name: f"{name} {list(got)} instead of {list(size)}" for name, got, size in found["mismatched_keys"]}
+    missing = [name for name in sorted(found["missing_keys"]) if name not in misshapen]
+    groups = (("missing", missing), ("wrongly shaped", sorted(misshapen.values())))
+    got = "; ".join(f"{what}: {listed(names)}" for what, names in groups if names)
+    if got:
+        raise ValueError(f"folder: expected the weights that {folder} describes, got {got}")
+    return model
+
+
 def from_pretrained(folder: str | os.PathLike, **options) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, inserted fast weights loaded, and then `sleepify`.
 
     options: fields of `SleepSettings` (window, passes, ...), where they differ from what the folder's configuration
     remembers; the others go to transformers (dtype, device_map, ...). Raises ValueError as `sleepify` does, and for a
-    folder whose configuration tells of inserted blocks that its weights don't have.
+    folder that lacks weights, those of inserted blocks included, or has them in other shapes.
     """
     names = {f.name for f in fields(SleepSettings)}
     settings = {name: value for name, value in options.items() if name in names}
-    model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in options.items() if k not in names})
+    model = load_complete(folder, **{k: v for k, v in options.items() if k not in names})
     inserted = getattr(model.config, "fast_weights", None)
     if inserted is not None:
         expect(Path(folder).is_dir(), "folder", "a local folder, for a model with inserted blocks", str(folder))
