@@ -34,7 +34,8 @@ class SleepSettings:
     window: tokens read before the attention caches are evicted (L); None for neither eviction nor sleep.
     passes: sleep duration N; 1 is the ordinary hybrid, and the only choice where window is None. math.inf is for
         replaying alone: to the fixed point, a ValueError when a window is read that has none.
-    loop: first and last block of the looped range, both included (the middle 14 of 28 are `(7, 20)`); None for all.
+    loop: first and last block of the looped range, both included (the middle 14 of 28 are `(7, 20)`); "all"; or None,
+        the model's own choice, which is all unless it says otherwise.
     sleep_kind: what passes 2..N over a window are. "refine" (the paper's Algorithm 1) runs the looped blocks again on
         their own outputs; its cost grows with N. "replay" repeats in every GDN block of the loop the writes of the wake
         pass, the same k, v, g and beta, and leaves everything else as it is; its cost does not grow with N.
@@ -51,7 +52,7 @@ class SleepSettings:
 
     window: int | None
     passes: int | float = 1
-    loop: tuple[int, int] | None = None
+    loop: tuple[int, int] | str | None = None
     sleep_kind: str = "refine"
     eviction: str = "hard"
     sleep_on: str = "every"
@@ -76,11 +77,11 @@ class SleepSettings:
 
     def resolve_loop(self, num_blocks: int) -> tuple[int, int]:
         """First and last looped block, both included, of a model of num_blocks. ValueError where they aren't in it."""
-        if self.loop is None:
+        if self.loop is None or self.loop == "all":
             return 0, num_blocks - 1
         pair = isinstance(self.loop, tuple) and len(self.loop) == 2 and all(type(i) is int for i in self.loop)
         inside = pair and 0 <= self.loop[0] <= self.loop[1] < num_blocks
-        expect(inside, "loop", f"(first, last) with 0 <= first <= last < {num_blocks}", self.loop)
+        expect(inside, "loop", f"'all', or (first, last) with 0 <= first <= last < {num_blocks}", self.loop)
         return self.loop
 
     def resolve_passes(self, passes: int | float | None) -> int | float:

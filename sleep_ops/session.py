@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -162,6 +162,22 @@ class SleepSession:
         """An independent session that stands where this one does. States are shared until either reads on."""
         other = SleepSession(self.model, self.passes)
         other.state, other.logits = self.state, self.logits
+        return other
+
+    def select(self, rows: Sequence[int]) -> "SleepSession":
+        """An independent session of some of the rows, in this order: one of a batch, or one several times over.
+
+        Raises ValueError for rows that are not there, and where nothing has been read yet.
+        """
+        if self.state is None:
+            raise ValueError("session: expected something to have been read before selecting, got an empty session")
+        rows, count = list(rows), len(self.state.seen)
+        if not rows or not all(type(b) is int and 0 <= b < count for b in rows):
+            raise ValueError(f"rows: expected numbers from 0 to {count - 1}, got {rows}")
+        other = SleepSession(self.model, self.passes)
+        other.state = self.state.select(rows)
+        if self.logits is not None:
+            other.logits = self.logits[torch.tensor(rows, device=self.logits.device)]
         return other
 
     def save(self, path: str | os.PathLike, *, memory_only: bool = False) -> None:

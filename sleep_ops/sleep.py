@@ -79,6 +79,21 @@ class SleepState(NamedTuple):
         blocks, start, writes = (tuple(map(move, part)) for part in (self.blocks, self.start, self.writes))
         return self._replace(blocks=blocks, start=start, hidden=hidden, writes=writes)
 
+    def select(self, rows: Sequence[int]) -> "SleepState":
+        """The state of these rows, in this order; a row may come several times."""
+        index = ragged.tensor(rows, self.blocks[0][0].device)
+
+        def pick(part: tuple) -> tuple:
+            return tuple(s if s is None else type(s)(*(x.index_select(0, index) for x in s)) for s in part)
+
+        def chosen(values: tuple) -> tuple:
+            return tuple(values[b] for b in rows)
+
+        hidden = None if self.hidden is None else self.hidden.index_select(0, index)
+        blocks, start, writes = map(pick, (self.blocks, self.start, self.writes))
+        lengths = map(chosen, (self.seen, self.live, self.kept, self.labelled, self.absent))
+        return SleepState(blocks, start, hidden, writes, *lengths)
+
     def detach(self) -> "SleepState":
         """The same state, cut from the autograd graph (truncated backpropagation)."""
 

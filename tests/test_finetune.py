@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from sleep_ops import SleepSession
 from sleep_ops.adapters.checkpoint import read_config
-from sleep_ops.adapters.hf import from_pretrained
+from sleep_ops.adapters.hf import from_pretrained, sleepify
 from sleep_ops.adapters.loading import load_model, load_tokenizer
 from sleep_ops.adapters.ouro import Ouro
 from sleep_ops.cli import app
@@ -314,3 +314,16 @@ def test_a_missing_extra_is_named(folders, tmp_path, monkeypatch):
     monkeypatch.delattr("sleep_ops.adapters.hf")
     text = invoke("finetune", folders["qwen3_5"], "--task", "rule110", *SMALL, "--out", tmp_path / "out", code=1)
     assert "pip install 'sleep-ops[hf]'" in text and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("warm_steps", (0, 3))
+def test_an_eviction_that_is_not_given_is_as_the_folder_remembers_it(warm_steps, tmp_path):
+    model = sleepify(build("qwen3_5"), window=8, passes=2, eviction="sliding", loop=(1, 2))
+    model.save_pretrained(tmp_path / "model")
+    task = Rule110(t=1, strings=2, bits=8).to_dict()
+    for given, expected in ((None, "sliding"), ("hard", "hard")):
+        config = FinetuneConfig(str(tmp_path / "model"), task, {"eviction": given}, warm_steps=warm_steps)
+        *warm, full = config.phases(tmp_path / "out")
+        assert all(phase.run.model["eviction"] == "hard" for phase in warm) and len(warm) == bool(warm_steps)
+        # With no warm-up the folder itself says so.
+        assert full.run.model.get("eviction", "sliding") == expected

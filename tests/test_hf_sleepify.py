@@ -526,3 +526,18 @@ def test_configurations_of_vision_models_point_to_the_text_model():
     with pytest.raises(ValueError, match="load its language model with AutoModelForCausalLM"):
         check_family(model)
     assert config("qwen3_5").model_type == "qwen3_5_text"
+
+
+def test_a_remembered_loop_gives_way_to_all_layers():
+    model = sleepify(build("qwen3_5"), window=8, passes=2, loop=(1, 2))
+    assert sleepify(model, passes=3).sleep.stack.loop == (1, 2)
+    assert sleepify(model, loop="all").sleep.stack.loop == (0, 3)
+    inserted = sleepify(insert_fast_weights(build("llama"), [1]), window=8, passes=2, loop="all")
+    assert inserted.sleep.stack.loop == (0, 4)
+
+
+@pytest.mark.parametrize("kind, port", [("ouro", "Ouro"), ("jet_nemotron", "JetNemotron")])
+def test_folders_of_the_ports_are_pointed_to_them(kind, port, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ValueError, match=f"folder: expected a model of transformers .*{port}.from_pretrained"):
+        from_pretrained(tmp_path, window=8)

@@ -249,6 +249,32 @@ def test_a_saved_memory_is_the_fast_weights_alone(eviction, kind, tmp_path):
         assert not torch.allclose(loaded.read(question), session.read(question))
 
 
+@pytest.mark.parametrize("kind", ("refine", "replay"))
+def test_selected_rows_go_on_as_they_would_have(kind, tmp_path):
+    """In another order, several times over, in the middle of a window, and from a saved memory."""
+    model = tiny(passes=3, sleep_kind=kind, eviction="sliding")
+    session = SleepSession(model)
+    session.read(tokens(batch=3, length=13), torch.arange(13) < torch.tensor([[13], [9], [11]]))
+    more = tokens(batch=3, length=8, seed=4)
+    rows = [2, 0, 2]
+    chosen = session.select(rows)
+    assert chosen.seen == (11, 13, 11)
+    asked = more[[2, 0, 1]]
+    expected = [session.select([b]).read(q[None])[0] for b, q in zip(rows, asked, strict=True)]
+    torch.testing.assert_close(chosen.read(asked), torch.stack(expected), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(session.read(more)[2], expected[0], rtol=1e-9, atol=1e-9)  # itself unchanged before
+
+    session.sleep()
+    session.save(tmp_path / "memory", memory_only=True)
+    one = SleepSession.load(tmp_path / "memory", model).select([1]).select([0, 0])
+    assert one.logits is None and one.read(more[:2]).shape == (2, VOCAB)
+    for rows in ([], [2], [-1], [True]):
+        with pytest.raises(ValueError, match="rows: expected numbers from 0 to 1"):
+            one.select(rows)
+    with pytest.raises(ValueError, match="session: expected something to have been read"):
+        SleepSession(model).select([0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_session_goes_on_in_a_narrower_model(dtype, tmp_path):
     session = SleepSession(tiny(passes=2))

@@ -53,6 +53,7 @@ class SleepingTransformer(nn.Module):
         state: SleepState | None = None,
         *,
         cu_seqlens: Tensor | None = None,
+        windows_by: str = "tokens",
         all_logits: bool | None = None,
         return_state: bool = True,
     ) -> SleepOutput:
@@ -67,6 +68,7 @@ class SleepingTransformer(nn.Module):
             passes=passes,
             state=state,
             cu_seqlens=cu_seqlens,
+            windows_by=windows_by,
             all_logits=all_logits,
             return_state=return_state,
         )
@@ -97,7 +99,7 @@ def load_model(
     known = SleepSettings.__dataclass_fields__
     unknown = sorted(given.keys() - known.keys())
     expect(not unknown, "settings", f"some of {', '.join(known)}", unknown)
-    if "loop" in given:
+    if isinstance(given.get("loop"), list):
         given["loop"] = tuple(given["loop"])
     insert = None if insert is None else tuple(insert)
     kind = model_type(folder)
@@ -142,6 +144,12 @@ def load_tokenizer(folder: str | os.PathLike):
     # transformers refuses the ports' configurations, or asks whether to run the code that they name.
     own = (folder / CONFIG_FILE).is_file() and read_config(folder).get("model_type") in PORTS
     return AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig() if own else None, local_files_only=True)
+
+
+def remembered(folder: str | os.PathLike, setting: str) -> object:
+    """A setting of sleep that the configuration of a checkpoint folder keeps from an earlier run, or None."""
+    config = read_config(folder)
+    return (config.get("sleep") or config.get("sleep_ops") or {}).get(setting)
 
 
 def model_type(folder: str | os.PathLike) -> str:

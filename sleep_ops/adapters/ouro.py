@@ -78,7 +78,7 @@ class OuroConfig(SleepSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        expect(self.loop is None, "loop", "None (an Ouro step runs every layer)", self.loop)
+        expect(self.loop in (None, "all"), "loop", "'all' (an Ouro step runs every layer)", self.loop)
         for name in (*_PUBLISHED[:5], "total_ut_steps", "conv_size"):
             check_count(name, getattr(self, name))
         heads = self.num_attention_heads

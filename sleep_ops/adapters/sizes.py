@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sleep_ops.adapters.checkpoint import read_config
+from sleep_ops.adapters.checkpoint import CONFIG_FILE, read_config
 from sleep_ops.adapters.jet_nemotron import JetNemotron, JetNemotronConfig
 from sleep_ops.adapters.ouro import Ouro, OuroConfig
 from sleep_ops.layers.mixer import GDNState
@@ -126,6 +126,9 @@ def main() -> None:
     options = parser.parse_args()
     table = Table("model", "parameters", "memory of a text", *(f"cache of {n} tokens" for n in options.tokens))
     named = ((folder.name, _of_folder(folder)) for folder in options.folders)
+    for folder in options.folders:
+        if not (folder / CONFIG_FILE).is_file():
+            parser.error(f"folders: expected checkpoints, each with a {CONFIG_FILE}, got {folder}")
     for name, model in named if options.folders else _families():
         found = [sizes(model, n) for n in options.tokens]
         row = f"{found[0].parameters / 1e9:.2f}B", _bytes(found[0].memory), *(_bytes(s.cache) for s in found)

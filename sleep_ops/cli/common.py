@@ -93,9 +93,9 @@ def parse_loads(text: str) -> tuple[float, ...]:
         raise ValueError(f"loads: expected numbers separated by commas, got {text!r}") from error
 
 
-def parse_loop(text: str | None) -> tuple[int, int] | None:
+def parse_loop(text: str | None) -> tuple[int, int] | str | None:
     if text is None or text == "all":
-        return None
+        return text
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal()):
         raise ValueError(f"loop: expected all or FIRST:LAST (blocks, both included), got {text!r}")

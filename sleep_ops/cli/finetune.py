@@ -19,7 +19,6 @@ from sleep_ops.cli.common import (
     Device,
     EvalEvery,
     EvalSamples,
-    Eviction,
     FinalLr,
     GradClip,
     KeepCheckpoints,
@@ -76,7 +75,7 @@ def finetune(
     window: Annotated[
         int | None, option("Tokens before eviction, L; by default the task's, or as remembered.", MODEL)
     ] = None,
-    eviction: Eviction = "hard",
+    eviction: Annotated[str | None, option("hard or sliding, of the second phase.", MODEL)] = None,
     loop: Annotated[str | None, option("Looped layers: all, or FIRST:LAST; the model's own by default.", MODEL)] = None,
     sleep_kind: Annotated[str | None, option("refine or replay.", MODEL)] = None,
     sleep_on: Annotated[str | None, option("every or unlabelled.", MODEL)] = None,
@@ -103,6 +102,15 @@ def finetune(
     precision: Precision = "auto",
     max_skipped: MaxSkipped = 10,
     micro_batch: MicroBatch = None,
+    passes_schedule: Annotated[
+        str, option("N of a step: fixed, random (1..N) or curriculum (rising).", RECIPE)
+    ] = "fixed",
+    curriculum: Annotated[float, option("Fraction of the steps over which a curriculum's N rises.", RECIPE)] = 0.5,
+    stop_at: Annotated[
+        float | None, option("End early once an evaluation reaches this value of the metric.", RUN)
+    ] = None,
+    patience: Annotated[int | None, option("End early after so many evaluations without a better one.", RUN)] = None,
+    parallel: Annotated[str, option("Under torchrun: ddp, or fsdp (parameters sharded).", RUN)] = "ddp",
     seed: Seed = 0,
     device: Device = "auto",
     out: Annotated[Path, option("Folder for the runs and, in the end, the model.", RUN)] = Path("runs/finetune"),
@@ -113,9 +121,9 @@ def finetune(
     eval_samples: EvalSamples = 2048,
     until: Until = None,
 ) -> None:
-    """Teach an existing checkpoint to sleep: OUT/model in the end, in the checkpoint's own layout.
+    """Teach an existing checkpoint to sleep: OUT/model in the end, in the checkpoint's own layout and in float32.
 
-    Stopped, the same command goes on. What is not given is as the folder remembers it.
+    Stopped, the same command goes on. Settings of sleep that are not given are as the folder remembers them.
     """
     console = run_console()
     with refusals(Console()):
@@ -152,6 +160,11 @@ def finetune(
             precision=precision,
             max_skipped=max_skipped,
             micro_batch=micro_batch,
+            passes_schedule=passes_schedule,
+            curriculum=curriculum,
+            stop_at=stop_at,
+            patience=patience,
+            parallel=parallel,
             eval_every=eval_every,
             eval_samples=eval_samples,
             checkpoint_every=checkpoint_every,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sleep_ops.adapters.loading import model_type, save_model
+from sleep_ops.adapters.loading import model_type, remembered, save_model
 from sleep_ops.config import SleepSettings
 from sleep_ops.tasks import Task, build_task
 from sleep_ops.training.checkpoint import whole_folder
@@ -34,8 +34,7 @@ class FinetuneConfig:
 
     folder      the checkpoint.
     task        as a task's `to_dict()` gives it.
-    settings    of sleep, as `load_model` takes them, and `insert`; eviction ("hard" unless given) is that of the second
-                phase.
+    settings    of sleep, as `load_model` takes them, and `insert`; eviction is that of the second phase.
     train       the recipe of the second phase, and of the first but for its steps.
     warm_steps  optimiser steps of the first phase; 0 leaves it out.
     """
@@ -55,7 +54,7 @@ class FinetuneConfig:
         SleepSettings.from_dict({"window": 1} | {k: v for k, v in self._given().items() if k != "insert"})
 
     def _given(self) -> dict:
-        given = {"eviction": "hard"} | {name: value for name, value in self.settings.items() if value is not None}
+        given = {name: value for name, value in self.settings.items() if value is not None}
         return given | {"passes": "inf"} if given.get("passes") == math.inf else given
 
     def phases(self, out: Path) -> list["Phase"]:
@@ -69,6 +68,8 @@ class FinetuneConfig:
             found.append(Phase("warm", out / "warm", out / "warm" / MODEL_FOLDER, RunConfig(self.task, model, train)))
             source = str(found[0].export.resolve())
             settings.pop("insert", None)  # they are there now
+            # That folder remembers the first phase's eviction.
+            settings.setdefault("eviction", remembered(self.folder, "eviction") or "hard")
         run = RunConfig(self.task, {"folder": source, **settings}, self.train)
         return [*found, Phase("full", out / "full", out / MODEL_FOLDER, run)]
 

@@ -6,11 +6,15 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sleep_ops.adapters.checkpoint import listed, load_weights
+from sleep_ops.adapters.checkpoint import CONFIG_FILE, listed, load_weights, read_config
 from sleep_ops.adapters.hf.insert import insert_fast_weights
 from sleep_ops.adapters.hf.sleepify import sleepify
 from sleep_ops.config import SleepSettings, expect
 
+_PORTS = {
+    "jet_nemotron": "sleep_ops.adapters.jet_nemotron.JetNemotron",
+    "ouro": "sleep_ops.adapters.ouro.Ouro",
+}
 _PREFIX = "model.fast_weights."
 
 
@@ -37,6 +41,10 @@ def from_pretrained(folder: str | os.PathLike, **options) -> PreTrainedModel:
     remembers; the others go to transformers (dtype, device_map, ...). Raises ValueError as `sleepify` does, and for a
     folder that lacks weights, those of inserted blocks included, or has them in other shapes.
     """
+    if (Path(folder) / CONFIG_FILE).is_file():
+        kind = read_config(folder).get("model_type")
+        for port, name in _PORTS.items():
+            expect(kind != port, "folder", f"a model of transformers ({name}.from_pretrained reads this one)", kind)
     names = {f.name for f in fields(SleepSettings)}
     settings = {name: value for name, value in options.items() if name in names}
     model = load_complete(folder, **{k: v for k, v in options.items() if k not in names})

@@ -30,7 +30,7 @@ class HFReader(SleepReader):
     def settings(self) -> SleepSettings:
         """`chosen`, with `loop` in blocks."""
         inserted = sorted(map(int, self._inserted()))
-        if self.chosen.loop is None or not inserted:
+        if self.chosen.loop in (None, "all") or not inserted:
             return self.chosen
         first, last = self.chosen.loop
         first, last = first + sum(i < first for i in inserted), last + sum(i <= last for i in inserted)

@@ -38,7 +38,7 @@ def sleepify(
     *,
     window: int | None = None,
     passes: int | float | None = None,
-    loop: tuple[int, int] | None = None,
+    loop: tuple[int, int] | str | None = None,
     eviction: str | None = None,
     sleep_kind: str | None = None,
     sleep_on: str | None = None,
@@ -117,6 +117,7 @@ def _forward(
     cu_seq_lens_q: Tensor | None = None,
     passes: int | float | None = None,
     state: SleepState | None = None,
+    windows_by: str = "tokens",
     all_logits: bool | None = None,
     return_state: bool = False,
     return_dict: bool | None = None,
@@ -126,7 +127,7 @@ def _forward(
 
     input_ids, attention_mask (padding anywhere), labels (shifted here), shift_labels (already shifted),
     num_items_in_batch, logits_to_keep: as in transformers. position_ids: None, plain, or those of packed sequences
-    (B = 1); cu_seqlens or cu_seq_lens_q: their borders. loss_mask, passes, state, return_state: as in
+    (B = 1); cu_seqlens or cu_seq_lens_q: their borders. loss_mask, passes, state, windows_by, return_state: as in
     `SleepHybridModel.forward`. all_logits: of every window, not only of those with loss (default: without labels, and
     in evaluation). Raises ValueError naming the argument.
     """
@@ -155,6 +156,7 @@ def _forward(
         passes,
         state,
         cu_seqlens=borders,
+        windows_by=windows_by,
         all_logits=all_logits,
         return_state=return_state,
     )
