@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from sleep_ops.config import expect
 from sleep_ops.experiments.figures import Figure
@@ -45,7 +46,8 @@ def plot(figure: Figure, out: Path, path: Path) -> None:
     _against_x(axes[0, 0], figure, rows)
     if curves:
         _against_tokens(axes[0, 1], figure, rows, Path(out))
-    image.suptitle(figure.title)
+    size = rows[0]["preset"]
+    image.suptitle(figure.title if size == "paper" else f"{figure.title} (preset {size})")
     path.parent.mkdir(parents=True, exist_ok=True)
     image.savefig(path, dpi=120)
     plt.close(image)
@@ -53,7 +55,8 @@ def plot(figure: Figure, out: Path, path: Path) -> None:
 
 def _label(figure: Figure, row: dict[str, str], names: tuple[str, ...]) -> str:
     parts = [f"{_NAMES.get(name, name)} = {row[name]}" for name in names]
-    return ", ".join(parts) + (f" ({row['baseline']})" if row.get("baseline") else "")
+    baseline = f"({row['baseline']})" if row.get("baseline") else ""
+    return f"{', '.join(parts)} {baseline}".strip() or "sleep"
 
 
 def _against_x(axes, figure: Figure, rows: list[dict[str, str]]) -> None:
@@ -73,6 +76,8 @@ def _against_x(axes, figure: Figure, rows: list[dict[str, str]]) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(figure.levels, labels=[str(level) for level in figure.levels], minor=False)
         axes.minorticks_off()
+    if figure.x == "model.passes":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel=figure.x_label or _LABELS.get(figure.x, figure.x), ylabel=_LABELS.get(figure.metric, figure.metric))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
