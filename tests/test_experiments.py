@@ -192,6 +192,12 @@ def test_a_figure_over_levels_of_difficulty(tmp_path):
     assert (tmp_path / "fig3.png").stat().st_size > 10_000
 
 
+def test_a_figure_draws_the_levels_there_are(tmp_path):
+    run("sweep", "fig3", *SMALL, "--set", "task.max_hops=2", "--out", tmp_path)
+    assert "exact_2" in table(tmp_path)[0] and "exact_4" not in table(tmp_path)[0]
+    assert (tmp_path / "fig3.png").stat().st_size > 10_000
+
+
 def test_a_figure_from_a_checkpoint(tmp_path):
     """Problems in the checkpoint's own tokens, a warm-up, a run for each N; stopped between two, it goes on."""
     folder = tmp_path / "checkpoint"
@@ -227,6 +233,10 @@ def test_the_throughput_figure_is_the_benchmark(tmp_path):
     with (tmp_path / "train.csv").open(newline="") as file:
         found = {(r["passes"], r["window"]) for r in csv.DictReader(file)}
     assert found == {("1", "8"), ("1", "12"), ("2", "8"), ("2", "12")} and (tmp_path / "train.png").exists()
+    (tmp_path / "train.png").unlink()
+    run("plot", "fig6", "--preset", "tiny", "--out", tmp_path)
+    assert (tmp_path / "train.png").stat().st_size > 10_000
+    assert "with train.csv" in " ".join(run("plot", "fig6", "--out", tmp_path / "none", code=2).split())
 
 
 def test_sweeps_are_listed_and_bad_ones_refused(tmp_path):
@@ -241,6 +251,10 @@ def test_sweeps_are_listed_and_bad_ones_refused(tmp_path):
         ("fig4",): "model: expected a checkpoint folder",
         ("fig2a", "--model", "x"): "model: expected none",
         ("fig6", "--set", "train.steps=3"): "set: expected",
+        ("fig6", "--model", "x"): "model, baselines: expected none",
+        ("fig6", "--baselines", "depth"): "model, baselines: expected none",
+        ("fig2b", "--set", "model.passes=3"): "does not vary itself, got 'model.passes'",
+        ("fig5", "--model", "x", "--set", "model.passes=3"): "does not vary itself, got 'model.passes'",
     }
     for arguments, message in refusals.items():
         text = run("sweep", *arguments, "--device", "cpu", "--out", tmp_path / "out", code=2)
@@ -253,6 +267,7 @@ def test_instances_are_printed_and_exported(task, tmp_path):
     options = [f"--task-option={k}={v}" for k, v in preset(task, "tiny")["task"].items()]
     text = run("data", task, "--count", 2, *options)
     assert len(text.strip()) > 20
+    assert run("data", task.replace("_", "-"), "--count", 2, *options) == text  # as `train` spells it
     out = tmp_path / "data.jsonl"
     run("data", task, "--count", 5, "--split", "eval", "--seed", 3, *options, "--out", out)
     records = [json.loads(line) for line in out.read_text().splitlines()]
@@ -270,6 +285,7 @@ def test_instances_are_printed_and_exported(task, tmp_path):
 def test_data_refuses_what_cannot_be(tmp_path):
     refusals = {
         ("poetry",): "task: expected one of",
+        ("text",): "task: expected one of",
         ("rule110", "--count", "0"): "count, seed: expected",
         ("rule110", "--task-option", "depth=3"): "task_option: expected settings of rule110",
         ("rule110", "--split", "test"): "split: expected one of",

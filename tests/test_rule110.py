@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from sleep_ops.tasks import IGNORE_INDEX, Rule110, build_task
@@ -46,6 +48,30 @@ def test_layout_of_a_sequence(task):
         strings = [row[i * task.bits : (i + 1) * task.bits] for i in range(task.strings)]
         answers = [oracle(s, task.t, task.boundary)[0] for s in strings]
         assert row[context:] == [SEP, *answers[:-1]]
+        assert target == [IGNORE_INDEX] * context + answers
+
+
+@st.composite
+def tasks(draw):
+    bits = draw(st.integers(3, 40))
+    held_out = draw(st.sampled_from([0.0, 0.125])) if bits >= 10 else 0.0
+    counts = {name: draw(st.integers(low, high)) for name, low, high in (("t", 0, 40), ("strings", 1, 5))}
+    boundary, repeats = draw(st.sampled_from(["periodic", "zero"])), draw(st.integers(1, 3))
+    return Rule110(bits=bits, boundary=boundary, held_out=held_out, repeats=repeats, **counts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tasks(), st.integers(0, 2**63), st.integers(0, 10**9), st.sampled_from(["train", "eval"]))
+def test_every_sequence_is_what_the_oracle_says(task, seed, step, split):
+    ids, labels, mask, *_ = task.batch(seed, step, size=4, split=split)
+    context = task.repeats * task.strings * task.bits
+    assert ids.shape == labels.shape == mask.shape == (4, task.seq_len) == (4, context + task.strings)
+    assert torch.equal(mask, labels != IGNORE_INDEX)
+    for row, target in zip(ids.tolist(), labels.tolist(), strict=True):
+        once = row[: task.strings * task.bits]
+        strings = [once[i : i + task.bits] for i in range(0, len(once), task.bits)]
+        answers = [oracle(s, task.t, task.boundary)[0] for s in strings]
+        assert set(once) <= {0, 1} and row == once * task.repeats + [SEP, *answers[:-1]]
         assert target == [IGNORE_INDEX] * context + answers
 
 

@@ -130,6 +130,7 @@ def test_learning_rate_schedule():
         ({"steps": 0}, "steps"),
         ({"batch_size": 2.0}, "batch_size"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
         ({"lr_muon": 0.0}, "lr_muon"),
         ({"lr_adamw": math.nan}, "lr_adamw"),
         ({"weight_decay": -1.0}, "weight_decay"),

@@ -1,5 +1,6 @@
 """The paper's figures and the tasks' data: `sleep-ops sweep`, `plot` and `data`."""
 
+import csv
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sleep_ops.cli.common import Device, Resume, Seed, named_values, option, refusals
+from sleep_ops.cli.common import Device, Resume, Seed, named_values, option, refusals, run_console
 
 FigureName = Annotated[str | None, typer.Argument(help="fig2a, fig2b, ...; without one, they are listed.")]
 PresetName = Annotated[str, option("paper, small or tiny.")]
@@ -31,8 +32,8 @@ def sweep(
     resume: Resume = True,
 ) -> None:
     """All runs of one of the paper's figures, then its plot. Stopped, the same command goes on."""
-    console = Console()
-    with refusals(console):
+    console = run_console()
+    with refusals(Console()):
         from sleep_ops.experiments.figures import load_figure
 
         if figure is None:
@@ -41,6 +42,8 @@ def sweep(
         chosen, place = load_figure(figure, preset), out or Path("runs") / f"{figure}-{preset}"
         changes = {"train.seed": seed, "train.device": device} | named_values("set", set or [])
         if chosen.kind == "throughput":
+            if model is not None or baselines:
+                raise ValueError(f"model, baselines: expected none for {figure}, got {model or baselines}")
             _throughput(console, chosen, changes, place)
             return
         from sleep_ops.experiments.plot import plot
@@ -64,7 +67,8 @@ def sweep(
         if stopped is not None:
             console.print(f"stopped by signal {stopped.signal}, saved; the same command goes on")
             raise typer.Exit(128 + stopped.signal)
-        plot(chosen, place, place / f"{figure}.png")
+        if not console.quiet:
+            plot(chosen, place, place / f"{figure}.png")
     console.print(f"wrote {place / RESULTS_FILE} and {place / f'{figure}.png'}", soft_wrap=True)
 
 
@@ -80,9 +84,13 @@ def plot(
         from sleep_ops.experiments.figures import load_figure
         from sleep_ops.experiments.plot import plot as draw
 
-        place = out or Path("runs") / f"{figure}-{preset}"
-        image = image or place / f"{figure}.png"
-        draw(load_figure(figure, preset), place, image)
+        chosen, place = load_figure(figure, preset), out or Path("runs") / f"{figure}-{preset}"
+        if chosen.kind == "throughput":
+            image = image or place / "train.png"
+            _draw_throughput(place, image)
+        else:
+            image = image or place / f"{figure}.png"
+            draw(chosen, place, image)
     console.print(f"wrote {image}", soft_wrap=True)
 
 
@@ -104,8 +112,10 @@ def data(
         from sleep_ops.training.config import resolve_device
 
         resolve_device(device)
-        if task not in TASKS:
-            raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+        task = task.replace("-", "_")  # as `train` spells it
+        made = [name for name, found in TASKS.items() if hasattr(found, "render")]  # text is what its files have
+        if task not in made:
+            raise ValueError(f"task: expected one of {', '.join(made)}, got {task!r}")
         if count < 1 or seed < 0:
             raise ValueError(f"count, seed: expected >= 1, >= 0, got {count}, {seed}")
         values = named_values("task_option", task_option or [])
@@ -165,3 +175,25 @@ def _throughput(console: Console, figure, changes: dict, out: Path) -> None:
     # Called as a function, so every option is spelt out: typer's defaults are those of the command line alone.
     settings |= dict(checkpointing="off,on", cuda_graph=False, batch=None, precision="auto", repeats=None)
     bench_train(**settings | options, out=out)
+
+
+def _draw_throughput(place: Path, image: Path) -> None:
+    """Draws again what `bench train` measured."""
+    from sleep_ops.bench.plot import plot_training
+
+    table = place / "train.csv"
+    if not table.is_file():
+        raise ValueError(f"out: expected the folder of a sweep, with train.csv, got {str(place)!r}")
+    with table.open(newline="") as file:
+        rows = [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    image.parent.mkdir(parents=True, exist_ok=True)
+    plot_training(rows, image)
+
+
+def _number(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

@@ -12,13 +12,14 @@ from rich.progress import track
 from sleep_ops.adapters.loading import load_tokenizer
 from sleep_ops.config import SleepSettings, expect
 from sleep_ops.experiments.figures import Figure
-from sleep_ops.experiments.sweep import RESULTS_FILE, device_name, folder_name
+from sleep_ops.experiments.sweep import RESULTS_FILE, check_changes, device_name, folder_name
 from sleep_ops.tasks import Text
 from sleep_ops.tasks.gsm_infinite.problem import Generator, write_jsonl
 from sleep_ops.training import TrainResult
 from sleep_ops.training.config import TrainConfig, resolve_device
 from sleep_ops.training.finetune import RECIPE, FinetuneConfig, finetune
 from sleep_ops.training.logs import read_csv, write_csv
+from sleep_ops.training.parallel import World, local_device
 from sleep_ops.training.trainer import EVAL_FILE
 
 DATA = {"problems": 100000, "eval_problems": 2048, "lengths": [2000, 3300], "ops": [1, 8]}
@@ -80,12 +81,14 @@ def sweep_finetuned(
     settings that can't be, and as `finetune` does.
     """
     expect(figure.kind == "finetune", "figure", "one of fine-tuning", figure.name)
+    check_changes(figure, changes)
     console, out, rows = console or Console(), Path(out), []
     chosen = grouped(figure.set | (changes or {}))
     recipe = {name: value for name, value in chosen["train"].items() if name != "warm_steps"}
     train = replace(RECIPE, **recipe)
-    resolve_device(train.device)
-    paths = write_problems(out / "data", checkpoint, train.seed, DATA | chosen["data"], console)
+    device = resolve_device(local_device(train.device))
+    world, data = World.join(device), DATA | chosen["data"]
+    paths = world.first(lambda: write_problems(out / "data", checkpoint, train.seed, data, console))
     task = Text(str(paths[0].resolve()), str(Path(checkpoint).resolve()), str(paths[1].resolve()), level="op")
     for point in figure.points():
         name = folder_name(point)
@@ -97,7 +100,8 @@ def sweep_finetuned(
             return result
         last = read_csv(out / name / "full" / EVAL_FILE)[-1]
         row = {"figure": figure.name, "preset": size, "run": name, **point, "baseline": "", "model": str(checkpoint)}
-        row |= {"device": device_name(resolve_device(train.device)), "torch": torch.__version__}
+        row |= {"device": device_name(device), "torch": torch.__version__}
         rows.append(row | last)
-        write_csv(out / RESULTS_FILE, rows)
+        if world.main:
+            write_csv(out / RESULTS_FILE, rows)
     return None

@@ -61,10 +61,12 @@ def _label(figure: Figure, row: dict[str, str], names: tuple[str, ...]) -> str:
 
 def _against_x(axes, figure: Figure, rows: list[dict[str, str]]) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
+    # A changed task may lack some of the paper's levels.
+    levels = [level for level in figure.levels if f"{figure.metric}_{level}" in rows[0]]
     for row in rows:
         points = lines.setdefault(_label(figure, row, figure.series), [])
         if figure.x == "level":
-            points += [(level, float(row[f"{figure.metric}_{level}"])) for level in figure.levels]
+            points += [(level, float(row[f"{figure.metric}_{level}"])) for level in levels]
         else:
             points.append((float(row[figure.x]), float(row[figure.metric])))
     for label, points in lines.items():
@@ -74,7 +76,7 @@ def _against_x(axes, figure: Figure, rows: list[dict[str, str]]) -> None:
         axes.plot(*zip(*marks, strict=True), "k*", markersize=11, label=f"paper {label}".strip())
     if figure.x == "level":
         axes.set_xscale("log", base=2)
-        axes.set_xticks(figure.levels, labels=[str(level) for level in figure.levels], minor=False)
+        axes.set_xticks(levels, labels=[str(level) for level in levels], minor=False)
         axes.minorticks_off()
     if figure.x == "model.passes":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -22,6 +22,12 @@ def folder_name(point: dict[str, object], baseline: str | None = None) -> str:
     return ",".join(parts if baseline is None else [*parts, baseline])
 
 
+def check_changes(figure: Figure, changes: dict[str, object] | None) -> None:
+    """ValueError for a change of what the grid varies: the runs would not be what their names say."""
+    for name in changes or {}:
+        expect(name not in figure.grid, "set", f"a setting that {figure.name} does not vary itself", name)
+
+
 def train_runs(
     figure: Figure, size: str, *, baselines: Sequence[str] = (), changes: dict[str, object] | None = None
 ) -> list[tuple[str, dict, RunConfig]]:
@@ -29,6 +35,7 @@ def train_runs(
 
     changes: settings of every run, over the preset's and the figure's. ValueError for settings that can't be.
     """
+    check_changes(figure, changes)
     runs = []
     largest = max(figure.grid["model.passes"])
     for point, baseline in [
@@ -73,7 +80,8 @@ def sweep(
         last = read_csv(out / name / EVAL_FILE)[-1]
         row = {"figure": figure.name, "preset": size, "run": name, **values, "seconds": round(result.seconds, 1)}
         rows.append(row | {"device": device_name(trainer.device), "torch": torch.__version__} | last)
-        write_csv(out / RESULTS_FILE, rows)
+        if trainer.world.main:
+            write_csv(out / RESULTS_FILE, rows)
     return None
 
 

@@ -102,6 +102,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed: expected an integer < 2^63, got {self.seed}")
         for name in ("lr_muon", "lr_adamw", "grad_clip"):
             value = getattr(self, name)
             if not value > 0 or (name != "grad_clip" and math.isinf(value)):
