@@ -1,5 +1,6 @@
 """A run in two processes, whole models or shards, against one process: the same losses, weights and checkpoints."""
 
+import json
 import math
 import os
 import signal
@@ -13,11 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
-from test_adapter_loading import plain
+from test_adapter_loading import plain, word_tokenizer
 from torch.distributed.tensor import distribute_tensor
 
 from sleep_ops import HybridConfig
 from sleep_ops.adapters.loading import load_model
+from sleep_ops.experiments import finetuned, sweep
+from sleep_ops.experiments.figures import load_figure
 from sleep_ops.tasks import Rule110
 from sleep_ops.training import RunConfig, TrainConfig, Trainer, TrainingDiverged, graph, load_run
 from sleep_ops.training.checkpoint import list_checkpoints, load_checkpoint
@@ -45,6 +48,7 @@ MODEL = dict(vocab_size=3, hidden_size=18, layers=("attn", "gdn", "attn"), windo
 TRAIN = TrainConfig(
     steps=4, batch_size=7, lr_adamw=1e-4, eval_every=2, eval_samples=8, checkpoint_every=0, warmup=0, device="cpu"
 )
+SWEPT = {"train.steps": 1, "train.batch_size": 2, "train.eval_samples": 4, "train.device": "cpu"}
 CASES = {
     "refine": (TASK, dict(activation_checkpointing=True, loop_gate=True, tie_embeddings=True), dict(micro_batch=3)),
     "replay": (TASK, dict(sleep_kind="replay", passes=3, activation_checkpointing=True), {}),
@@ -101,6 +105,13 @@ def stepped(run, distribute):
     return run.layout.whole(run.model.state_dict())
 
 
+def write_examples(place):
+    place.mkdir(parents=True)
+    for path in (paths := (place / "train.jsonl", place / "eval.jsonl")):
+        path.write_text("".join(json.dumps({"prompt": "a b", "answer": "c", "op": op}) + "\n" for op in (1, 2)))
+    return paths
+
+
 def refusal(function):
     try:
         function()
@@ -151,6 +162,17 @@ def worker(rank, port, folder):
         make(folder / "stepped", parallel="fsdp"),
         lambda x, p: distribute_tensor(x, p.device_mesh, p.placements),
     )
+    wrote = []
+    for module in (sweep, finetuned):
+        module.write_csv = lambda path, rows: wrote.append(len(rows))
+    finetuned.write_problems = lambda place, *args, **kwargs: wrote.append("problems") or write_examples(place)
+    figure = replace(load_figure("fig2b", "tiny"), grid={"model.passes": [1]})
+    sweep.sweep(figure, "tiny", folder / "sweep", changes=SWEPT, console=QUIET)
+    settings = {"model.window": 8, "model.insert": (0, 2)}
+    figure = replace(load_figure("fig5", "tiny"), set=settings, grid=figure.grid)
+    words, changes = folder / "words", SWEPT | {"train.batch_size": 4}
+    finetuned.sweep_finetuned(figure, "tiny", folder / "sweep-tuned", words, changes=changes, console=QUIET)
+    found["sweeps"] = wrote
     found["other-way"] = refusal(lambda: make(folder / "ddp/refine", parallel="fsdp").fit())
     found["small"] = refusal(lambda: make(folder / "small", batch_size=1))
     found["device"] = refusal(lambda: local_device("cuda:0"))
@@ -172,6 +194,7 @@ def folder(tmp_path_factory):
         make(folder / f"one-then-{way}").fit(until=2)
     plain(folder / "ouro", "ouro")
     finetune(tuning(folder), folder / "tuned-by-one", console=QUIET)
+    word_tokenizer(plain(folder / "words", "ouro"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -315,6 +338,10 @@ def test_finetuning_writes_the_model_of_one_process(folder, ranks):
     for phase in ("warm", "full"):
         one, two = (metrics(folder / name / phase) for name in ("tuned-by-one", "tuned-by-two"))
         torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-3, atol=0)
+
+
+def test_one_process_of_a_sweep_writes_its_table_and_data(ranks):
+    assert [rank["sweeps"] for rank in ranks] == [[1, "problems", 1], []]
 
 
 def test_optimisers_of_shards_are_those_of_whole_matrices(folder, ranks):

@@ -223,9 +223,17 @@ def test_a_figure_from_a_checkpoint(tmp_path):
     shutil.rmtree(out / "passes=2")
     run("sweep", "fig5", *small, "--out", out)
     assert (weights(1), weights(2)) == (first, second) and table(out) == rows
+    changed = small + ["--set", "data.problems=25"]
+    assert "data: expected" in " ".join(run("sweep", "fig5", *changed, "--out", out, code=2).split())
+    assert "data.problems: expected an integer" in " ".join(
+        run("sweep", "fig5", *small, "--set", "data.problems=0", "--out", out, code=2).split()
+    )
+    assert len((out / "data" / "train.jsonl").read_text().splitlines()) == 24
     assert "data.problem: expected one of" in " ".join(
         run("sweep", "fig5", *small, "--set", "data.problem=3", "--out", out, code=2).split()
     )
+    run("sweep", "fig5", *changed, "--fresh", "--out", out)
+    assert len((out / "data" / "train.jsonl").read_text().splitlines()) == 25
 
 
 def test_the_throughput_figure_is_the_benchmark(tmp_path):

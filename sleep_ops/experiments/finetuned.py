@@ -1,5 +1,6 @@
 """The figures that start from a checkpoint: GSM-Infinite problems in its own tokens, then one fine-tuning run per N."""
 
+import json
 import os
 from dataclasses import fields, replace
 from itertools import groupby
@@ -16,11 +17,13 @@ from sleep_ops.experiments.sweep import RESULTS_FILE, check_changes, device_name
 from sleep_ops.tasks import Text
 from sleep_ops.tasks.gsm_infinite.problem import Generator, write_jsonl
 from sleep_ops.training import TrainResult
+from sleep_ops.training.checkpoint import write_atomically
 from sleep_ops.training.config import TrainConfig, resolve_device
 from sleep_ops.training.finetune import RECIPE, FinetuneConfig, finetune
 from sleep_ops.training.logs import read_csv, write_csv
 from sleep_ops.training.parallel import World, local_device
 from sleep_ops.training.trainer import EVAL_FILE
+from sleep_ops.validation import check_count
 
 DATA = {"problems": 100000, "eval_problems": 2048, "lengths": [2000, 3300], "ops": [1, 8]}
 
@@ -42,26 +45,40 @@ def grouped(settings: dict[str, object]) -> dict[str, dict[str, object]]:
     return found
 
 
-def write_problems(folder: Path, checkpoint: Path, seed: int, data: dict, console: Console) -> tuple[Path, Path]:
+def write_problems(
+    folder: Path, checkpoint: Path, seed: int, data: dict, console: Console, *, resume: bool = True
+) -> tuple[Path, Path]:
     """Training and evaluation problems as JSON lines, their lengths counted by the checkpoint's tokenizer.
 
-    Files that are there already are kept: they were written whole.
+    resume: keep files that are there already, which were written whole; ValueError where they are of other settings.
     """
+    counts = {split: data[name] for split, name in (("train", "problems"), ("eval", "eval_problems"))}
+    for name in ("problems", "eval_problems"):
+        check_count(f"data.{name}", data[name])
+    settings = {"seed": seed, "checkpoint": str(checkpoint.resolve())} | data
+    paths, about = [folder / f"{split}.jsonl" for split in counts], folder / "settings.json"
+    kept = resume and about.exists() and any(path.exists() for path in paths)
+    if kept:
+        known = json.loads(about.read_text(encoding="utf-8"))
+        expected = f"{known}, which the problems in {folder} were made with (or another folder, or --fresh)"
+        expect(known == settings, "data", expected, settings)
     tokenizer = load_tokenizer(str(checkpoint))
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    generator = Generator(tuple(data["ops"]), tuple(data["lengths"]), count)
-    paths = []
-    for split, number in (("train", data["problems"]), ("eval", data["eval_problems"])):
-        paths.append(folder / f"{split}.jsonl")
-        if not paths[-1].exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = paths[-1].with_suffix(".partial")
+    generator = Generator(data["ops"], data["lengths"], count)
+    if not kept:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(about, json.dumps(settings).encode() + b"\n")
+    for path, (split, number) in zip(paths, counts.items(), strict=True):
+        if not path.exists():
+            partial = path.with_suffix(".partial")
             numbers = track(range(number), description=f"writing problems: {split}", console=console)
             write_jsonl(partial, (generator.problem(seed, i, split) for i in numbers))
-            os.replace(partial, paths[-1])
+            os.replace(partial, path)
     return paths[0], paths[1]
 
 
@@ -88,7 +105,7 @@ def sweep_finetuned(
     train = replace(RECIPE, **recipe)
     device = resolve_device(local_device(train.device))
     world, data = World.join(device), DATA | chosen["data"]
-    paths = world.first(lambda: write_problems(out / "data", checkpoint, train.seed, data, console))
+    paths = world.first(lambda: write_problems(out / "data", checkpoint, train.seed, data, console, resume=resume))
     task = Text(str(paths[0].resolve()), str(Path(checkpoint).resolve()), str(paths[1].resolve()), level="op")
     for point in figure.points():
         name = folder_name(point)
