@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sleep_ops import HybridConfig, SleepHybridModel
-from sleep_ops.tasks import IGNORE_INDEX
+from sleep_ops.tasks import IGNORE_INDEX, Rule110
 from sleep_ops.tasks.depo import Depo
 
 SMALL = {"min_nodes": 3, "max_nodes": 7, "vocabulary": 9, "queries": 4, "max_hops": 5, "window": 7}
@@ -45,7 +45,6 @@ def read_name(task, tokens):
 
 def read_context(task, tokens):
     """The successor of every node, from the tokens of one reading of the context."""
-    tokens = tokens[next((i for i, t in enumerate(tokens) if t != task.pad_token), 0) :]
     after = {}
     while tokens:
         node = read_name(task, tokens)
@@ -80,9 +79,10 @@ def test_every_sequence_against_the_oracle(task, seed, step, split):
     assert task.context == length * task.repeats
     assert ids.shape == (5, task.seq_len) == (5, task.context + count * (2 + 2 * task.longest_name))
     for row, target, marked in zip(ids.tolist(), labels.tolist(), mask.tolist(), strict=True):
-        readings = [row[i : i + length] for i in range(0, task.context, length)]
-        assert all(reading == readings[0] for reading in readings)
-        after = read_context(task, list(readings[0]))
+        read = [t for t in row[: task.context] if t != task.pad_token]
+        once = read[: len(read) // task.repeats]
+        assert row[: task.context] == [task.pad_token] * (task.context - len(read)) + once * task.repeats
+        after = read_context(task, list(once))
         low = task.max_nodes if split == "eval" else task.min_nodes
         assert low <= len(after) <= task.max_nodes
         node, seen = next(iter(after)), []
@@ -167,7 +167,7 @@ def test_batches_mask_their_padding_and_keep_window_borders():
     steps = batch.attention_mask.int().diff(dim=1)
     assert bool(((steps == -1).sum(1) <= 1).all()) and bool(((steps == 1).sum(1) <= 1).all())
     twice = Depo(**SMALL, repeats=2).batch(0, 0, 64)
-    assert twice.windows_by == "tokens" and twice.attention_mask is not None
+    assert twice.windows_by == "positions" and twice.attention_mask is not None
     plain = Depo(**SMALL, pads="tokens").batch(0, 0, 64)
     assert plain.attention_mask is None and plain.windows_by == "tokens"
     assert Depo(**SMALL).batch(0, 0, 8, split="eval").attention_mask is None  # cycles of the largest size alone
@@ -300,3 +300,10 @@ def test_bad_batches(kwargs):
 def test_bad_evaluation():
     with pytest.raises(ValueError, match="samples"):
         Depo(**SMALL).evaluate(Answering(30), samples=0)
+
+
+@pytest.mark.parametrize("arguments", [(2**64, 0, 1), (0, 2**63, 1), (-1, 0, 1), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("task", [Depo(**SMALL), Rule110()], ids=["depo", "rule110"])
+def test_streams_that_are_none(task, arguments):
+    with pytest.raises(ValueError, match="^seed, step, size: expected integers"):
+        task.batch(*arguments)

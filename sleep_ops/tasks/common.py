@@ -30,8 +30,9 @@ class Stream:
     def __init__(self, seed: int, step: int, size: int, split: str):
         if split not in _SPLITS:
             raise ValueError(f"split: expected one of {tuple(_SPLITS)}, got {split!r}")
-        if seed < 0 or step < 0 or size < 1:
-            raise ValueError(f"seed, step, size: expected >= 0, >= 0, >= 1, got {seed}, {step}, {size}")
+        if not (0 <= seed < 1 << 64 and 0 <= step < 1 << 63 and size >= 1):
+            expected = "integers 0 <= seed < 2^64, 0 <= step < 2^63, size >= 1"
+            raise ValueError(f"seed, step, size: expected {expected}, got {seed}, {step}, {size}")
         self._source = np.random.Philox(key=np.array([seed, _SPLITS[split] << 63 | step], dtype=np.uint64))
 
     def uniform(self, *shape: int) -> np.ndarray:

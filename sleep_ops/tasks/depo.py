@@ -41,7 +41,7 @@ class Depo:
     shortest_name, longest_name  tokens per name, each length equally likely.
     queries                      per sequence, each about another node.
     max_hops                     in training, k is uniform in 1 .. max_hops.
-    repeats                      how often the context is read, padding included: a baseline for sleep.
+    repeats                      how often the context is read, without a gap: a baseline for sleep.
     pads                         "masked": `attention_mask` marks the padding, which the model then does not see;
                                  "tokens": padding is read like any token.
     window                       the natural one: a quarter of the context in the paper's setting.
@@ -122,8 +122,7 @@ class Depo:
         """Batch number `step` of the stream (seed, split): `size` sequences of `seq_len` tokens.
 
         The loss is taken where [=] or a token of an answer comes next. Where there is padding that is to be masked, the
-        batch has an attention_mask, and windows end at columns (with repeats, where padding stands between them, they
-        count real tokens). All but loss_mask come on `device`.
+        batch has an attention_mask, and windows end at columns. All but loss_mask come on `device`.
         """
         stream = Stream(seed, step, size, split)
         nodes, hops = self._sizes(stream, size, split)
@@ -138,7 +137,8 @@ class Depo:
         source = in_random_order()
         edges = np.stack([source, (source + 1) % nodes[:, None]], 2).reshape(size, -1)
         there = ~absent.repeat(2, 1)[..., None] & (np.arange(self.longest_name) < lengths[rows, edges][..., None])
-        (context,) = self._pack(there, names[rows, edges], left=True)
+        there, context = (np.tile(x.reshape(size, -1), self.repeats) for x in (there, names[rows, edges]))
+        (context,) = self._pack(there, context, left=True)
 
         asked = in_random_order()[:, : hops.shape[1]]
         answer = (asked + hops) % nodes[:, None]
@@ -154,7 +154,7 @@ class Depo:
         to_predict = np.broadcast_to(np.arange(2 + 2 * width) > width, there.shape)
         queries, to_predict = self._pack(there, queries, to_predict)
 
-        input_ids = np.concatenate([np.tile(context, self.repeats), queries], 1)
+        input_ids = np.concatenate([context, queries], 1)
         labels = np.full(input_ids.shape, IGNORE_INDEX)
         at = self.context - 1  # the column whose label is the first query token
         labels[:, at:-1] = np.where(to_predict == 1, queries, IGNORE_INDEX)
@@ -162,8 +162,8 @@ class Depo:
         mask = self.attention_mask(batch.input_ids)
         if mask is None or bool(mask.all()):
             return batch
-        # Read once, padding stands at the ends alone, and windows end where they do without any.
-        return batch._replace(attention_mask=mask, windows_by="positions" if self.repeats == 1 else "tokens")
+        # Padding stands at the ends alone, and windows end where they do without any.
+        return batch._replace(attention_mask=mask, windows_by="positions")
 
     def evaluate(
         self,
@@ -215,8 +215,8 @@ class Depo:
     def render(self, input_ids: Tensor, labels: Tensor) -> str:
         """One sequence, input_ids and labels int64 [T], as edges and answered queries in the original's tokens."""
         ids = input_ids.tolist()
-        once = [i for i in ids[: self.context // self.repeats] if i != self.pad_token]
-        names = self._split_names(once)
+        names = self._split_names([i for i in ids[: self.context] if i != self.pad_token])
+        names = names[: len(names) // self.repeats]
         edges = ", ".join(f"{u} > {v}" for u, v in zip(names[::2], names[1::2], strict=True))
         lines = [f"{len(names) // 2} edges" + (f", read {self.repeats} times" if self.repeats > 1 else ""), edges]
         expected = labels.tolist()
