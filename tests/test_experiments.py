@@ -212,6 +212,8 @@ def test_a_figure_from_a_checkpoint(tmp_path):
     rows = table(out)
     assert [r["model.passes"] for r in rows] == ["1", "2"] and {"exact_1", "exact_2", "majority_1"} <= rows[0].keys()
     assert (out / "fig5.png").exists() and (out / "passes=2" / "model" / "config.json").exists()
+    run("plot", "fig5", "--preset", "tiny", "--out", out, "--image", tmp_path / "fig5.svg")
+    assert "<!-- commonest answer -->" in (tmp_path / "fig5.svg").read_text()
     lines = [json.loads(line) for line in (out / "data" / "train.jsonl").read_text().splitlines()]
     assert len(lines) == 24 and {line["op"] for line in lines} == {1, 2}
     assert all(150 - 40 < line["length"] <= 200 for line in lines)  # within a sentence of the wanted lengths

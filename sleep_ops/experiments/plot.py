@@ -71,6 +71,10 @@ def _against_x(axes, figure: Figure, rows: list[dict[str, str]]) -> None:
             points.append((float(row[figure.x]), float(row[figure.metric])))
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    # Answers are skewed, so that a guess is worth much: the same problems in every run.
+    guesses = [(level, float(rows[0][f"majority_{level}"])) for level in levels if f"majority_{level}" in rows[0]]
+    if guesses:
+        axes.plot(*zip(*guesses, strict=True), ":", color="grey", label="commonest answer")
     for label in dict.fromkeys(mark[2] if len(mark) > 2 else "" for mark in figure.reference):
         marks = [mark[:2] for mark in figure.reference if (mark[2] if len(mark) > 2 else "") == label]
         axes.plot(*zip(*marks, strict=True), "k*", markersize=11, label=f"paper {label}".strip())
