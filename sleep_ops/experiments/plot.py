@@ -47,7 +47,8 @@ def plot(figure: Figure, out: Path, path: Path) -> None:
     if curves:
         _against_tokens(axes[0, 1], figure, rows, Path(out))
     size = rows[0]["preset"]
-    image.suptitle(figure.title if size == "paper" else f"{figure.title} (preset {size})")
+    title = figure.title if size == "paper" else f"{figure.title} (preset {size})"
+    image.suptitle(title, fontsize="large" if curves else "medium")  # one panel is narrow
     path.parent.mkdir(parents=True, exist_ok=True)
     image.savefig(path, dpi=120)
     plt.close(image)
