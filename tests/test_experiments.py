@@ -177,7 +177,16 @@ def test_a_sweep_runs_goes_on_and_is_drawn(tmp_path):
     assert metrics.read_bytes() == before
     drop = lambda text: [line.rpartition(",")[0] for line in text.splitlines()]  # noqa: E731 - all but the speed
     assert drop((out / "passes=4" / "metrics.csv").read_text()) == drop(trained)
-    assert [r["exact"] for r in table(out)] == [r["exact"] for r in rows]
+    table_before = table(out)
+    assert {r["run"]: r["exact"] for r in table_before} == {r["run"]: r["exact"] for r in rows}
+
+    # without the baselines their rows stay, and what was not run again keeps its row as it was
+    run("sweep", "fig2b", *SMALL, "--out", out)
+    assert table(out) == table_before
+    with (out / "curves.csv").open(newline="") as file:
+        curves = [(r["run"], float(r["step"])) for r in csv.DictReader(file)]
+    assert curves == [(r["run"], step) for r in table_before for step in (2.0, 4.0)]
+    assert all(r["revision"] and r["threads"] for r in table_before)
 
     run("plot", "fig2b", "--preset", "tiny", "--out", out, "--image", tmp_path / "again.svg")
     assert "<svg" in (tmp_path / "again.svg").read_text()

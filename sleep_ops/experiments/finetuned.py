@@ -6,23 +6,21 @@ from dataclasses import fields, replace
 from itertools import groupby
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
 from sleep_ops.adapters.loading import load_tokenizer
+from sleep_ops.bench.harness import environment
 from sleep_ops.config import SleepSettings, expect
 from sleep_ops.experiments.figures import Figure
-from sleep_ops.experiments.sweep import RESULTS_FILE, check_changes, device_name, folder_name
+from sleep_ops.experiments.sweep import Results, check_changes, folder_name
 from sleep_ops.tasks import Text
 from sleep_ops.tasks.gsm_infinite.problem import Generator, write_jsonl
 from sleep_ops.training import TrainResult
 from sleep_ops.training.checkpoint import write_atomically
 from sleep_ops.training.config import TrainConfig, resolve_device
 from sleep_ops.training.finetune import RECIPE, FinetuneConfig, finetune
-from sleep_ops.training.logs import read_csv, write_csv
 from sleep_ops.training.parallel import World, local_device
-from sleep_ops.training.trainer import EVAL_FILE
 from sleep_ops.validation import check_count
 
 DATA = {"problems": 100000, "eval_problems": 2048, "lengths": [2000, 3300], "ops": [1, 8]}
@@ -99,7 +97,7 @@ def sweep_finetuned(
     """
     expect(figure.kind == "finetune", "figure", "one of fine-tuning", figure.name)
     check_changes(figure, changes)
-    console, out, rows = console or Console(), Path(out), []
+    console, out, results = console or Console(), Path(out), Results(out, keep=resume)
     chosen = grouped(figure.set | (changes or {}))
     recipe = {name: value for name, value in chosen["train"].items() if name != "warm_steps"}
     train = replace(RECIPE, **recipe)
@@ -115,10 +113,8 @@ def sweep_finetuned(
         result = finetune(config, out / name, resume=resume, task=task, console=console)
         if result is not None and result.signal is not None:
             return result
-        last = read_csv(out / name / "full" / EVAL_FILE)[-1]
-        row = {"figure": figure.name, "preset": size, "run": name, **point, "baseline": "", "model": str(checkpoint)}
-        row |= {"device": device_name(device), "torch": torch.__version__}
-        rows.append(row | last)
         if world.main:
-            write_csv(out / RESULTS_FILE, rows)
+            row = {"figure": figure.name, "preset": size, **point, "baseline": "", "model": str(checkpoint)}
+            row |= environment(device)
+            results.add(name, row, out / name / "full", trained=result is not None)
     return None

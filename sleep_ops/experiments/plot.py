@@ -1,6 +1,5 @@
 """A figure's plot from what its sweep left behind: the metric against x, the paper's numbers, and learning curves."""
 
-import csv
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sleep_ops.config import expect
 from sleep_ops.experiments.figures import Figure
-from sleep_ops.experiments.sweep import RESULTS_FILE
+from sleep_ops.experiments.sweep import read_results
 from sleep_ops.tasks import build_task
 from sleep_ops.training import RunConfig
 from sleep_ops.training.logs import read_csv
@@ -26,14 +25,6 @@ _LABELS = {
     "exact": "exact accuracy",
     "tokens_per_second": "tokens per second",
 }
-
-
-def read_results(out: Path) -> list[dict[str, str]]:
-    """The rows of a sweep's table. ValueError where there is none."""
-    path = Path(out) / RESULTS_FILE
-    expect(path.is_file(), "out", f"the folder of a sweep, with {RESULTS_FILE}", str(out))
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def plot(figure: Figure, out: Path, path: Path) -> None:

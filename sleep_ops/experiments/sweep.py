@@ -1,11 +1,12 @@
 """`sleep-ops sweep`: the runs of a figure, one after another, each taken up where it stands; and their table."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
+from sleep_ops.bench.harness import environment
 from sleep_ops.config import expect
 from sleep_ops.experiments.figures import Figure
 from sleep_ops.experiments.presets import preset, run_config, set_value
@@ -13,7 +14,46 @@ from sleep_ops.training import RunConfig, Trainer, TrainResult
 from sleep_ops.training.logs import read_csv, write_csv
 from sleep_ops.training.trainer import EVAL_FILE
 
-RESULTS_FILE = "results.csv"
+RESULTS_FILE, CURVES_FILE = "results.csv", "curves.csv"
+
+
+def read_results(out: Path) -> list[dict[str, str]]:
+    """The rows of a sweep's table. ValueError where there is none."""
+    path = Path(out) / RESULTS_FILE
+    expect(path.is_file(), "out", f"the folder of a sweep, with {RESULTS_FILE}", str(out))
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Results:
+    """The tables of a sweep in the folder `out`: a row for each run, and every run's evaluations on the way.
+
+    keep: rows that are there already stay, until their run is reported again. Those of another form, and of runs that
+    are gone, are dropped.
+    """
+
+    def __init__(self, out: Path, *, keep: bool):
+        self._out = Path(out)
+        rows = read_results(out) if keep and (self._out / RESULTS_FILE).is_file() else []
+        self._rows: dict[str, dict] = {r["run"]: r for r in rows if (self._folder(r["run"]) / EVAL_FILE).is_file()}
+
+    def add(self, name: str, row: dict, folder: Path, *, trained: bool) -> None:
+        """Report the run `name`, whose folder is `folder`; one that was not `trained` now keeps the row it has."""
+        curve = read_csv(folder / EVAL_FILE)
+        row = {"run": name, **row} | curve[-1]
+        if trained or self._rows.get(name, {}).keys() != row.keys():
+            self._rows[name] = row
+        self._rows = {run: r for run, r in self._rows.items() if r.keys() == row.keys()}
+        write_csv(self._out / RESULTS_FILE, list(self._rows.values()))
+        curves = []
+        for run in self._rows:
+            curves += [{"run": run, **point} for point in read_csv(self._folder(run) / EVAL_FILE)]
+        write_csv(self._out / CURVES_FILE, curves)
+
+    def _folder(self, run: str) -> Path:
+        """A run's own folder; that of the second phase where it was fine-tuned."""
+        full = self._out / run / "full"
+        return full if full.is_dir() else self._out / run
 
 
 def folder_name(point: dict[str, object], baseline: str | None = None) -> str:
@@ -61,7 +101,7 @@ def sweep(
     resume: bool = True,
     console: Console | None = None,
 ) -> TrainResult | None:
-    """Runs a "train" figure in the folder `out`, run by run; after each, writes OUT/results.csv.
+    """Runs a "train" figure in the folder `out`, run by run; after each, writes OUT/results.csv and OUT/curves.csv.
 
     Stopped, the same call goes on: finished runs are not run again. Returns the result of a run that a signal stopped,
     else None. Raises ValueError for settings that can't be, before anything is written, and as `Trainer` does.
@@ -70,20 +110,15 @@ def sweep(
     console, out = console or Console(), Path(out)
     runs = train_runs(figure, size, baselines=baselines, changes=changes)
     expect(not out.exists() or out.is_dir(), "out", "a folder", str(out))
-    rows = []
+    results = Results(out, keep=resume)
     for number, (name, values, run) in enumerate(runs, 1):
         label = f"{figure.name} {number}/{len(runs)} {name}"
         trainer = Trainer(run, out / name, resume=resume, label=label, console=console)
+        begun = trainer.step
         result = trainer.fit()
         if result.signal is not None:
             return result
-        last = read_csv(out / name / EVAL_FILE)[-1]
-        row = {"figure": figure.name, "preset": size, "run": name, **values, "seconds": round(result.seconds, 1)}
-        rows.append(row | {"device": device_name(trainer.device), "torch": torch.__version__} | last)
         if trainer.world.main:
-            write_csv(out / RESULTS_FILE, rows)
+            row = {"figure": figure.name, "preset": size, **values, "seconds": round(result.seconds, 1)}
+            results.add(name, row | environment(trainer.device), out / name, trained=result.step > begun)
     return None
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
