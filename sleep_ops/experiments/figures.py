@@ -5,9 +5,10 @@ figures/NAME.toml, with tables [set] (settings of every run), [grid] (settings t
 """
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 
+from sleep_ops.config import expect
 from sleep_ops.experiments.presets import SIZES, read_toml
 from sleep_ops.validation import check_choice
 
@@ -41,6 +42,13 @@ class Figure:
     def series(self) -> tuple[str, ...]:
         """The grid's settings that tell one line from another."""
         return tuple(name for name in self.grid if name != self.x)
+
+    def narrowed(self, values: dict[str, list]) -> "Figure":
+        """The same with other values of what varies. ValueError for what does not vary, or has no values."""
+        for name, given in values.items():
+            expect(name in self.grid, "grid", f"one of {', '.join(self.grid)}", name)
+            expect(isinstance(given, list) and len(given) > 0, f"grid {name}", "a list of values, such as [1,4]", given)
+        return replace(self, grid=self.grid | values)
 
     def points(self) -> list[dict[str, object]]:
         """The settings that vary, for every run of the grid."""
