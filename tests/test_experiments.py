@@ -194,6 +194,13 @@ def test_a_sweep_runs_goes_on_and_is_drawn(tmp_path):
     assert "expected the folder of a sweep" in run("plot", "fig2a", "--out", tmp_path / "none", code=2)
 
 
+def test_a_sweep_over_other_values(tmp_path):
+    run("sweep", "fig2a", *SMALL, "--grid", "task.t=[2,3]", "--grid", "model.passes=[3]", "--out", tmp_path)
+    assert [(r["task.t"], r["model.passes"]) for r in table(tmp_path)] == [("2", "3"), ("3", "3")]
+    for grid, message in (("task.t=2", "grid task.t: expected a list"), ("task.bits=[3]", "grid: expected one of")):
+        assert message in " ".join(run("sweep", "fig2a", "--grid", grid, "--out", tmp_path, code=2).split())
+
+
 def test_a_figure_over_levels_of_difficulty(tmp_path):
     run("sweep", "fig3", *SMALL, "--out", tmp_path)
     rows = table(tmp_path)

@@ -25,6 +25,9 @@ def sweep(
     set: Annotated[
         list[str] | None, option("A setting of every run, such as train.steps=100 (may be given again and again).")
     ] = None,
+    grid: Annotated[
+        list[str] | None, option("Other values of what varies, such as task.t=[4,8] (may be given again and again).")
+    ] = None,
     model: Annotated[Path | None, option("Checkpoint folder, for the figures that fine-tune one (fig4, fig5).")] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -39,7 +42,8 @@ def sweep(
         if figure is None:
             _list_figures(console)
             return
-        chosen, place = load_figure(figure, preset), out or Path("runs") / f"{figure}-{preset}"
+        chosen = load_figure(figure, preset).narrowed(named_values("grid", grid or []))
+        place = out or Path("runs") / f"{figure}-{preset}"
         changes = {"train.seed": seed, "train.device": device} | named_values("set", set or [])
         if chosen.kind == "throughput":
             if model is not None or baselines:
