@@ -163,8 +163,7 @@ def worker(rank, port, folder):
         lambda x, p: distribute_tensor(x, p.device_mesh, p.placements),
     )
     wrote = []
-    for module in (sweep, finetuned):
-        module.write_csv = lambda path, rows: wrote.append(len(rows))
+    sweep.write_csv = lambda path, rows: wrote.append(path.name)
     finetuned.write_problems = lambda place, *args, **kwargs: wrote.append("problems") or write_examples(place)
     figure = replace(load_figure("fig2b", "tiny"), grid={"model.passes": [1]})
     sweep.sweep(figure, "tiny", folder / "sweep", changes=SWEPT, console=QUIET)
@@ -341,7 +340,8 @@ def test_finetuning_writes_the_model_of_one_process(folder, ranks):
 
 
 def test_one_process_of_a_sweep_writes_its_table_and_data(ranks):
-    assert [rank["sweeps"] for rank in ranks] == [[1, "problems", 1], []]
+    tables = ["results.csv", "curves.csv"]
+    assert [rank["sweeps"] for rank in ranks] == [[*tables, "problems", *tables], []]
 
 
 def test_optimisers_of_shards_are_those_of_whole_matrices(folder, ranks):
