@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sleep_ops.adapters.checkpoint import load_weights, read_config, save_weights
+from sleep_ops.adapters.checkpoint import load_weights, read_config
+from sleep_ops.adapters.port import Port
 from sleep_ops.config import SleepSettings, expect
 from sleep_ops.layers.attention import Attention
 from sleep_ops.layers.block import Block, SwiGLU
 from sleep_ops.layers.jet import DynamicConvolution, JetBlock
 from sleep_ops.layers.mixer import GDNMixer
-from sleep_ops.reader import SleepReader
 from sleep_ops.validation import check_count, check_flags
 
 LAYER_TYPES = ("attn", "swa", "jet")
@@ -199,7 +199,7 @@ class JetNemotronModel(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class JetNemotron(SleepReader, nn.Module):
+class JetNemotron(Port, nn.Module):
     """Jet-Nemotron with sleep. Called like `SleepHybridModel`; runs in a `SleepSession`."""
 
     def __init__(self, config: JetNemotronConfig):
@@ -245,33 +245,9 @@ class JetNemotron(SleepReader, nn.Module):
         load_weights(model, folder, dtype=dtype, device=device)
         return model
 
-    def save_pretrained(self, folder: str | os.PathLike, *, max_shard_bytes: int | None = None) -> None:
-        """Writes config.json, sleep settings included, and the weights, for `from_pretrained`; see `save_weights`."""
-        save_weights(self, folder, self.config.to_checkpoint(), max_shard_bytes=max_shard_bytes)
-
-    @property
-    def settings(self) -> JetNemotronConfig:
-        return self.config
-
     @property
     def sleep_blocks(self) -> Sequence[JetNemotronLayer]:
         return self.model.layers
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def embedding_weight(self) -> Tensor:
-        return self.model.embed_tokens.weight
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """int64 `[B, T]` -> `[B, T, hidden_size]`."""
-        return self.model.embed_tokens(ids)
-
-    def predict(self, h: Tensor) -> Tensor:
-        """Logits of block outputs. h `[..., hidden_size]` -> `[..., vocab_size]`."""
-        return self.lm_head(self.model.norm(h))
 
 
 def _mixer(c: JetNemotronConfig, kind: str) -> Attention | JetBlock:

@@ -19,13 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sleep_ops.adapters.checkpoint import load_weights, read_config, save_weights
+from sleep_ops.adapters.checkpoint import load_weights, read_config
+from sleep_ops.adapters.port import Port
 from sleep_ops.config import SleepSettings, expect
 from sleep_ops.layers.attention import Attention, AttentionState, Segment
 from sleep_ops.layers.block import Block, SwiGLU
 from sleep_ops.layers.gdn import SleepGDNLayer
 from sleep_ops.layers.jet import JetBlock
-from sleep_ops.reader import SleepReader
 from sleep_ops.validation import check_choice, check_count, check_flags
 
 MIXERS = {"jet": JetBlock, "gdn": SleepGDNLayer}
@@ -217,7 +217,7 @@ class StepLogits(NamedTuple):
     exit_probabilities: Tensor
 
 
-class Ouro(SleepReader, nn.Module):
+class Ouro(Port, nn.Module):
     """Ouro with sleep: passes are its steps over a window, predictions come from the first (awake).
 
     Called like `SleepHybridModel`; runs in a `SleepSession`. `step_logits` is the model as it was published.
@@ -268,14 +268,6 @@ class Ouro(SleepReader, nn.Module):
             model.model.fast_weights.to(model.embedding_weight.dtype)
         return model
 
-    def save_pretrained(self, folder: str | os.PathLike, *, max_shard_bytes: int | None = None) -> None:
-        """Writes config.json, sleep settings included, and the weights, for `from_pretrained`; see `save_weights`."""
-        save_weights(self, folder, self.config.to_checkpoint(), max_shard_bytes=max_shard_bytes)
-
-    @property
-    def settings(self) -> OuroConfig:
-        return self.config
-
     @property
     def sleep_blocks(self) -> Sequence[OuroLayer | Block]:
         blocks = list(self.model.layers)
@@ -285,22 +277,6 @@ class Ouro(SleepReader, nn.Module):
 
     def between_passes(self, h: Tensor, entry: Tensor | None) -> Tensor:
         return self.model.norm(h)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def embedding_weight(self) -> Tensor:
-        return self.model.embed_tokens.weight
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """int64 `[B, T]` -> `[B, T, hidden_size]`."""
-        return self.model.embed_tokens(ids)
-
-    def predict(self, h: Tensor) -> Tensor:
-        """Logits of block outputs. h `[..., hidden_size]` -> `[..., vocab_size]`."""
-        return self.lm_head(self.model.norm(h))
 
     def step_logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, steps: int | None = None

@@ -42,14 +42,6 @@ KeepCheckpoints = Annotated[int, option("Newest checkpoints kept.", RUN)]
 EvalEvery = Annotated[int, option("Steps between evaluations (0: only the last).", RUN)]
 EvalSamples = Annotated[int, option("Sequences per evaluation.", RUN)]
 Until = Annotated[int | None, option("Stop (and save) at this step; the schedule stays that of all steps.", RUN)]
-SleepOn = Annotated[str, option("every (full window) or unlabelled (Algorithm 1 to the letter).", MODEL)]
-ConvBoundary = Annotated[str, option("Convolution tail of later passes: snapshot or zero.", MODEL)]
-Eviction = Annotated[str, option("hard or sliding.", MODEL)]
-SleepKind = Annotated[
-    str, option("refine (Algorithm 1) or replay (the fast weights' writes alone, at a cost free of N).", MODEL)
-]
-Loop = Annotated[str, option("Looped blocks: all, or FIRST:LAST, both included.", MODEL)]
-Checkpointing = Annotated[bool, option("Recompute each (window, pass) in the backward.", MODEL)]
 
 
 def run_console() -> Console:

@@ -12,8 +12,6 @@ from sleep_ops.config import expect
 from sleep_ops.experiments.presets import SIZES, read_toml
 from sleep_ops.validation import check_choice
 
-KINDS = ("train", "finetune", "throughput")
-
 
 @dataclass(frozen=True)
 class Figure:

@@ -1,0 +1,37 @@
+"""What the ports share: a published layout of embedding, layers, final norm and head, read by its own names."""
+
+import os
+
+from torch import Tensor
+
+from sleep_ops.adapters.checkpoint import save_weights
+from sleep_ops.config import SleepSettings
+from sleep_ops.reader import SleepReader
+
+
+class Port(SleepReader):
+    """A model with `config` (a `SleepSettings` with `to_checkpoint`), model.embed_tokens, model.norm and lm_head."""
+
+    @property
+    def settings(self) -> SleepSettings:
+        return self.config
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        return self.model.embed_tokens.weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """int64 `[B, T]` -> `[B, T, hidden_size]`."""
+        return self.model.embed_tokens(ids)
+
+    def predict(self, h: Tensor) -> Tensor:
+        """Logits of block outputs. h `[..., hidden_size]` -> `[..., vocab_size]`."""
+        return self.lm_head(self.model.norm(h))
+
+    def save_pretrained(self, folder: str | os.PathLike, *, max_shard_bytes: int | None = None) -> None:
+        """Writes config.json, sleep settings included, and the weights, for `from_pretrained`; see `save_weights`."""
+        save_weights(self, folder, self.config.to_checkpoint(), max_shard_bytes=max_shard_bytes)
