@@ -1,4 +1,7 @@
-"""Without a GPU, Triton kernels run in its interpreter: decided here, before anything imports Triton."""
+"""How Triton kernels run, decided here before anything imports Triton: on the GPU, else in Triton's interpreter.
+
+The tests of tests/ptx run what Triton compiles in an emulator instead, in a process of their own: pytest tests/ptx.
+"""
 
 import os
 import pathlib
@@ -7,10 +10,27 @@ import sys
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+TESTS = pathlib.Path(__file__).parent
+EMULATED = TESTS / "ptx"
+sys.path.insert(0, str(TESTS))
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+def _only_emulated(config) -> bool:
+    places = [pathlib.Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
+    return bool(places) and all(place.resolve().is_relative_to(EMULATED) for place in places)
+
+
+def pytest_configure(config) -> None:
+    if not (torch.cuda.is_available() or _only_emulated(config)):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_ignore_collect(collection_path, config) -> bool | None:
+    return True if collection_path == EMULATED and not _only_emulated(config) else None
+
+
+def pytest_report_header(config) -> str:
+    return "kernels: " + ("emulated, as compiled" if _only_emulated(config) else "tests/ptx runs on its own")
 
 
 @pytest.fixture

@@ -1,0 +1,245 @@
+"""Every kernel as compiled for sm_80 and sm_90, through the public operators: the 2x rule, and no report of any kind.
+
+Long enough that loops are pipelined: at least four chunks. The quick cases touch every kernel on each architecture.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases import GATED, Case, check_two_times
+from ptx.emulation import DTYPES, check_silent, check_two_times_torch, launch_table, on_gpu
+
+from sleep_ops import gated_delta_rule, sleep_gated_delta_rule
+from sleep_ops.affine import segment_transition
+from sleep_ops.ops.gated_norm import gated_rms_norm
+from sleep_ops.ops.short_conv import short_convolution
+from sleep_ops.ops.step import gated_delta_rule_step
+from sleep_ops.reference import sleep_gated_delta_rule_reference
+
+NEGATIVE = GATED | {"allow_neg_eigval": True}
+CHUNKS_OF_64 = {("16-bit", None, None, None): (64, (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1))}
+ONE_PASS = ("chunk_prepare", "chunk_scan", "chunk_reverse", "gate_backward")
+WHOLE = (*ONE_PASS, "chunk_grad")
+SPLIT = (*ONE_PASS, "chunk_grad_values", "chunk_grad_queries", "chunk_grad_keys")
+WINDOW = ("window_forward", "window_backward")
+CONVOLUTION = tuple(f"short_conv_{name}" for name in ("forward", "z_backward", "x_backward", "tail_backward"))
+NORM = ("gated_norm_forward", "gated_norm_backward")
+
+
+class Problem(NamedTuple):
+    """A case of an operator, the kernels that it must run, rows of the launch table, and whether it is a quick one."""
+
+    id: str
+    case: Case
+    kernels: tuple[str, ...]
+    rows: dict = {}
+    quick: bool = False
+
+
+def gated(T, K, V, **others):
+    return Case("gated", T=T, dims=(K, V), heads=others.pop("heads", (1, 2)), options=NEGATIVE, **others)
+
+
+PASSES = [
+    Problem("K64-V64", gated(133, 64, 64), WHOLE, quick=True),
+    Problem("K128-V128", gated(133, 128, 128), WHOLE),
+    Problem("K60-V100", gated(133, 60, 100), WHOLE),
+    Problem("K96-V256", gated(133, 96, 256), WHOLE),
+    Problem("K256-V256", gated(69, 256, 256, heads=(1, 1)), WHOLE),
+    Problem("packed", Case("packed", lengths=(40, 0, 133, 1, 27), dims=(64, 64), options=NEGATIVE), WHOLE),
+    Problem("plain", Case("plain", T=133, dims=(64, 64), heads=(2, 2), B=2, initial_state=False), WHOLE),
+    Problem("hebbian", Case("h", T=133, dims=(64, 64), heads=(1, 2), rule="hebbian", options=GATED), WHOLE),
+    Problem("long-chunks-K64-V64", gated(260, 64, 64), SPLIT, CHUNKS_OF_64, quick=True),
+    Problem("long-chunks-K128-V128", gated(260, 128, 128, heads=(1, 1)), SPLIT, CHUNKS_OF_64),
+    Problem("long-chunks-K60-V100", gated(260, 60, 100), SPLIT, CHUNKS_OF_64),
+    Problem("long-chunks-K96-V256", gated(260, 96, 256, heads=(1, 1)), SPLIT, CHUNKS_OF_64),
+    Problem("long-chunks-packed", Case("packed", lengths=(70, 0, 1, 260), dims=(64, 64)), SPLIT, CHUNKS_OF_64),
+    Problem(
+        "long-chunks-hebbian",
+        Case("h", T=260, dims=(64, 64), heads=(1, 2), rule="hebbian", options=GATED),
+        SPLIT,
+        CHUNKS_OF_64,
+    ),
+    Problem("window-K64-V64", gated(24, 64, 64, B=2), WINDOW, quick=True),
+    Problem("window-K128-V128", gated(32, 128, 128, B=2), WINDOW),
+    Problem("window-K60-V100", gated(29, 60, 100, B=2), WINDOW),
+    Problem("window-K96-V256", gated(31, 96, 256), WINDOW),
+    Problem("window-K256-V256", gated(16, 256, 256, heads=(1, 1)), WINDOW),
+    Problem("window-short", gated(5, 64, 64, B=2), WINDOW),
+    Problem("window-fresh", gated(24, 64, 64, B=2, initial_state=False), WINDOW),
+    Problem("window-hebbian", Case("h", T=24, dims=(64, 64), heads=(1, 2), B=2, rule="hebbian"), WINDOW),
+]
+SLEEPS = [
+    Problem("windows", gated(133, 64, 64), WHOLE, quick=True),
+    Problem("K60-V100", gated(133, 60, 100), WHOLE),
+    Problem("K128-V128", gated(133, 128, 128, heads=(1, 1)), WHOLE),
+    Problem("packed", Case("packed", lengths=(50, 0, 30), dims=(64, 64), options=GATED), WHOLE),
+    Problem("hebbian", Case("h", T=100, dims=(64, 64), heads=(1, 2), rule="hebbian", options=GATED), WHOLE),
+    Problem("long-chunks", gated(260, 64, 64), SPLIT[:-2] + SPLIT[-1:], CHUNKS_OF_64),
+]
+
+
+def params(problems):
+    """Of each problem: quick ones in bfloat16 always; everything else, and float16, is slow."""
+    return [
+        pytest.param(
+            problem,
+            arch,
+            dtype,
+            id=f"{problem.id}-sm{arch}-{dtype}",
+            marks=() if problem.quick and dtype == "bf16" else pytest.mark.slow,
+        )
+        for problem in problems
+        for arch in (90, 80)
+        for dtype in ("bf16", "f16")
+    ]
+
+
+def run_triton(operator, **fixed):
+    return lambda *tensors, **options: operator(*tensors, impl="triton", **fixed, **options)
+
+
+@pytest.mark.parametrize(("problem", "arch", "dtype"), params(PASSES))
+def test_one_pass(problem, arch, dtype):
+    with launch_table("LAUNCHES", problem.rows), on_gpu(arch) as emulator:
+        check_two_times(run_triton(gated_delta_rule), problem.case, DTYPES[dtype], "cpu")
+    check_silent(emulator, *problem.kernels)
+    normalised = problem.case.options.get("use_qk_l2norm", False)
+    scaled = normalised and problem.rows and (arch, dtype) == (90, "bf16")  # scales_rows of kernels/configs.py
+    assert ("inverse_norm_kernel" in emulator.counts) == bool(scaled)
+
+
+@pytest.mark.parametrize(("problem", "arch", "dtype"), params(SLEEPS))
+def test_sleep(problem, arch, dtype):
+    """Four passes over windows of 40 (of 150 with long chunks): the widened kernels."""
+    sleep = {"passes": 4, "window": 150 if problem.rows else 40}
+    with launch_table("LAUNCHES", problem.rows), on_gpu(arch) as emulator:
+        check_two_times(
+            run_triton(sleep_gated_delta_rule, **sleep),
+            problem.case,
+            DTYPES[dtype],
+            "cpu",
+            specification=lambda *tensors, **options: sleep_gated_delta_rule_reference(*tensors, **sleep, **options),
+            plain=lambda *tensors, **options: sleep_gated_delta_rule(*tensors, impl="torch", **sleep, **options),
+        )
+    check_silent(emulator, *problem.kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [90, 80])
+def test_transition(arch):
+    """The final state by a pass as a map, P S + R."""
+
+    def mapped(impl):
+        def function(q, k, v, g, beta, *, scale, initial_state, **options):
+            transition = segment_transition(k, v, g, beta, impl=impl, **options)
+            output, _ = gated_delta_rule(
+                q, k, v, g, beta, scale=scale, initial_state=initial_state, impl=impl, **options
+            )
+            return output, transition.apply(initial_state)
+
+        return function
+
+    with on_gpu(arch) as emulator:
+        check_two_times(mapped("triton"), gated(133, 64, 64), torch.bfloat16, "cpu", plain=mapped("torch"))
+    check_silent(emulator, *WHOLE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [90, 80])
+def test_float32(arch):
+    """Products of float32 numbers in full, and of three tf32 parts."""
+    with on_gpu(arch) as emulator:
+        check_two_times(run_triton(gated_delta_rule), gated(70, 32, 32), torch.float32, "cpu")
+    check_silent(emulator, *WHOLE)
+
+
+def normal(*sizes: int) -> torch.Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(sum(sizes)))
+
+
+def small(cases: dict[str, tuple], quick: str):
+    """Of every case on each architecture; slow but for the quick one in bfloat16."""
+    return [
+        pytest.param(
+            *case,
+            arch,
+            dtype,
+            id=f"{name}-sm{arch}-{dtype}",
+            marks=() if name == quick and dtype == "bf16" else pytest.mark.slow,
+        )
+        for name, case in cases.items()
+        for arch in (90, 80)
+        for dtype in ("bf16", "f16")
+    ]
+
+
+STEPS = {
+    "K64-V64": (64, 64, "delta", False),
+    "K128-V128": (128, 128, "delta", False),
+    "K60-V100": (60, 100, "delta", False),
+    "K96-V256": (96, 256, "delta", False),
+    "K256-V256": (256, 256, "delta", False),
+    "inplace": (64, 64, "delta", True),
+    "hebbian-inplace": (60, 100, "hebbian", True),
+}
+
+
+@pytest.mark.parametrize(("K", "V", "rule", "inplace", "arch", "dtype"), small(STEPS, "K60-V100"))
+def test_step(K, V, rule, inplace, arch, dtype):
+    tokens = {"q": normal(3, 1, K), "k": normal(3, 1, K), "v": normal(3, 2, V)}
+    tokens = {name: x.to(DTYPES[dtype]) for name, x in tokens.items()}
+    tokens |= {"g": normal(3, 2), "beta": normal(3, 2, 1)[..., 0], "state": normal(3, 2, K, V)}
+    tokens |= {"A_log": normal(2) / 2, "dt_bias": normal(2, 1)[:, 0]}
+
+    def step(state, impl, **others):
+        writes = inplace and impl == "triton"
+        state = state.detach().clone() if writes else state
+        with torch.set_grad_enabled(not inplace):
+            return gated_delta_rule_step(
+                state=state, impl=impl, inplace=writes, rule=rule, use_qk_l2norm=True, use_beta_sigmoid=True, **others
+            )
+
+    with on_gpu(arch) as emulator:
+        check_two_times_torch(step, tokens, () if inplace else tuple(tokens))
+    check_silent(emulator, "step")
+
+
+CONVOLUTIONS = {
+    "rows-64": (2, 37, 64, {}),
+    "rows-100": (2, 37, 100, {}),
+    "lengths": (2, 37, 72, {"lengths": torch.tensor([37, 11])}),
+    "packed": (1, 75, 130, {"cu_seqlens": torch.tensor([0, 20, 20, 53, 75], dtype=torch.int32)}),
+}
+
+
+@pytest.mark.parametrize(("B", "T", "D", "options", "arch", "dtype"), small(CONVOLUTIONS, "packed"))
+def test_short_convolution(B, T, D, options, arch, dtype):
+    N = len(options["cu_seqlens"]) - 1 if "cu_seqlens" in options else B
+    tensors = {"x": normal(B, T, D), "weight": normal(D, 4), "bias": normal(D), "tail": normal(N, 3, D)}
+    tensors = {name: x.to(DTYPES[dtype]) for name, x in tensors.items()}
+    with on_gpu(arch) as emulator:
+        check_two_times_torch(lambda **x: short_convolution(**x, **options), tensors, tuple(tensors))
+    check_silent(emulator, *CONVOLUTION)
+
+
+NORMS = {"64": (50, 64), "128": (37, 128), "100": (33, 100), "2304": (5, 2304)}
+
+
+@pytest.mark.parametrize(("rows", "width", "arch", "dtype"), small(NORMS, "100"))
+def test_gated_norm(rows, width, arch, dtype):
+    tensors = {"x": normal(rows, width), "gate": normal(width, rows).T.contiguous()}
+    tensors = {name: x.to(DTYPES[dtype]) for name, x in tensors.items()} | {"weight": 1 + normal(width) / 10}
+    with on_gpu(arch) as emulator:
+        check_two_times_torch(lambda **x: (gated_rms_norm(eps=1e-6, **x),), tensors, tuple(tensors))
+    check_silent(emulator, *NORM)
+
+
+def test_every_kernel_is_among_the_kernels_that_must_run():
+    sources = [path.read_text() for path in (Path(__file__).parents[2] / "kernels").glob("*.py")]
+    names = {name for source in sources for name in re.findall(r"^def (\w+)_kernel\(", source, re.MULTILINE)}
+    required = {name for problem in PASSES + SLEEPS for name in problem.kernels}
+    assert names == required | {"inverse_norm", "step", *CONVOLUTION, *NORM}
