@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: test demo bench lint format clean
+.PHONY: test test-all gpu demo bench lint format clean
+
+# Kernels run in Triton's interpreter, then as compiled, in an emulator: a process cannot do both.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 5
 
 $(VENV)/.installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sleep-ops needs Python 3.10 or newer: make PYTHON=...")'
@@ -15,7 +18,15 @@ $(VENV)/.installed: setup.py constraints.txt
 	touch $@
 
 test: $(VENV)/.installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 5
+	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" tests/ptx
+
+test-all: $(VENV)/.installed lint
+	$(PYTEST)
+	$(PYTEST) tests/ptx
+
+gpu: $(VENV)/.installed
+	$(BIN)/sleep-ops verify --out runs/gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/sleep-ops demo --out $(OUT)

@@ -6,9 +6,11 @@ rounding.
 """
 
 import itertools
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,21 @@ from sleep_ops.reference import gated_delta_rule_reference
 NAMES = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
 GATED = {"use_qk_l2norm": True, "use_beta_sigmoid": True}
 MAX_INTERPRETED = 1 << 21
+
+
+def slow_unless(quick: Collection[str], values: Iterable[Any], ids: Callable | Iterable[str] = str) -> list:
+    """The values as parameters of a test, those whose ids are not among the `quick` ones marked slow."""
+    values = list(values)
+    names = list(map(ids, values) if callable(ids) else ids)
+    assert set(quick) <= set(names), f"no parameters: {set(quick) - set(names)}"
+    marks = [() if name in quick else pytest.mark.slow for name in names]
+    return [pytest.param(x, id=n, marks=m) for x, n, m in zip(values, names, marks, strict=True)]
+
+
+# Over the fixture `dtype`, where one dtype tells enough on the CPU; bfloat16 needs a GPU, and is quick there.
+float16_is_slow = pytest.mark.parametrize(
+    "dtype", slow_unless(("float32", "bfloat16"), ("float32", "float16", "bfloat16")), indirect=True
+)
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,7 @@ def test_transformers_makes_up_no_weights(family, tmp_path):
         from_pretrained(folder, window=8)
 
 
+@pytest.mark.slow
 def test_without_transformers_the_ports_work_and_the_extra_is_named(tmp_path):
     plain(tmp_path / "ouro", "ouro")
     word_tokenizer(plain(tmp_path / "qwen3_5", "qwen3_5"))

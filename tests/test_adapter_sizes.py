@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from hf_models import build, tokens
 
@@ -36,6 +37,7 @@ def test_sizes_are_those_of_a_session():
         assert (found.memory, found.cache) == measured(model, 40)
 
 
+@pytest.mark.slow
 def test_a_folder_is_measured_by_its_configuration_alone(tmp_path):
     model = build("qwen3_next")
     model.config.save_pretrained(tmp_path / "tiny")

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # minutes of compiling
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Bytes a thread that may spill, by the start of the kernel's name, up to K = V = 128 in 16 bits; others get none.
 SPILL_BYTES = {"chunk_grad": 288, "chunk_grad_widened": 96, "chunk_scan": 16, "gated_norm_backward": 16}

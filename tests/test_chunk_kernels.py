@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from cases import CASES, NAMES, Case, check_two_times, evaluate, make_inputs, relative_error, single_pass
+from cases import (
+    CASES,
+    NAMES,
+    Case,
+    check_two_times,
+    evaluate,
+    float16_is_slow,
+    make_inputs,
+    relative_error,
+    single_pass,
+    slow_unless,
+)
 from torch.utils.checkpoint import checkpoint
 
 from sleep_ops.kernels import chunk_grad, chunk_grad_split, chunk_prepare, chunk_scan
@@ -15,6 +26,7 @@ from sleep_ops.reference import gated_delta_rule_reference
 GATED = next(case for case in CASES if case.id == "grouped-gated")
 chunk_gated_delta_rule_triton = single_pass(TritonPass)
 PACKED = next(case for case in CASES if case.id == "packed-empty-ends")
+TWO = slow_unless(["packed-empty-ends"], [GATED, PACKED])
 LONG_CHUNKS = [
     Case("grouped-gated", T=75, dims=(20, 40), heads=(1, 2), options=GATED.options),
     Case("packed", lengths=(70, 0, 1), heads=(1, 2), options=GATED.options | {"allow_neg_eigval": True}),
@@ -22,6 +34,9 @@ LONG_CHUNKS = [
     Case("no-states", T=64, keys="zero", initial_state=False, options={"use_qk_l2norm": True}),
     Case("plain", T=70, dims=(64, 64), final_cotangent=False),
 ]
+QUICK = ["T1", "T65", "K60-V16", "K128-V128", "grouped-gated", "gated-negative-eigenvalues", "hebbian"]
+QUICK += ["packed-empty-ends", "packed-one", "no-states", "gate-extreme", "gate-zero-beta-two-repeated-keys"]
+QUICK += ["beta-zero", "keys-zero-normalised"]
 
 
 @pytest.fixture
@@ -49,25 +64,27 @@ def through_the_map(kind: type):
     return function
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", slow_unless(QUICK, CASES))
 def test_two_times_rule(case, dtype, device):
     if device == "cpu" and not case.interpretable:
         pytest.skip("too large for Triton's interpreter: needs a GPU")
     check_two_times(chunk_gated_delta_rule_triton, case, dtype, device)
 
 
-@pytest.mark.parametrize("case", LONG_CHUNKS, ids=str)
+@pytest.mark.parametrize("case", slow_unless(["packed", "no-states", "plain", "grouped-gated"], LONG_CHUNKS))
 def test_two_times_rule_with_chunks_of_64(case, dtype, device, chunks_of_64):
     assert chunk_config(*case.dims, 70, dtype).chunk == 64
     check_two_times(chunk_gated_delta_rule_triton, case, dtype, device)
 
 
 @pytest.mark.parametrize("case", LONG_CHUNKS[1:3], ids=str)
+@float16_is_slow
 def test_maps_of_passes_with_chunks_of_64(case, dtype, device, chunks_of_64):
     check_two_times(through_the_map(TritonPass), case, dtype, device, plain=through_the_map(TorchPass))
 
 
 @pytest.mark.parametrize("size", [2.0**-8, 2.0**10])
+@float16_is_slow
 def test_queries_and_keys_of_any_norm(size, dtype, device, chunks_of_64):
     """Normalised inside, they may be as short or long as their dtype allows."""
 
@@ -87,7 +104,7 @@ def test_which_sweeps_scale_rows():
     assert not scales_rows(long, torch.float16, "sm90")
 
 
-@pytest.mark.parametrize("case", [GATED, PACKED], ids=str)
+@pytest.mark.parametrize("case", TWO)
 def test_state_only(case, device, chunks):
     inputs = make_inputs(case, torch.float32, device)
     whole = evaluate(gated_delta_rule_reference, case, inputs | {"d_output": torch.zeros_like(inputs["v"])})
@@ -102,7 +119,7 @@ def test_state_only(case, device, chunks):
             assert relative_error(value, whole[name].double()) < 1e-5, name
 
 
-@pytest.mark.parametrize("case", [GATED, PACKED], ids=str)
+@pytest.mark.parametrize("case", TWO)
 def test_everything_is_written(case, device, poisoned, chunks):
     """With every buffer full of NaN before its kernel starts, no NaN comes out."""
     inputs = make_inputs(case, torch.float32, device)
@@ -112,7 +129,7 @@ def test_everything_is_written(case, device, poisoned, chunks):
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("case", [GATED, PACKED], ids=str)
+@pytest.mark.parametrize("case", TWO)
 def test_same_bits_every_run(case, dtype, device, chunks):
     inputs = make_inputs(case, dtype, device)
     first, second = (evaluate(chunk_gated_delta_rule_triton, case, inputs) for _ in range(2))
@@ -139,9 +156,9 @@ def test_split_sequence_equals_whole(device):
     ("rule", "form", "packed", "scaled"),
     [
         ("delta", "output", False, True),
-        ("hebbian", "output", True, False),
-        ("delta", "state", False, False),
-        ("delta", "widened", True, True),
+        pytest.param("hebbian", "output", True, False, marks=pytest.mark.slow),
+        pytest.param("delta", "state", False, False, marks=pytest.mark.slow),
+        pytest.param("delta", "widened", True, True, marks=pytest.mark.slow),
     ],
 )
 def test_opcheck(rule, form, packed, scaled, device):
@@ -161,7 +178,7 @@ def test_opcheck(rule, form, packed, scaled, device):
     torch.library.opcheck(torch.ops.sleep_ops.chunk_scan, swept)
 
 
-@pytest.mark.parametrize("case", [GATED, PACKED], ids=str)
+@pytest.mark.parametrize("case", TWO)
 def test_compiles_without_graph_breaks(case, device, chunks):
     inputs = make_inputs(case, torch.float32, device)
     expected = evaluate(chunk_gated_delta_rule_triton, case, inputs)
@@ -170,6 +187,7 @@ def test_compiles_without_graph_breaks(case, device, chunks):
         torch.testing.assert_close(value, expected[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.slow
 def test_activation_checkpointing(device):
     inputs = make_inputs(GATED, torch.float32, device)
     expected = evaluate(chunk_gated_delta_rule_triton, GATED, inputs)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import slow_unless
 from torch.utils._pytree import tree_leaves
 
 from sleep_ops import HybridConfig, SleepGDNLayer, SleepHybridModel
@@ -58,8 +59,8 @@ def assert_compiles(function, inputs, module):
     torch.testing.assert_close(*grads, **close)
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("impl", slow_unless(["torch"], ["torch", "triton"]))
+@pytest.mark.parametrize("name", slow_unless(["replay"], LAYERS))
 def test_layer(name, impl):
     torch.manual_seed(0)
     layer = SleepGDNLayer(20, num_heads=2, head_dim=8, num_v_heads=4, head_v_dim=6, impl=impl, **LAYERS[name])
@@ -67,7 +68,7 @@ def test_layer(name, impl):
     assert_compiles(lambda x, state: layer(x, state=state, return_state=True), (x, random_state(layer)), layer)
 
 
-@pytest.mark.parametrize("kind", ["attn", "gdn"])
+@pytest.mark.parametrize("kind", slow_unless(["attn"], ["attn", "gdn"]))
 def test_block(kind):
     block = tiny(layers=(kind,)).blocks[0]
 
@@ -79,7 +80,7 @@ def test_block(kind):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_unless(["replay"], MODELS))
 def test_training_step(name):
     """Where loss is taken is for the host to say (`plan`); all the rest of a step is one graph."""
     model = tiny(**MODELS[name])
@@ -90,6 +91,7 @@ def test_training_step(name):
     assert_compiles(lambda *x: model.run(reading._replace(ids=x[0], labels=x[1])).loss, (ids, labels), model)
 
 
+@pytest.mark.slow
 def test_model_without_labels():
     model = tiny()
     assert_compiles(model, (torch.randint(0, VOCAB, (2, LENGTH)),), model)

@@ -249,6 +249,7 @@ def assert_same_run(found, expected):
         assert a[key].shape == x.shape and (a[key] - x).norm() <= 0.1 * x.norm(), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 class TestTwoProcesses:
     @pytest.mark.parametrize("case", CASES)
@@ -318,6 +319,7 @@ class TestTwoProcesses:
         assert found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
 
 
+@pytest.mark.slow
 def test_a_graphed_step_has_the_same_gradients(folder, ranks):
     loss, expected = torch.load(folder / "one-replay.pt")
     for found, gradients in (rank["graphed"][i] for rank in ranks for i in range(2)):
@@ -328,6 +330,7 @@ def test_a_graphed_step_has_the_same_gradients(folder, ranks):
                 torch.testing.assert_close(gradients[name], x, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_finetuning_writes_the_model_of_one_process(folder, ranks):
     assert all(rank["finetune"].finished for rank in ranks)
     found, expected = (load_model(folder / name / "model").state_dict() for name in ("tuned-by-two", "tuned-by-one"))
@@ -339,17 +342,20 @@ def test_finetuning_writes_the_model_of_one_process(folder, ranks):
         torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_one_process_of_a_sweep_writes_its_table_and_data(ranks):
     tables = ["results.csv", "curves.csv"]
     assert [rank["sweeps"] for rank in ranks] == [[*tables, "problems", *tables], []]
 
 
+@pytest.mark.slow
 def test_optimisers_of_shards_are_those_of_whole_matrices(folder, ranks):
     expected = stepped(make(folder / "whole-stepped"), lambda x, p: x)
     for name, x in ranks[0]["stepped"].items():
         torch.testing.assert_close(x, expected[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_what_processes_tell_one_another(ranks):
     for rank in ranks:
         assert rank["world"] == ([0, 1], [1, 0], 0)

@@ -1,10 +1,12 @@
 """The examples run and show what they say."""
 
+import pytest
 from safetensors import safe_open
 
 from sleep_ops.examples import persistent_memory
 
 
+@pytest.mark.slow
 def test_a_memory_saved_by_one_session_answers_in_another(tmp_path):
     right = persistent_memory.main(["--out", str(tmp_path), "--steps", "330"])
     assert right > 0.3  # guessing: 0.03; one document's numbers guessed at random: 0.125

@@ -214,6 +214,7 @@ def test_a_figure_draws_the_levels_there_are(tmp_path):
     assert (tmp_path / "fig3.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_figure_from_a_checkpoint(tmp_path):
     """Problems in the checkpoint's own tokens, a warm-up, a run for each N; stopped between two, it goes on."""
     folder = tmp_path / "checkpoint"
@@ -254,6 +255,7 @@ def test_a_figure_from_a_checkpoint(tmp_path):
     assert len((out / "data" / "train.jsonl").read_text().splitlines()) == 25
 
 
+@pytest.mark.slow
 def test_the_throughput_figure_is_the_benchmark(tmp_path):
     run("sweep", "fig6", "--preset", "tiny", "--device", "cpu", "--set", "train.repeats=1", "--out", tmp_path)
     with (tmp_path / "train.csv").open(newline="") as file:

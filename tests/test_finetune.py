@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import slow_unless
 from hf_models import build, tokens
 from rich.console import Console
 from test_adapter_loading import plain, word_tokenizer
@@ -103,6 +104,7 @@ def test_ouro_keeps_its_layout(folders, tmp_path):
     assert {name for name in model.state_dict() if "fast_weights" not in name} == set(before)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_while_only_the_fast_weights_learn(folders, tmp_path):
     recipe = dict(steps=30, batch_size=16, lr_adamw=1e-3, lr_muon=2e-2, checkpoint_every=0)
     train = replace(TRAIN, trainable="fast_weights", **recipe)
@@ -134,7 +136,9 @@ def agree(a, b):
         assert read_config(a / name) == read_config(b / name)
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 4], ids=["warm", "border", "full", "full-late"])
+@pytest.mark.parametrize(
+    "stop", slow_unless(["warm", "full"], [1, 2, 3, 4], ids=["warm", "border", "full", "full-late"])
+)
 def test_stopped_it_goes_on_to_the_same_bits(stop, folders, straight, tmp_path):
     settings = config(folders["qwen3_5"])
     first = finetune(settings, tmp_path, until=stop, console=QUIET)

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import slow_unless
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -232,7 +233,7 @@ def test_published_initialisation():
     assert layer.q_conv.weight.abs().max() <= 0.5
 
 
-@pytest.mark.parametrize("options", [{}, dict(passes=2, window=4)], ids=str)
+@pytest.mark.parametrize("options", slow_unless(["{}"], [{}, dict(passes=2, window=4)]))
 def test_triton_layer_equals_torch_layer(options):
     layers = [make(impl=impl, **options) for impl in ("torch", "triton")]
     results = []
@@ -273,7 +274,7 @@ def test_activation_checkpointing_changes_no_gradient():
     close(saved, plain, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", slow_unless(["torch"], ["torch", "triton"]))
 def test_traces_as_one_graph(impl):
     layer, x = make(impl=impl), tokens()
     # With decompositions, as inductor has them: plain aot_eager mispredicts the strides of softplus_backward.

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import slow_unless
 from rich.console import Console
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,14 +21,16 @@ from sleep_ops.training.logs import read_csv
 
 VOCAB, WINDOW, LENGTH = 11, 5, 18
 aten = torch.ops.aten
-SLEEPS = [
-    pytest.param({"passes": passes, "eviction": eviction, "sleep_kind": kind, "loop": loop}, id=name)
+SLEEPS = {
+    name: {"passes": passes, "eviction": eviction, "sleep_kind": kind, "loop": loop}
     for passes, eviction, kind, loop in itertools.product(
         (1, 2, 4), ("hard", "sliding"), ("refine", "replay"), (None, (1, 2))
     )
     for name in [f"{kind}-{eviction}-{'all' if loop is None else 'middle'}-N{passes}"]
     if passes > 1 or kind == "refine"
-]
+}
+QUICK = ["refine-hard-all-N1", "refine-sliding-middle-N2", "replay-hard-all-N2", "replay-sliding-middle-N2"]
+SLEEPS = slow_unless(QUICK, SLEEPS.values(), ids=SLEEPS)
 
 
 class Uncapturable(TorchDispatchMode):
@@ -125,7 +128,7 @@ def test_nothing_in_a_step_leaves_the_device(options, impl, like_a_gpu):
     assert all(p.grad.device == like_a_gpu for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["refine", "replay"])
+@pytest.mark.parametrize("kind", slow_unless(["replay"], ["refine", "replay"]))
 def test_no_launcher_of_a_kernel_waits(kind):
     if torch.cuda.is_available():
         pytest.skip("the interpreter's work, and where kernels are compiled graphs are tested themselves")

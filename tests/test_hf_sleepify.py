@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import slow_unless
 from hf_models import ATTENTION_ONLY, HYBRIDS, VERSION, VOCAB, build, config, needs_cache, tokens
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -492,7 +493,7 @@ def test_ordinary_keywords_of_transformers_are_accepted():
     assert isinstance(out, tuple) and torch.equal(out[0], model(ids).logits)
 
 
-@pytest.mark.parametrize("found", ("none", "5.6.2"))
+@pytest.mark.parametrize("found", slow_unless(["5.6.2"], ["none", "5.6.2"]))
 def test_without_a_new_enough_transformers_the_extra_is_named(found):
     code = f"""
 import importlib.metadata as m

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from cases import slow_unless
 from hf_models import VOCAB, build, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -279,7 +280,7 @@ COMPILED = {
 
 
 class TestCompiledLayers:
-    @pytest.mark.parametrize("settings", COMPILED.values(), ids=COMPILED)
+    @pytest.mark.parametrize("settings", slow_unless(["replay"], COMPILED.values(), ids=COMPILED))
     def test_same_losses_and_gradients(self, settings):
         model, ids = sleeping(**settings).train(), tokens(2, 24)
         fast, _ = compiled(model)
@@ -287,6 +288,7 @@ class TestCompiledLayers:
         torch.testing.assert_close(found, loss, **CLOSE)
         assert_same_gradients(own, grads, rtol=1e-3)
 
+    @pytest.mark.slow
     def test_compiled_backward_passes(self):
         small = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
         model, ids = sleepify(build("qwen3_5", **small), window=8, passes=2).train(), tokens(1, 16)
@@ -295,7 +297,7 @@ class TestCompiledLayers:
         torch.testing.assert_close(found, loss, **CLOSE)
         assert_same_gradients(own, grads, rtol=1e-3)
 
-    @pytest.mark.parametrize("family", ("qwen3_5", "olmo_hybrid", "qwen3_next"))
+    @pytest.mark.parametrize("family", slow_unless(["qwen3_5"], ["qwen3_5", "olmo_hybrid", "qwen3_next"]))
     def test_full_windows_compile_nothing_new(self, family):
         fast, counter = compiled(sleeping(family, passes=3).train())
         gradients(fast, tokens(2, 24))
@@ -303,6 +305,7 @@ class TestCompiledLayers:
         gradients(fast, tokens(2, 64, seed=5))
         assert counter.frame_count == first <= 6
 
+    @pytest.mark.slow
     def test_tails_padding_and_single_tokens_compile_a_few_times(self):
         model = sleeping()
         fast, counter = compiled(model)
@@ -377,6 +380,7 @@ def sharded_worker(rank, port, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 class TestSharded:
     """Two processes with half of the batch each, every layer sharded, against one process with all of it."""
 

@@ -67,6 +67,7 @@ def test_the_product_never_imports_what_it_is_compared_with():
             assert not {n.split(".")[0] for n in names} & {"fla", "flash_qla", "tilelang"}, path
 
 
+@pytest.mark.slow
 def test_no_top_level_module_called_kernels(tmp_path):
     """Hugging Face's package of that name is what programs get, from the repository root too."""
     pytest.importorskip("kernels", reason="Hugging Face's kernels package is not installed")
@@ -85,6 +86,7 @@ def test_an_editable_install_maps_nothing_but_the_package():
     assert {name.split(".")[0] for name in ast.literal_eval(mapping)} == {"sleep_ops"}
 
 
+@pytest.mark.slow
 def test_transformers_sees_the_same_from_the_repository_root(tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
     code = "import sleep_ops; from transformers import Qwen3Config, Qwen3ForCausalLM\n"

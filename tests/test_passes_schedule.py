@@ -4,6 +4,7 @@ import math
 from collections import Counter
 
 import pytest
+from cases import slow_unless
 from rich.console import Console
 
 from sleep_ops import HybridConfig
@@ -54,7 +55,7 @@ class TestSchedule:
 
 
 class TestRuns:
-    @pytest.mark.parametrize("schedule", ["random", "curriculum"])
+    @pytest.mark.parametrize("schedule", slow_unless(["random"], ["random", "curriculum"]))
     def test_the_model_runs_with_it_and_a_resumed_run_too(self, schedule, tmp_path):
         run = trainer(tmp_path / "straight", passes_schedule=schedule)
         forward, seen = run.model.forward, []
@@ -141,7 +142,9 @@ class TestEarlyStop:
         ],
         ids=["reached", "not-reached", "no-better", "better-again", "nan", "off"],
     )
-    @pytest.mark.parametrize("stop", [None, 4, 5], ids=["straight", "stopped-at-4", "stopped-at-5"])
+    @pytest.mark.parametrize(
+        "stop", slow_unless(["stopped-at-5"], [None, 4, 5], ids=["straight", "stopped-at-4", "stopped-at-5"])
+    )
     def test_where_a_run_ends(self, stop, recipe, values, steps, tmp_path):
         task = judged(*values)
         if stop is not None:

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import slow_unless
 from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -22,8 +23,11 @@ from sleep_ops.training import load_run
 
 VOCAB, WINDOW, LENGTH = 11, 5, 18
 SETTINGS = [
-    pytest.param(dict(eviction=eviction, loop=loop, passes=passes), id=f"{eviction}-{loop or 'all'}-N{passes}")
+    pytest.param(
+        dict(eviction=eviction, loop=loop, passes=passes), id=f"{eviction}-{loop or 'all'}-N{passes}", marks=marks
+    )
     for eviction, loop, passes in itertools.product(("hard", "sliding"), (None, (1, 2)), (2, 5, math.inf))
+    for marks in [pytest.mark.slow if passes == 2 else ()]
 ]
 
 
@@ -132,7 +136,7 @@ def transcription(model, ids):
 
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
 @pytest.mark.parametrize("loop", [None, (1, 2), (3, 3)], ids=str)
-@pytest.mark.parametrize("passes", [2, 5])
+@pytest.mark.parametrize("passes", slow_unless(["5"], [2, 5]))
 def test_equals_the_transcription(eviction, loop, passes):
     model, ids = tiny(eviction=eviction, loop=loop, passes=passes), tokens()
     labels = torch.full_like(ids, -100)

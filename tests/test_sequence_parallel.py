@@ -52,6 +52,7 @@ def worker(rank, borders, segments, with_state, port, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "borders, segments, with_state",
     [((0, 80, T), 1, True), ((0, 1, 100, T), 1, True), ((0, 5, T), 2, True), ((0, 70, 100, T), 1, False)],

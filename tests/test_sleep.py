@@ -5,14 +5,16 @@ import itertools
 
 import pytest
 import torch
+from cases import slow_unless
 
 from sleep_ops import HybridConfig, SleepHybridModel, SleepSession
 from sleep_ops.layers.attention import rotate
 
 VOCAB, WINDOW = 11, 5
 OPTIONS = [
-    pytest.param(eviction, loop, passes, id=f"{eviction}-{'all' if loop is None else 'middle'}-N{passes}")
+    pytest.param(eviction, loop, passes, id=f"{eviction}-{'all' if loop is None else 'middle'}-N{passes}", marks=marks)
     for eviction, loop, passes in itertools.product(("hard", "sliding"), (None, (1, 2)), (1, 2, 3))
+    for marks in [pytest.mark.slow if passes == 2 else ()]
 ]
 
 
@@ -176,10 +178,12 @@ def test_logits_of_windows_with_loss_only():
     torch.testing.assert_close(everything.loss, out.loss)
 
 
-CAUSAL = [
-    pytest.param(dict(eviction=e, loop=p, passes=n, sleep_on=s), id=f"{e}-{p}-{n}-{s}")
+CAUSAL = {
+    f"{e}-{p}-{n}-{s}": dict(eviction=e, loop=p, passes=n, sleep_on=s)
     for e, p, n, s in itertools.product(("hard", "sliding"), (None, (1, 2)), (1, 3), ("every", "unlabelled"))
-]
+}
+QUICK = ["hard-None-1-every", "hard-None-3-every", "sliding-(1, 2)-3-every", "sliding-(1, 2)-3-unlabelled"]
+CAUSAL = slow_unless(QUICK, CAUSAL.values(), ids=CAUSAL)
 CAUSAL += [
     pytest.param(dict(passes=2, conv_boundary="zero"), id="conv-zero"),
     pytest.param(dict(passes=2, rule="hebbian"), id="hebbian"),

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import GATED, Case, check_two_times, make_inputs, relative_error
+from cases import GATED, Case, check_two_times, make_inputs, relative_error, slow_unless
 
 from sleep_ops.affine import Transition, apply_power
 from sleep_ops.ops import gated_delta_rule as operators
@@ -44,8 +44,8 @@ def double(inputs):
     return {name: x.double() if x is not None and x.is_floating_point() else x for name, x in inputs.items()}
 
 
-@pytest.mark.parametrize("passes", [1, 2, 3, 4, 5, 8, 64])
-@pytest.mark.parametrize("window", [None, 16, 10], ids=["one", "ragged", "even"])
+@pytest.mark.parametrize("passes", slow_unless(["1", "2", "5"], [1, 2, 3, 4, 5, 8, 64]))
+@pytest.mark.parametrize("window", slow_unless(["one", "ragged"], [None, 16, 10], ids=["one", "ragged", "even"]))
 @pytest.mark.parametrize("output_pass", ["first", "last"])
 @pytest.mark.parametrize("case", REPLAYS, ids=str)
 def test_equals_chained_reference_passes(case, output_pass, window, passes):
@@ -99,9 +99,9 @@ def chained(q, k, v, g, beta, *, initial_state=None, passes, window, cu_seqlens,
 
 
 @pytest.mark.parametrize("window", [None, 20], ids=["one", "windows"])
-@pytest.mark.parametrize("passes", [2, 5])
+@pytest.mark.parametrize("passes", slow_unless(["5"], [2, 5]))
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("case", PRECISION, ids=str)
+@pytest.mark.parametrize("case", slow_unless(["gate-zero", "K20-V40", "K128-V128"], PRECISION))
 def test_two_times_rule(case, impl, passes, window, dtype, device):
     if impl == "triton" and device == "cpu" and not case.interpretable:
         pytest.skip("too large for Triton's interpreter: needs a GPU")
@@ -160,7 +160,7 @@ def kept_for_backward(**options):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("window", [None, 64], ids=["one", "windows"])
+@pytest.mark.parametrize("window", slow_unless(["windows"], [None, 64], ids=["one", "windows"]))
 def test_what_the_backward_keeps_does_not_grow(window, impl, device):
     if impl == "triton" and device == "cuda":
         pytest.skip("counts CPU tensors")
@@ -172,7 +172,7 @@ def test_what_the_backward_keeps_does_not_grow(window, impl, device):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("case", [PRECISION[0], PRECISION[1]], ids=str)
+@pytest.mark.parametrize("case", slow_unless(["packed"], PRECISION[:2]))
 def test_one_pass_is_the_pass(case, impl, device):
     inputs = make_inputs(case, torch.float32, device)
     got = evaluate(sleep_gated_delta_rule, case, inputs, passes=1, window=20, impl=impl)
@@ -181,6 +181,7 @@ def test_one_pass_is_the_pass(case, impl, device):
         assert torch.equal(got[name], want[name]), name
 
 
+@pytest.mark.slow
 def test_changing_numbers_of_passes_compile():
     inputs = make_inputs(Case("compile", T=12), torch.float32, "cpu")
     tokens = [inputs[name] for name in NAMES[:5]]
@@ -221,8 +222,8 @@ def test_a_bad_sequence_spoils_no_other():
         assert gradient[:, :5].isfinite().all()
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("packed", slow_unless(["packed"], [False, True], ids=["batch", "packed"]))
+@pytest.mark.parametrize("impl", slow_unless(["torch"], ["torch", "triton"]))
 def test_compiles_whole(impl, packed, device):
     device = device if impl == "triton" else "cpu"
     case = Case("compile", T=30, heads=(1, 2), lengths=(7, 23) if packed else (), options=GATED)
@@ -234,6 +235,7 @@ def test_compiles_whole(impl, packed, device):
         torch.testing.assert_close(value, want[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [PRECISION[0], PRECISION[1]], ids=str)
 def test_same_bits_every_run(case, dtype, device):
     inputs = make_inputs(case, dtype, device)
@@ -292,7 +294,7 @@ def test_segments_change_nothing(case, segments):
         torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("case", [SEGMENTED[1], SEGMENTED[2]], ids=str)
+@pytest.mark.parametrize("case", slow_unless(["ragged-no-states"], SEGMENTED[1:3]))
 def test_segments_two_times_rule(case, dtype, device):
     for impl in ("torch", "triton"):
         check_two_times(functools.partial(operators.gated_delta_rule, segments=3, impl=impl), case, dtype, device)

@@ -4,7 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, GATED, NAMES, Case, check_two_times, evaluate, make_inputs, relative_error, single_pass
+from cases import (
+    CASES,
+    GATED,
+    NAMES,
+    Case,
+    check_two_times,
+    evaluate,
+    float16_is_slow,
+    make_inputs,
+    relative_error,
+    single_pass,
+    slow_unless,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sleep_ops.kernels import window as window_kernels
@@ -23,6 +35,9 @@ WINDOWS = [
     Case("no-final-cotangent", final_cotangent=False, heads=(1, 2), options=GATED),
 ]
 OTHERS = [case for case in CASES if not case.lengths and not case.id.startswith("T")]
+QUICK = ["T1", "T17", "rule110", "K100-V60", "hebbian-no-states", "no-initial-state", "no-final-cotangent"]
+QUICK += ["grouped-gated", "K60-V16", "K128-V128", "gate-extreme", "gate-zero-beta-two-repeated-keys"]
+QUICK += ["keys-zero-normalised", "strided"]
 GROUPED = next(case for case in CASES if case.id == "grouped-gated")
 
 
@@ -38,7 +53,7 @@ def cut(case: Case, dtype: torch.dtype) -> Case:
     return case if case.T <= longest else replace(case, T=longest - 5)
 
 
-@pytest.mark.parametrize("case", WINDOWS + OTHERS, ids=str)
+@pytest.mark.parametrize("case", slow_unless(QUICK, WINDOWS + OTHERS))
 def test_two_times_rule(case, dtype, device):
     check_two_times(window, cut(case, dtype), dtype, device)
 
@@ -60,7 +75,9 @@ def test_state_only(rule, initial_state, device):
             assert relative_error(value, whole[name].double()) < 1e-5, name
 
 
-@pytest.mark.parametrize("case", [GROUPED, *(case for case in CASES if case.id == "hebbian-gated")], ids=str)
+@pytest.mark.parametrize(
+    "case", slow_unless(["grouped-gated"], [GROUPED, *(case for case in CASES if case.id == "hebbian-gated")])
+)
 def test_agrees_with_the_chunk_kernels(case, dtype, device):
     case = cut(case, dtype)
     inputs = make_inputs(case, dtype, device)
@@ -81,6 +98,7 @@ def test_everything_is_written(initial_state, device, poisoned):
         assert torch.equal(value, expected[name]), name
 
 
+@float16_is_slow
 def test_same_bits_every_run(dtype, device):
     case = replace(cut(GROUPED, dtype), B=2, dims=(64, 64))
     inputs = make_inputs(case, dtype, device)
@@ -90,7 +108,13 @@ def test_same_bits_every_run(dtype, device):
 
 
 @pytest.mark.parametrize(
-    ("rule", "form"), [("delta", "output"), ("hebbian", "output"), ("delta", "state"), ("delta", "from nothing")]
+    ("rule", "form"),
+    [
+        ("delta", "output"),
+        pytest.param("hebbian", "output", marks=pytest.mark.slow),
+        pytest.param("delta", "state", marks=pytest.mark.slow),
+        pytest.param("delta", "from nothing", marks=pytest.mark.slow),
+    ],
 )
 def test_opcheck(rule, form, device):
     case = Case("opcheck", T=10, heads=(1, 2), options=GATED, rule=rule)
