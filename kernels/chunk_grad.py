@@ -32,6 +32,7 @@ from sleep_ops.kernels.primitives import (
     locate_chunk,
     pair_decay,
     pair_decay_transposed,
+    rounded,
     state_columns,
     store_tile,
 )
@@ -100,7 +101,7 @@ def value_head_gradient(
         b_PT = scale * pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
         b_PT = (b_PT * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")).to(dtype)
         b_dP = tl.zeros([C, C], tl.float32)
-        b_dG -= tl.sum(b_q.to(tl.float32) * b_dq, 1)
+        b_dG -= tl.sum(rounded(b_q.to(tl.float32) * b_dq, dtype), 1)
 
     for i_v in range(0, NV):
         o_v, num_cols, column0, has_values = state_columns(i_v, K, V, BV, WIDENED)
@@ -122,18 +123,18 @@ def value_head_gradient(
         if b_A is None:
             b_U = b_beta[:, None] * b_Y
             b_dX = b_dU
-            b_dbeta += tl.sum(b_dX * b_Y, 1)
+            b_dbeta += tl.sum(rounded(b_dX * b_Y, dtype), 1)
         else:
             if states is not None:
                 b_read = b_e[:, None] * tl.dot(b_k, b_S.to(dtype), input_precision="ieee")
                 b_Y -= b_read
             b_U = tl.dot(b_A, (b_beta[:, None] * b_Y).to(dtype), input_precision="ieee")
             b_dX = tl.dot(b_AT, b_dU.to(dtype), input_precision="ieee")
-            b_dbeta += tl.sum(b_dX * b_Y, 1)
+            b_dbeta += tl.sum(rounded(b_dX * b_Y, dtype), 1)
             if states is not None:
-                b_dG -= tl.sum(b_beta[:, None] * b_dX * b_read, 1)
+                b_dG -= tl.sum(rounded(b_beta[:, None] * b_dX * b_read, dtype), 1)
         if d_states is not None:
-            b_written = tl.sum(b_U * b_write, 1)
+            b_written = tl.sum(rounded(b_U * b_write, dtype), 1)
             b_dG -= b_written
             dG_C += tl.sum(b_written)
         store_tile(dv + o_values, b_beta[:, None] * b_dX, o_i, o_v, HV * V, value_rows, V)
@@ -160,7 +161,7 @@ def value_head_gradient(
         if d_states is not None:
             b_dST = tl.load(d_states + o_ST, mask=m_ST, other=0.0)
             if states is not None:
-                b_SdS += tl.sum(b_ST.to(tl.float32) * b_dST.to(tl.float32), 1)
+                b_SdS += tl.sum(rounded(b_ST.to(tl.float32) * b_dST.to(tl.float32), dtype), 1)
         b_UT = tl.trans(b_U.to(dtype))
         if d_states is not None:
             b_dk += tl.dot((b_end[:, None] * b_U).to(dtype), b_dST.to(dtype), input_precision="ieee")
@@ -177,9 +178,9 @@ def value_head_gradient(
     if d_output is not None:
         b_q = load_key_tile(p_q, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
         b_k = load_key_tile(p_k, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
-        b_dG += tl.sum(b_q.to(tl.float32) * b_dq, 1)
+        b_dG += tl.sum(rounded(b_q.to(tl.float32) * b_dq, dtype), 1)
         b_ds = scale * b_dP * pair_decay(b_G, o_i[:, None] >= o_i[None, :])
-        b_dPP = b_ds * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_dPP = rounded(b_ds * tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), dtype)
         b_dG += tl.sum(b_dPP, 1) - tl.sum(b_dPP, 0)
         b_ds = b_ds.to(dtype)
         b_dq += tl.dot(b_ds, b_k, input_precision="ieee")
@@ -188,9 +189,9 @@ def value_head_gradient(
         b_dk += tl.dot(b_dsT, b_q, input_precision="ieee")
     if b_A is not None:
         b_W = b_dL * pair_decay(b_G, o_i[:, None] > o_i[None, :])
-        b_dLM = b_W * tl.dot(b_k, tl.trans(b_k), input_precision="ieee")
+        b_dLM = rounded(b_W * tl.dot(b_k, tl.trans(b_k), input_precision="ieee"), dtype)
         b_dbeta += tl.sum(b_dLM, 1)
-        b_dLM = b_beta[:, None] * b_dLM
+        b_dLM = rounded(b_beta[:, None] * b_dLM, dtype)
         b_dG += tl.sum(b_dLM, 1) - tl.sum(b_dLM, 0)
         b_W = b_beta[:, None] * b_W
         b_dk += tl.dot((b_W + tl.trans(b_W)).to(dtype), b_k, input_precision="ieee")
