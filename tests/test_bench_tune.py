@@ -239,12 +239,16 @@ def test_the_command_prints_and_writes_the_best_rows(gpu, tmp_path, monkeypatch)
 
     monkeypatch.setattr(tune, "Trial", Trial)
     monkeypatch.setattr(tune, "environment", lambda device: dict.fromkeys(tune.MACHINE, ""))
+    emulated = []
+    monkeypatch.setattr(tune, "emulated_faults", lambda table, key, row: emulated.append((table, key, row)) or [])
+    monkeypatch.setattr(tune, "emulator", lambda: Path("rows.py"))
     path = tmp_path / "launches.py"
     path.write_text(TABLE.read_text())
     monkeypatch.setattr(table, "__file__", str(path))
     text = run("--chunks", "16,32", "--kernels", "scan,grad,window", "--write", "--out", tmp_path)
     best = (32, (32, 4, 1), (128, 4, 1), (32, 4, 2), (32, 4, 1))
     assert f"long: ('16-bit', 128, 128, 'sm90'): {best}" in text and f"wrote {path}" in text
+    assert ("LAUNCHES", ("16-bit", 128, 128, "sm90"), best) in emulated and len(emulated) == 3
     scope = {}
     exec(path.read_text(), scope)
     assert scope["LAUNCHES"] == table.LAUNCHES | {("16-bit", 128, V, "sm90"): best for V in (128, 256)}
@@ -259,6 +263,21 @@ def test_the_command_prints_and_writes_the_best_rows(gpu, tmp_path, monkeypatch)
         ("LAUNCHES", True, False),
         ("WINDOW_LAUNCHES", False, True),
     }
+
+
+def test_a_row_that_races_as_compiled_is_refused_and_the_next_best_taken(monkeypatch):
+    tried = [Tried("scan", (n,), {"ms_median": 9.0 - n}, "") for n in range(4)]
+    monkeypatch.setattr(tune, "emulator", lambda: Path("rows.py"))
+    monkeypatch.setattr(tune, "emulated_faults", lambda table, key, row: ["sm_90: race: ..."] if row[0] > 1 else [])
+    found = list(tune.emulated(tried, "LAUNCHES", KEY))
+    assert [(x.row, x.verdict) for x in found] == [((3,), "sm_90: race: ..."), ((2,), "sm_90: race: ..."), ((1,), "")]
+    assert {x.varied for x in found} == {"emulated"}
+
+
+def test_no_row_is_written_where_none_can_be_emulated(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "emulator", lambda: None)
+    text = run("--write", "--out", tmp_path / "out", code=2)
+    assert "write: expected a checkout" in text and not list(tmp_path.iterdir())
 
 
 def test_grad_is_varied_first(gpu):

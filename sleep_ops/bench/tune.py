@@ -5,15 +5,19 @@ replaces by a trap, spills too many registers of or gives more shared memory tha
 compared with the float64 recurrence and timed, forward and backward of one pass in one CUDA graph; one that would be
 the best so far must also be right over replay passes, whose kernels are others, and give the same bits twice (what
 differs from run to run is a race). One kernel after another is varied, for every length of the chunk; for a case so
-short that one launch does everything, that launch.
+short that one launch does everything, that launch. The best row is last run as compiled, on the CPU, in the emulator of
+a checkout's tests: one that is wrong there or reports a race is refused, and the next best takes its place.
 
 None of it has run on a GPU yet, save for the compiling, which needs none.
 """
 
 import functools
+import json
 import math
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +52,7 @@ CHUNKS = (16, 32, 64)
 # Bytes a thread may spill: what the settings in use do at the most, up to K = V = 256 (tests/test_aot.py).
 MAX_SPILL_BYTES = 704
 REPLAYED = 4  # passes, enough to go through the map of a pass
+EMULATED = 5  # of the fastest rows, at most, until one is right
 COLUMNS = [
     *(*MACHINE, "case", "table", "architecture", "dtype", "key_dim", "value_dim", "varied", "tokens", *KERNELS),
     *("repeats", *TIMES, "verdict"),
@@ -145,31 +150,50 @@ class TuneBenchmark:
     def steps(self) -> int:
         """How often `run` yields."""
         searches = [search for name in self.cases for search in self._searches(name)]
-        return sum(1 + sum(map(len, varied.values())) for _, varied in searches)
+        return len(self.cases) + sum(1 + sum(map(len, varied.values())) for _, varied in searches)
 
     def run(
         self, tell: Callable[[str], None], show: Callable[[str], None] = lambda label: None
     ) -> Iterator[list[dict]]:
-        """Yield the row of every candidate. tell: of the best; show: of what was just tried."""
+        """Yield the row of every candidate, and those emulated of each case. tell: of the best; show: of the last."""
         device = resolve_device(self.device)
+        if emulator() is None:
+            tell("rows are not emulated: that takes a checkout, with its tests/ptx")
         common = environment(device) | {"repeats": self.repeats}
         for name in self.cases:
             case, (table, key) = self._case(name), self._place(name)
             sizes = {"case": name, "dtype": case.dtype, "key_dim": case.key_dim, "value_dim": case.value_dim}
             sizes |= {"table": table, "architecture": key[3]}
             trial = Trial(case, table, key, self.repeats, self.seed, device)
-            best = None
+            fastest: list[Tried] = []  # so far, the last one of all: those that were checked in full
             for base, varied in self._searches(name):
-                for tried in search(base, TABLES[table], varied, trial):
-                    show(f"{name}: {tried.varied} {tried.row}")
-                    if tried.times and (best is None or tried.times["ms_median"] < best.times["ms_median"]):
-                        best = tried
-                    row = common | sizes | dict.fromkeys((*KERNELS, *TIMES), "") | tried._asdict() | tried.times
-                    row |= zip(("tokens", *TABLES[table]), tried.row, strict=True)
-                    yield [{column: row[column] for column in COLUMNS}]
-            if best is not None:
-                self.found[table, key] = best.row
-                tell(f"{name}: {key}: {best.row}, {best.times['ms_median']:.3f} ms forward and backward")
+                for found in search(base, TABLES[table], varied, trial):
+                    show(f"{name}: {found.varied} {found.row}")
+                    if found.times and (not fastest or found.times["ms_median"] < fastest[-1].times["ms_median"]):
+                        fastest.append(found)
+                    yield [_csv_row(common | sizes, found, table)]
+            for found in emulated(fastest[-EMULATED:], table, key):
+                yield [_csv_row(common | sizes, found, table)]
+                if found.verdict:
+                    tell(f"{name}: {found.row} is refused: {found.verdict}")
+                else:
+                    self.found[table, key] = found.row
+                    tell(f"{name}: {key}: {found.row}, {found.times['ms_median']:.3f} ms forward and backward")
+
+
+def _csv_row(common: dict, found: Tried, table: str) -> dict:
+    row = common | dict.fromkeys((*KERNELS, *TIMES), "") | found._asdict() | found.times
+    row |= zip(("tokens", *TABLES[table]), found.row, strict=True)
+    return {column: row[column] for column in COLUMNS}
+
+
+def emulated(fastest: list[Tried], table: str, key: tuple) -> Iterator[Tried]:
+    """From the last on, each with what is wrong with it as compiled for its verdict, until one is right."""
+    for found in reversed(fastest):
+        faults = [] if emulator() is None else emulated_faults(table, key, found.row)
+        yield found._replace(varied="emulated", verdict=faults[0] if faults else "")
+        if not faults:
+            return
 
 
 def launches(kernel: str, BV: int) -> list[tuple[int, int, int]]:
@@ -321,6 +345,32 @@ def with_table(text: str, name: str, table: dict[tuple, Row]) -> str:
     text, count = re.subn(rf"^{name} = \{{\n.*?^\}}\n", lambda _: source, text, flags=re.MULTILINE | re.DOTALL)
     assert count == 1
     return text
+
+
+def emulator() -> Path | None:
+    """The script that runs a row's kernels as compiled, without a GPU; None outside a checkout."""
+    from sleep_ops.kernels import launches as tables
+
+    script = Path(tables.__file__).resolve().parents[1] / "tests" / "ptx" / "rows.py"
+    return script if script.exists() else None
+
+
+def emulated_faults(table: str, key: tuple, row: Row) -> list[str]:
+    """What it finds wrong with a row, in words; in another process, since it takes the place of Triton's driver."""
+    script = emulator()
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[2]), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, str(script), json.dumps([table, key, row])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        return [f"not emulated: {done.stderr.strip().splitlines()[-1]}"]
+    return [line for line in done.stdout.splitlines() if line]
+
+
+def check_writable() -> None:
+    """Raises ValueError where rows can't be emulated, and so must not be written."""
+    if emulator() is None:
+        raise ValueError("write: expected a checkout, whose tests/ptx runs a row before it is written, got none")
 
 
 def write_rows(rows: dict[tuple[str, tuple], Row]) -> Path:

@@ -182,8 +182,10 @@ def bench_tune(
     """Launch settings of the chunk kernels, measured on the GPU at hand: minutes for each case and chunk."""
     console = Console()
     with refusals(console):
-        from sleep_ops.bench.tune import TABLES, TuneBenchmark, write_rows
+        from sleep_ops.bench.tune import TABLES, TuneBenchmark, check_writable, write_rows
 
+        if write:
+            check_writable()
         benchmark = TuneBenchmark(
             cases=tuple(case.split(",")),
             chunks=integers("chunks", chunks),

@@ -1,0 +1,62 @@
+"""Rows of kernels/launches.py as compiled, and which rows `bench tune` refuses by it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ptx.rows import architectures, faults
+
+from sleep_ops.bench.tune import emulated_faults
+from sleep_ops.kernels import launches
+
+ROWS = [(name, key) for name in ("LAUNCHES", "WINDOW_LAUNCHES") for key in getattr(launches, name)]
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "arch"),
+    [
+        pytest.param(
+            table,
+            key,
+            arch,
+            id=f"{table}-{'-'.join(map(str, key))}-sm{arch}",
+            # The tests of operators run the rows for any GPU; those measured on one are checked in every run.
+            marks=pytest.mark.slow if key[3] is None else (),
+        )
+        for table, key in ROWS
+        for arch in architectures(key)
+    ],
+)
+def test_rows_of_the_table(table, key, arch):
+    assert faults(table, key, getattr(launches, table)[key], arch) == []
+
+
+def test_a_race_is_a_fault():
+    """With its barriers taken out of one kernel, a row that is fine is refused."""
+
+    def change(name, ptx):
+        return re.sub(r"bar\.sync\s+0;", "", ptx) if name == "window_forward_kernel" else ptx
+
+    found = faults("WINDOW_LAUNCHES", ("16-bit", 64, 64, "sm90"), (32, (64, 4, 1)), 90, change=change)
+    assert any(fault.startswith("sm_90: race: window_forward_kernel") for fault in found)
+
+
+def test_what_does_not_compile_is_a_fault():
+    (found,) = faults("WINDOW_LAUNCHES", ("16-bit", 64, 64, "sm90"), (32, (24, 4, 1)), 90)
+    assert found.startswith("sm_90: CompilationError")
+
+
+@pytest.mark.parametrize("row", [(32, (64, 4, 1)), (32, (24, 4, 1))], ids=["right", "not a power of two"])
+def test_tune_asks_in_a_process_of_its_own(row):
+    found = emulated_faults("WINDOW_LAUNCHES", ("16-bit", 64, 64, "sm90"), row)
+    assert (found == []) == (row[1][0] == 64)
+
+
+def test_the_command_line_refuses_the_interpreter():
+    script = Path(__file__).with_name("rows.py")
+    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(script.parents[2])}
+    row = '["WINDOW_LAUNCHES", ["16-bit", 64, 64, "sm90"], [32, [64, 4, 1]]]'
+    done = subprocess.run([sys.executable, script, row], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "TRITON_INTERPRET: expected it unset" in done.stderr
