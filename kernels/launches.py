@@ -1,5 +1,7 @@
 """The tables of launch settings; `sleep-ops bench tune --write` measures rows on the GPU at hand and rewrites them.
 
+A row written by hand has to pass tests/ptx/test_rows.py too, which runs its kernels as compiled.
+
 Key: width of q, k and v; tile of K; tile of V (powers of two); architecture. None stands for any. The most particular
 row that fits is taken: both tiles before K's alone before none, and for each the architecture's own before any's.
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import NAMES, Case, make_inputs
+from cases import NAMES, Case, make_inputs, slow_unless
 from ptx import toys
 from ptx.emulation import launch_table, on_gpu
 from ptx.emulator import Emulator, emulated
@@ -71,7 +71,7 @@ def without(match: re.Match, kernel: str = "chunk_scan_kernel"):
     return lambda name, ptx: ptx[: match.start()] + ptx[match.end() :] if name == kernel else ptx
 
 
-@pytest.mark.parametrize("scan", [pytest.param(SCANS[name], id=name) for name in SCANS])
+@pytest.mark.parametrize("scan", slow_unless(["sm90"], SCANS.values(), ids=SCANS))
 def test_removed_from_a_copy_of_chunk_scan(scan):
     """Each is removed in turn. What goes unnoticed guards nothing: the results stay as they were."""
     source = source_of(scan)

@@ -55,7 +55,7 @@ PASSES = [
     Problem("long-chunks-K64-V64", gated(260, 64, 64), SPLIT, CHUNKS_OF_64, quick=True),
     Problem("long-chunks-K128-V128", gated(260, 128, 128, heads=(1, 1)), SPLIT, CHUNKS_OF_64),
     Problem("long-chunks-K60-V100", gated(260, 60, 100), SPLIT, CHUNKS_OF_64),
-    Problem("long-chunks-K96-V256", gated(260, 96, 256, heads=(1, 1)), SPLIT, CHUNKS_OF_64),
+    Problem("long-chunks-K96-V256", gated(260, 96, 256), SPLIT, CHUNKS_OF_64),
     Problem("long-chunks-packed", Case("packed", lengths=(70, 0, 1, 260), dims=(64, 64)), SPLIT, CHUNKS_OF_64),
     Problem(
         "long-chunks-hebbian",
