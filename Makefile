@@ -19,6 +19,7 @@ $(VENV)/.installed: setup.py constraints.txt
 
 test: $(VENV)/.installed lint
 	$(PYTEST) -m "not slow"
+	@echo 'kernels as compiled for sm_80 and sm_90, emulated:'
 	$(PYTEST) -m "not slow" tests/ptx
 
 test-all: $(VENV)/.installed lint

@@ -15,22 +15,22 @@ EMULATED = TESTS / "ptx"
 sys.path.insert(0, str(TESTS))
 
 
-def _only_emulated(config) -> bool:
+def _emulated(config) -> bool:
+    """Whether all tests asked for are those of tests/ptx; usage error where only some are."""
     places = [pathlib.Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
-    return bool(places) and all(place.resolve().is_relative_to(EMULATED) for place in places)
+    inside = [place.resolve().is_relative_to(EMULATED) for place in places]
+    if any(inside) and not all(inside):
+        raise pytest.UsageError("tests/ptx: expected no other tests beside it; kernels are compiled there")
+    return any(inside)
 
 
 def pytest_configure(config) -> None:
-    if not (torch.cuda.is_available() or _only_emulated(config)):
+    if not (torch.cuda.is_available() or _emulated(config)):
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_ignore_collect(collection_path, config) -> bool | None:
-    return True if collection_path == EMULATED and not _only_emulated(config) else None
-
-
-def pytest_report_header(config) -> str:
-    return "kernels: " + ("emulated, as compiled" if _only_emulated(config) else "tests/ptx runs on its own")
+    return True if collection_path == EMULATED and not _emulated(config) else None
 
 
 @pytest.fixture
