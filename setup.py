@@ -29,6 +29,7 @@ setup(
         "sleep_ops.tasks",
         "sleep_ops.tasks.gsm_infinite",
         "sleep_ops.training",
+        "sleep_ops.verify",
     ],
     package_dir={"sleep_ops.kernels": "kernels"},
     package_data={"sleep_ops.experiments": ["presets/*.toml", "figures/*.toml"]},

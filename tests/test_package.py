@@ -22,7 +22,7 @@ LAYERS = [
     ("adapters",),
     ("tasks",),
     ("training",),
-    ("bench", "experiments", "recall", "demo", "examples", "cli", "__main__"),
+    ("bench", "experiments", "recall", "demo", "examples", "verify", "cli", "__main__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

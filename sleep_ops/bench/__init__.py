@@ -4,5 +4,6 @@ cases, providers, checks    what is measured, by whom, and whether it is right
 harness                     how: time, memory, taking turns, the machine
 passes, kernels, training   the commands passes, kernels, train
 tune                        the launch table of the kernels
+launches                    every kernel launch alone
 plot                        the figures
 """

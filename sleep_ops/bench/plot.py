@@ -1,4 +1,4 @@
-"""The figures: lines against passes, tokens, windows; the cases side by side with an H100's floor."""
+"""The figures: lines against passes, tokens, windows; the cases side by side with an H100's floor; kernels' shares."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +49,29 @@ def plot_training(rows: list[dict], path: Path) -> None:
     if rows[0]["peak_mib"] != "":
         panels.append(Panel(None, "peak_mib", "peak MiB"))
     _plot_lines(rows, path, "preset", title, panels, (column, f"{column} {names[column]}"), "line")
+
+
+def plot_launches(rows: list[dict], path: Path) -> None:
+    """Of every case's call the share of each kernel, all its launches together, forward and backward apart."""
+    plt = _pyplot()
+    cases, kernels = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "kernel"))
+    colours = dict(zip(kernels, plt.get_cmap("tab20").colors, strict=False))
+    bars = [(case, direction) for case in reversed(cases) for direction in ("backward", "forward")]
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.35 * len(bars)), layout="constrained")
+    left = [0.0] * len(bars)
+    for kernel in kernels:
+        shares = [
+            sum(row["share"] for row in rows if (row["case"], row["direction"], row["kernel"]) == (*bar, kernel))
+            for bar in bars
+        ]
+        axes.barh(range(len(bars)), shares, left=left, label=kernel.removesuffix("_kernel"), color=colours.get(kernel))
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    axes.set(xlabel="share of the call, forward and backward", yticks=range(len(bars)))
+    axes.set_yticklabels([f"{case} {direction}" for case, direction in bars])
+    axes.set_title("{device}, torch {torch}, triton {triton}".format(**rows[0]))
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def _time(mode: str) -> Panel:

@@ -1,4 +1,4 @@
-"""The command line: train, fine-tune, evaluate, demonstrate, measure.
+"""The command line: train, fine-tune, evaluate, demonstrate, measure, verify.
 
 Settings are checked before anything is written; a bad one is a message and exit code 2. Exit code 1 is a run that
 failed, 128 + n one that signal n stopped (its checkpoint is saved).
@@ -7,9 +7,10 @@ failed, 128 + n one that signal n stopped (its checkpoint is saved).
 import typer
 
 from sleep_ops.cli import evaluate, experiments, finetune
-from sleep_ops.cli.bench import bench_app, bench_kernels, bench_passes, bench_train, bench_tune
+from sleep_ops.cli.bench import bench_app, bench_kernels, bench_launches, bench_passes, bench_train, bench_tune
 from sleep_ops.cli.evaluate import demo, recall
 from sleep_ops.cli.train import train_app
+from sleep_ops.cli.verify import verify
 
 app = typer.Typer(
     name="sleep-ops",
@@ -27,6 +28,7 @@ app.command("plot")(experiments.plot)
 app.command("data")(experiments.data)
 app.command()(demo)
 app.command()(recall)
+app.command()(verify)
 
 
 def main() -> None:
@@ -36,10 +38,12 @@ def main() -> None:
 __all__ = [
     "app",
     "bench_kernels",
+    "bench_launches",
     "bench_passes",
     "bench_train",
     "bench_tune",
     "demo",
     "main",
     "recall",
+    "verify",
 ]

@@ -1,5 +1,7 @@
 """`sleep-ops bench`: speed; every command writes a long-format CSV."""
 
+import math
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sleep_ops.cli.common import Device, Seed, integers, option, refusals
+
+Seconds = Annotated[float | None, option("Stop after so long, with the rows that there are by then.")]
 
 bench_app = typer.Typer(help="Measure speed; every command writes a long-format CSV.", no_args_is_help=True)
 
@@ -29,6 +33,7 @@ def bench_passes(
     ] = None,
     max_chained: Annotated[int, option("Largest N of the providers that call a one-pass operator N times.")] = 16,
     repeats: Annotated[int | None, option("Timed repeats; 20 on CUDA, 5 on the CPU by default.")] = None,
+    seconds: Seconds = None,
     seed: Seed = 0,
     device: Device = "auto",
     out: Annotated[Path, option("Folder for passes.csv and passes.png.")] = Path("runs/bench"),
@@ -54,7 +59,7 @@ def bench_passes(
             seed=seed,
             device=device,
         )
-        rows = _measure(console, benchmark, out / "passes.csv")
+        rows = _measure(console, benchmark, out / "passes.csv", seconds)
         plot_passes(rows, out / "passes.png")
     for name in dict.fromkeys(row["case"] for row in rows):
         console.print(_timings([row for row in rows if row["case"] == name]))
@@ -78,6 +83,7 @@ def bench_kernels(
         str | None, option("float32, bfloat16 or float16; by default bfloat16 on CUDA, float32 on the CPU.")
     ] = None,
     repeats: Annotated[int | None, option("Timed repeats; 20 on CUDA, 5 on the CPU by default.")] = None,
+    seconds: Seconds = None,
     seed: Seed = 0,
     device: Device = "auto",
     out: Annotated[Path, option("Folder for kernels.csv and kernels.png (kernels-SWEEP with a sweep).")] = Path(
@@ -102,7 +108,7 @@ def bench_kernels(
             device=device,
         )
         name = f"kernels-{sweep}" if sweep else "kernels"
-        rows = _measure(console, benchmark, out / f"{name}.csv")
+        rows = _measure(console, benchmark, out / f"{name}.csv", seconds)
         plot_kernels(rows, out / f"{name}.png", sweep)
     table = Table("case", *([sweep] if sweep else []), "provider", "mode", "ms", "of the floor", "peak MiB", "error")
     for row in rows:
@@ -129,6 +135,7 @@ def bench_train(
     batch: Annotated[int | None, option("Sequences; the preset's own by default.")] = None,
     precision: Annotated[str, option("auto (bf16 on CUDA), bf16 or float32.")] = "auto",
     repeats: Annotated[int | None, option("Timed steps; 5 on CUDA, 3 on the CPU by default.")] = None,
+    seconds: Seconds = None,
     seed: Seed = 0,
     device: Device = "auto",
     out: Annotated[Path, option("Folder for train.csv and train.png.")] = Path("runs/bench"),
@@ -152,7 +159,7 @@ def bench_train(
             seed=seed,
             device=device,
         )
-        rows = _measure(console, benchmark, out / "train.csv")
+        rows = _measure(console, benchmark, out / "train.csv", seconds)
         plot_training(rows, out / "train.png")
     table = Table("preset", "provider", "mode", "checkpointing", "L", "N", "ms", "tokens/s", "peak MiB")
     for row in rows:
@@ -175,6 +182,7 @@ def bench_tune(
     dtype: Annotated[str | None, option("float32, bfloat16 or float16; bfloat16 by default.")] = None,
     write: Annotated[bool, option("Put the best rows into kernels/launches.py.")] = False,
     repeats: Annotated[int, option("Timed repeats of every candidate.")] = 20,
+    seconds: Seconds = None,
     seed: Seed = 0,
     device: Device = "auto",
     out: Annotated[Path, option("Folder for tune.csv.")] = Path("runs/bench"),
@@ -195,7 +203,7 @@ def bench_tune(
             seed=seed,
             device=device,
         )
-        _measure(console, benchmark, out / "tune.csv")
+        _measure(console, benchmark, out / "tune.csv", seconds)
         table = Table("width", "K", "V", "GPU", "kernel", "value columns, warps, stages")
         for (name, key), (tokens, *launches) in benchmark.found.items():
             for kernel, launch in zip(("tokens", *TABLES[name]), (tokens, *launches), strict=True):
@@ -206,7 +214,37 @@ def bench_tune(
     console.print(f"wrote {out / 'tune.csv'}", soft_wrap=True)
 
 
-def _measure(console: Console, benchmark, path: Path) -> list[dict]:
+@bench_app.command("launches")
+def bench_launches(
+    case: Annotated[str, option("Cases of bench kernels.")] = "long,batch,mid,mid-replay,one-window,jet,depo,rule110",
+    passes: Annotated[int | None, option("Replay passes; the case's own by default.")] = None,
+    dtype: Annotated[str | None, option("float32, bfloat16 or float16; bfloat16 by default.")] = None,
+    repeats: Annotated[int, option("Timed repeats of every launch.")] = 20,
+    seconds: Seconds = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Annotated[Path, option("Folder for launches.csv and launches.png.")] = Path("runs/bench"),
+) -> None:
+    """Every kernel launch of a forward and backward timed alone, beside the call as a whole; needs a GPU."""
+    console = Console()
+    with refusals(console):
+        from sleep_ops.bench.launches import LaunchesBenchmark
+        from sleep_ops.bench.plot import plot_launches
+
+        benchmark = LaunchesBenchmark(
+            cases=tuple(case.split(",")), passes=passes, dtype=dtype, repeats=repeats, seed=seed, device=device
+        )
+        rows = _measure(console, benchmark, out / "launches.csv", seconds)
+        plot_launches(rows, out / "launches.png")
+    table = Table("case", "direction", "kernel", "grid", "ms", "of the call")
+    for row in rows:
+        names = (row[key] for key in ("case", "direction", "kernel", "grid"))
+        table.add_row(*names, f"{row['ms_median']:.4f}", f"{row['share']:.0%}")
+    console.print(table)
+    console.print(f"wrote {out / 'launches.csv'} and {out / 'launches.png'}")
+
+
+def _measure(console: Console, benchmark, path: Path, seconds: float | None) -> list[dict]:
     """The rows of a benchmark, written to `path` after every step: whole however the command ends."""
     from rich.progress import Progress
 
@@ -214,7 +252,9 @@ def _measure(console: Console, benchmark, path: Path) -> list[dict]:
 
     if path.parent.exists() and not path.parent.is_dir():
         raise ValueError(f"out: expected a folder, got the file {path.parent}")
-    rows = []
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ValueError(f"seconds: expected a number > 0, got {seconds}")
+    rows, begin, done = [], time.monotonic(), 0
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=benchmark.steps)
 
@@ -226,6 +266,10 @@ def _measure(console: Console, benchmark, path: Path) -> list[dict]:
             if found:
                 write_csv(path, rows)
             bar.advance(task)
+            done += 1
+            if seconds is not None and time.monotonic() - begin > seconds and done < benchmark.steps:
+                note(f"stopped after {seconds:g} s, at {done} of {benchmark.steps}")
+                break
     if not rows:
         console.print("nothing was timed")
         raise typer.Exit(1)
