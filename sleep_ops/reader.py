@@ -186,10 +186,12 @@ class SleepReader:
         windows_by: str = "tokens",
         all_logits: bool | None = None,
         return_state: bool = True,
+        may_lack_loss: bool = False,
     ) -> Reading:
         """The first half of a call, with the arguments and errors of `forward`.
 
-        Checks, and works out all that the host must know.
+        Checks, and works out all that the host must know. may_lack_loss: labels without a loss token are no error; it
+        is then up to the caller not to `run` for a loss.
 
         Waits for the device only to read an attention_mask, cu_seqlens, or a loss mask that is not on the CPU.
         """
@@ -202,6 +204,8 @@ class SleepReader:
         passes = self.settings.resolve_passes(passes)
         if state is not None:
             self.stack.check(state, len(rows.lengths))
+            if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+                state = state.recordable()
         if all_logits is None:
             all_logits = labels is None and loss_mask is None
         if labels is not None and (loss_mask is None or loss_mask.device == labels.device):
@@ -210,7 +214,7 @@ class SleepReader:
         has_loss, loss_tokens = rows.marks(loss_mask)
         counted = None
         if labels is not None:
-            expect(loss_tokens > 0, "labels", "at least one loss token", "none")
+            expect(loss_tokens > 0 or may_lack_loss, "labels", "at least one loss token", "none")
             labels = rows.pack(labels).long()
             if _readable(labels):
                 valid = (labels >= 0) & (labels < self.vocab_size) | (labels == -100)
@@ -221,8 +225,10 @@ class SleepReader:
             rows, ids, labels, counted, has_loss, loss_tokens, passes, state, absent, all_logits, return_state
         )
 
-    def run(self, reading: Reading) -> SleepOutput:
+    def run(self, reading: Reading, predict: Callable[[Tensor], Tensor] | None = None) -> SleepOutput:
         """The second half: the work, queued without waiting for the device (but to check math.inf passes).
+
+        predict: what makes the output's `logits` of the last block's outputs, instead of this model's own.
 
         Where all rows are full, in phase and alike in which of their windows sleep, nothing is copied from the host
         either, so a CUDA graph can capture this and its backward.
@@ -233,9 +239,10 @@ class SleepReader:
         if state is None:
             state = self.init_state(len(rows.lengths))._replace(absent=reading.absent)
         pieces, losses = [], []
+        predict = self.predict if predict is None else predict
 
         def emit(starts: Lengths, parts: Lengths, h: Tensor) -> None:
-            logits = self.predict(h)
+            logits = predict(h)
             pieces.append((starts, parts, logits))
             if targets is not None and any(reading.has_loss(starts, parts)):
                 target = ragged.take(targets, starts, parts)

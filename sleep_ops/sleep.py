@@ -96,14 +96,20 @@ class SleepState(NamedTuple):
 
     def detach(self) -> "SleepState":
         """The same state, cut from the autograd graph (truncated backpropagation)."""
+        return self._each(Tensor.detach)
 
-        hidden = None if self.hidden is None else self.hidden.detach()
-        blocks, start, writes = map(_detached, (self.blocks, self.start, self.writes))
+    def recordable(self) -> "SleepState":
+        """The same state, with copies of what was made under inference_mode: autograd can't save those tensors."""
+        return self._each(lambda x: x.clone() if x.is_inference() else x)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "SleepState":
+        hidden = None if self.hidden is None else function(self.hidden)
+        blocks, start, writes = (_each(part, function) for part in (self.blocks, self.start, self.writes))
         return self._replace(blocks=blocks, start=start, hidden=hidden, writes=writes)
 
 
-def _detached(states: Sequence[tuple | None]) -> tuple:
-    return tuple(s if s is None else type(s)(*(x.detach() for x in s)) for s in states)
+def _each(states: Sequence[tuple | None], function: Callable[[Tensor], Tensor]) -> tuple:
+    return tuple(s if s is None else type(s)(*map(function, s)) for s in states)
 
 
 def _select(rows: Sequence[bool], new: BlockState, old: BlockState) -> BlockState:
@@ -194,7 +200,8 @@ class SleepStack:
         and has `parts[b]` tokens. `embed(starts, parts)` gives its embeddings, left-aligned `[B, max(parts), hidden]`;
         where `wants(starts, parts)`, `emit(starts, parts, h)` receives the first-pass outputs. With `labelled`, which
         says what rows have a loss token there, windows that have one do not sleep. close=False ends with the last
-        output wanted: no later token is read, and no sleep that nothing wanted can see.
+        output wanted: no later token is read, and no window sleeps that nothing wanted can see, such as a full one at
+        the end of the text.
         """
         starts = (0,) * len(lengths)
         while starts != lengths:
@@ -211,13 +218,16 @@ class SleepStack:
                 state = state._replace(labelled=marks)
             asleep = full if labelled is None else tuple(f and not m for f, m in zip(full, marks, strict=True))
             end = ragged.add(starts, parts)
-            last = not close and not wants(end, tuple(n - e for n, e in zip(lengths, end, strict=True)))
+            left = tuple(n - e for n, e in zip(lengths, end, strict=True))
+            seen = close or (end != lengths and wants(end, left))  # whether anything sees what this segment leaves
             wanted = wants(starts, parts)
             h, state = self.wake(embed(starts, parts), state, parts, output=wanted, passes=passes, asleep=asleep)
             if wanted:
                 emit(starts, parts, h)
-            if any(full) and not last:
-                state = self.evict(self.sleep(state, passes=passes, rows=asleep), rows=full)
+            if seen and any(full):
+                if any(a and (close or n > 0) for a, n in zip(asleep, left, strict=True)):
+                    state = self.sleep(state, passes=passes, rows=asleep)
+                state = self.evict(state, rows=full)
             starts = end
         return state
 
@@ -307,7 +317,7 @@ class SleepStack:
         for n in range(2, passes + 1):
             if n == given + 1:
                 h = h.detach()
-                blocks[first : last + 1] = _detached(blocks[first : last + 1])
+                blocks[first : last + 1] = _each(blocks[first : last + 1], Tensor.detach)
             for i in range(first, last + 1):
                 blocks[i] = self._pass_start(i, blocks[i], state)
             output = n < passes or refine_after

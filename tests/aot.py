@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -59,11 +60,13 @@ class Case(NamedTuple):
 
 def _chunk_arguments(dtype: str, packed: bool) -> dict[str, Any]:
     data = ("q", "k", "v", "A", "output", "states", "d_states", "d_output", "dq", "dk", "dv", "U_end", "dY", "ds", "dl")
-    wide = ("G", "beta_out", "initial_state", "final_state", "d_final_state", "d_initial_state", "dG", "dbeta_out")
+    wide = ("beta_out", "initial_state", "final_state", "d_final_state", "d_initial_state", "dbeta_out")
     arguments: dict[str, Any] = {name: f"*{dtype}" for name in data}
     wide += ("g", "beta", "dg", "dbeta", "A_log", "dt_bias", "partial", "rq", "rk")
-    wide += ("dG_part", "dbeta_part", "dG_values", "dG_queries", "dbeta_values")
+    wide += ("dbeta_part", "dbeta_values")
     arguments |= {name: "*fp32" for name in wide}
+    decays = ("G", "dG", "dG_part", "dG_values", "dG_queries")
+    arguments |= {name: "*fp64" if dtype == "fp32" else "*fp32" for name in decays}
     arguments |= {name: "i32" for name in ("T", "num_seqs", "stride_q", "stride_k", "stride_v")}
     arguments |= {"scale": "fp32"}
     arguments |= {"cu_seqlens": "*i32" if packed else None, "chunk_offsets": "*i64" if packed else None}
@@ -145,6 +148,7 @@ def window_cases(
     arguments |= {"scale": "fp32", "H": 4, "HV": 4 * groups, "K": K, "V": V, "C": config.chunk, "BK": block_size(K)}
     arguments |= {"BV": config.launch.block_v, "BETA_SCALE": 1.0, "IS_DELTA": True, "USE_L2NORM": True}
     arguments |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32x3"}
+    arguments |= {"G_DTYPE": tl.float64 if dtype == "fp32" else tl.float32}
     label = f"{dtype}-K{K}-V{V}-T{T}" + ("" if initial_state else "-fresh")
     for name in ("forward", "backward"):
         kernel = getattr(window, f"window_{name}_kernel")

@@ -4,14 +4,14 @@ import copy
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import slow_unless
 from hf_models import ATTENTION_ONLY, HYBRIDS, VERSION, VOCAB, build, config, needs_cache, tokens
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache
 
 from sleep_ops import SleepSession
 from sleep_ops.adapters.hf import from_pretrained, insert_fast_weights, sleepify
@@ -299,8 +299,42 @@ def test_packed_sequences_are_read_apart():
     positions = torch.cat([torch.arange(11), torch.arange(19)])[None]
     with torch.no_grad():
         expected = torch.cat([model(part).logits for part in parts], dim=1)
-        for inputs in (dict(cu_seqlens=borders), dict(cu_seq_lens_q=borders), dict(position_ids=positions)):
+        numbers = torch.tensor([[0] * 11 + [1] * 19], dtype=torch.int32)
+        told = (
+            dict(cu_seqlens=borders),
+            dict(cu_seq_lens_q=borders),
+            dict(position_ids=positions),
+            dict(seq_idx=numbers),
+        )
+        for inputs in told:
             torch.testing.assert_close(model(packed, **inputs).logits, expected, **CLOSE)
+            inputs |= dict(attention_mask=torch.ones_like(packed))
+            torch.testing.assert_close(model(packed, **inputs).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "options", ({}, dict(return_flash_attn_kwargs=True, return_seq_idx=True)), ids=("plain", "all")
+)
+def test_what_the_flattening_collator_hands_over(options):
+    model = sleepify(build("qwen3_5"), window=8, passes=2)
+    rows = [{"input_ids": row.tolist()} for row in (tokens(1, 11, seed=4)[0], tokens(1, 19, seed=5)[0])]
+    batch = DataCollatorWithFlattening(**options)(rows)
+    with torch.no_grad():
+        expected = torch.cat([model(torch.tensor([row["input_ids"]])).logits for row in rows], dim=1)
+        out = model(**batch)
+    torch.testing.assert_close(out.logits, expected, **CLOSE)
+    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits[0, :-1], batch["labels"][0, 1:]), **CLOSE)
+
+
+def test_rows_of_one_sequence_each_may_be_numbered():
+    model, ids = sleepify(build("qwen3_5"), window=8), tokens(2, 10)
+    numbers = torch.tensor([[0], [1]]).expand(2, 10)
+    assert torch.equal(model(ids, seq_idx=numbers).logits, model(ids).logits)
+    mixed = torch.tensor([[0] * 4 + [1] * 6]).expand(2, 10)
+    with pytest.raises(ValueError, match="seq_idx: expected one sequence in each row, or one row"):
+        model(ids, seq_idx=mixed)
+    with pytest.raises(ValueError, match="position_ids: expected .*packed sequences: in one row"):
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]).expand(2, 10))
 
 
 def test_plain_positions_are_accepted_and_others_refused():
@@ -468,6 +502,26 @@ CALLS = {
     ),
     "embeddings": (dict(inputs_embeds=torch.zeros(1, 4, 64)), "inputs_embeds: expected None"),
     "attentions": (dict(output_attentions=True), "output_attentions: expected nothing"),
+    "unknown": (dict(token_types=1), "token_types: expected nothing: a model that sleeps does not know it"),
+    "cache-position": (
+        dict(cache_position=torch.arange(4)),
+        "cache_position: expected nothing: positions run on .*state=",
+    ),
+    "return-loss": (
+        dict(return_loss=True),
+        "return_loss: expected nothing: the loss is returned where labels are given",
+    ),
+    "wide-mask": (
+        dict(attention_mask=torch.ones(1, 1, 4, 4)),
+        r"attention_mask: expected shape \(1, 4\), 1 = real token",
+    ),
+    "mask-mapping": (dict(attention_mask={"full_attention": None}), "attention_mask: expected shape .* got 'dict'"),
+    "short-labels": (dict(labels=torch.ones(1, 3).long()), r"labels: expected a tensor of .* \(1, 4\), got \(1, 3\)"),
+    "short-unlabelled": (
+        dict(labels=torch.full((1, 3), -100), num_items_in_batch=4),
+        r"labels: expected a tensor of .* \(1, 4\), got \(1, 3\)",
+    ),
+    "short-shifted": (dict(shift_labels=torch.full((1, 3), -100), num_items_in_batch=4), r"labels: expected shape"),
     "passes": (dict(passes=0), "passes: expected"),
     "no-label": (dict(labels=torch.full((1, 4), -100)), "labels: expected at least one loss token"),
 }
@@ -485,6 +539,185 @@ def test_a_state_passed_as_a_cache_is_pointed_to_its_place():
     state = model(tokens(1, 4), return_state=True).state
     with pytest.raises(ValueError, match="a SleepState is passed as state="):
         model(tokens(1, 4), past_key_values=state)
+
+
+def fused_forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+    """What puts a fused loss in place of a model's forward pass: the backbone, then the head in chunks."""
+    outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, output_attentions=False, **kwargs)
+    h, targets = outputs[0][:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    losses = [
+        F.cross_entropy(self.lm_head(x).float(), y, reduction="sum")
+        for x, y in zip(h.split(7), targets.split(7), strict=True)
+    ]
+    loss = sum(losses) / (targets != -100).sum()
+    return SimpleNamespace(loss=loss, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
+
+
+class TestBackboneCalledByItself:
+    """No door leads past sleep."""
+
+    def sleeping(self, family="qwen3_5", **settings):
+        model = build(family)
+        if family == "llama":
+            torch.nn.init.normal_(insert_fast_weights(model, [1]).model.fast_weights["1"].mixer.o_proj.weight, std=0.04)
+        return sleepify(model, **dict(window=8, passes=3) | settings)
+
+    @pytest.mark.parametrize("family", ("qwen3_5", "olmo_hybrid", "llama"))
+    def test_its_hidden_states_have_slept(self, family):
+        model, ids = self.sleeping(family), tokens(2, 21)
+        with torch.no_grad():
+            expected = model(ids).logits
+            for backbone in (model.model, model.base_model, model.get_decoder()):
+                assert torch.equal(model.lm_head(backbone(ids).last_hidden_state), expected)
+            for ignored in (dict(return_dict=False), dict(logits_to_keep=3, num_items_in_batch=5)):
+                assert torch.equal(model.lm_head(model.model(ids, **ignored)[0]), expected)
+            assert not torch.allclose(model(ids, passes=1).logits, expected, **CLOSE)
+
+    def test_the_unbound_forward_of_its_class_reads_through_the_backbone(self):
+        model, ids = self.sleeping(), tokens(2, 21)
+        with torch.no_grad():
+            assert torch.equal(type(model).forward(model, ids).logits, model(ids).logits)
+
+    def test_padding_packing_states_and_passes(self):
+        model, ids = self.sleeping(), tokens(2, 21)
+        mask, row = torch.ones_like(ids), ids[:1]
+        mask[1, 15:] = 0
+        positions = torch.cat([torch.arange(9), torch.arange(12)])[None]
+        with torch.no_grad():
+            for given, inputs in ((ids, dict(attention_mask=mask)), (row, dict(position_ids=positions, passes=2))):
+                logits, real = model.lm_head(model.model(given, **inputs)[0]), mask[: len(given)].bool()
+                torch.testing.assert_close(logits[real], model(given, **inputs).logits[real])
+            first = model.model(row[:, :13], return_state=True)
+            second = model.model(row[:, 13:], state=first.state)
+            torch.testing.assert_close(model.lm_head(second[0]), model(row).logits[:, 13:], **CLOSE)
+
+    @pytest.mark.parametrize("checkpointing", (False, True))
+    def test_a_fused_loss_in_place_of_the_forward_pass(self, checkpointing):
+        ids, losses, grads = tokens(2, 21), [], []
+        for fused in (False, True):
+            model = self.sleeping(activation_checkpointing=checkpointing).train()
+            if fused:
+                model.forward = MethodType(fused_forward, model)
+            extra = dict(num_items_in_batch=40, return_token_accuracy=True) if fused else {}
+            losses.append(model(ids, labels=ids, **extra).loss)
+            losses[-1].backward()
+            grads.append([p.grad for p in model.parameters()])
+        torch.testing.assert_close(*losses)
+        for own, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-5)
+
+    def test_the_layers_alone_are_refused(self):
+        model = self.sleeping()
+        with pytest.raises(ValueError, match=r"forward: expected model\(...\) or model.model\(...\) .* elsewhere"):
+            type(model.model).forward(model.model, tokens(1, 10))
+
+    def test_caches_and_hidden_states_are_refused_there_too(self):
+        model = self.sleeping()
+        with pytest.raises(ValueError, match="past_key_values: expected None"):
+            model.model(tokens(1, 10), past_key_values=DynamicCache())
+        with pytest.raises(ValueError, match="output_hidden_states: expected nothing: .*model.model"):
+            model.model(tokens(1, 10), output_hidden_states=True)
+        with pytest.raises(ValueError, match="pases: expected nothing"):
+            model.model(tokens(1, 10), pases=2)
+
+    def test_where_labelled_windows_stay_awake_they_must_be_told(self):
+        model, ids = self.sleeping(sleep_on="unlabelled").train(), tokens(1, 21)
+        labels = ids.clone()
+        labels[:, :9] = -100
+        with pytest.raises(ValueError, match="loss_mask: expected a mask of the loss tokens .* where the backbone"):
+            model.model(ids)
+        expected = model(ids, labels=labels, all_logits=True).logits
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+        for told in (dict(shift_labels=shifted), dict(loss_mask=shifted != -100)):
+            torch.testing.assert_close(model.lm_head(model.model(ids, **told)[0]), expected)
+        none = torch.zeros(ids.shape, dtype=torch.bool)
+        assert torch.equal(model.lm_head(model.model(ids, loss_mask=none)[0]), model(ids).logits)
+
+    def test_a_copy_reads_by_its_own(self):
+        model, ids = self.sleeping(), tokens(1, 21)
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            expected = model.model(ids)[0]
+            for parameter in model.parameters():
+                parameter.zero_()
+            torch.testing.assert_close(other.model(ids)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ("refine", "replay"))
+def test_a_last_full_window_that_nothing_sees_does_not_sleep(kind):
+    model, ids = sleepify(build("qwen3_5"), window=8, passes=4, sleep_kind=kind), tokens(2, 24)
+    calls = []
+    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        expected = model(ids, labels=ids, return_state=True)
+        slept = len(calls)
+        for inputs in (dict(labels=ids), dict()):
+            calls.clear()
+            out = model(ids, **inputs)
+            assert torch.equal(out.logits, expected.logits)
+            assert len(calls) == slept - (3 if kind == "refine" else 0)
+        assert torch.equal(model(ids, labels=ids).loss, expected.loss)
+        calls.clear()
+        model(ids[:, :8])
+    assert len(calls) == 1
+
+
+def test_fields_that_general_code_looks_for_are_none():
+    model, ids = sleepify(build("qwen3_5_moe"), window=8), tokens(1, 10)
+    out = model(ids, labels=ids)
+    for name in ("past_key_values", "hidden_states", "attentions", "aux_loss", "router_logits"):
+        assert getattr(out, name) is None and name not in out
+    assert set(out) == {"loss", "logits"} and len(out.to_tuple()) == 2
+
+
+def test_a_routers_loss_wished_for_later_is_refused():
+    model = sleepify(build("qwen3_5_moe"), window=8)
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits: expected nothing: the routers' loss is not computed"):
+        model(tokens(1, 10))
+
+
+@pytest.mark.parametrize(
+    "where", (dict(subfolder="inside"), dict(variant="fp16"), dict(subfolder="a", variant="b")), ids=str
+)
+@pytest.mark.parametrize("size", ("5GB", "20KB"))
+def test_inserted_fast_weights_in_other_files(where, size, tmp_path):
+    model = sleepify(insert_fast_weights(build("llama"), [1], num_heads=2, head_dim=16), window=8, passes=2)
+    torch.nn.init.normal_(model.model.fast_weights["1"].mixer.o_proj.weight)
+    folder = tmp_path / where.get("subfolder", "")
+    model.save_pretrained(folder, variant=where.get("variant"), max_shard_size=size)
+    ids = tokens(1, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(from_pretrained(tmp_path, **where)(ids).logits, model(ids).logits)
+
+
+ROPES = {
+    "dynamic": dict(rope_type="dynamic", factor=4.0, rope_theta=1e4),
+    "longrope": dict(
+        rope_type="longrope",
+        short_factor=[1.0] * 8,
+        long_factor=[4.0] * 8,
+        original_max_position_embeddings=16,
+        rope_theta=1e4,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_frequencies_that_depend_on_the_call_are_refused(kind):
+    model = insert_fast_weights(build("llama", rope_parameters=ROPES[kind]), [1])
+    with pytest.raises(ValueError, match=f"rope_type: expected one of fixed frequencies, .* got '{kind}'"):
+        sleepify(model, window=8)
+
+
+@pytest.mark.parametrize("kind", ("linear", "yarn"))
+def test_fixed_frequencies_read_in_steps_as_whole(kind):
+    model = insert_fast_weights(build("llama", rope_parameters=dict(rope_type=kind, factor=4.0, rope_theta=1e4)), [1])
+    sleepify(model, window=8, passes=2)
+    ids, session = tokens(1, 21), SleepSession(model)
+    with torch.no_grad():
+        steps = torch.stack([session.step(ids[:, t]) for t in range(21)], dim=1)
+        torch.testing.assert_close(steps, model(ids).logits, **CLOSE)
 
 
 def test_ordinary_keywords_of_transformers_are_accepted():

@@ -18,7 +18,8 @@ from hf_models import VOCAB, build, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from sleep_ops import SleepSession
 from sleep_ops.adapters.hf import from_pretrained, insert_fast_weights, sleepify
@@ -139,6 +140,15 @@ class TestTrainer:
         same = Trainer(model, arguments, eval_dataset=dataset[:1], compute_metrics=metrics).evaluate()
         assert same["eval_loss"] == pytest.approx(same["eval_own"], rel=1e-4)
 
+    def test_rows_without_labels_count_for_nothing_in_evaluation(self, tmp_path):
+        """As in transformers, whose mean over no token is NaN, which Trainer leaves out."""
+        plain, dataset = build("qwen3_5", **SMALL), data(4, unlabelled=(2,))
+        own, losses = sleepify(copy.deepcopy(plain), window=32), []
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=1)
+        for model in (plain, own):
+            losses.append(Trainer(model, arguments, eval_dataset=dataset).evaluate()["eval_loss"])
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
     def test_a_checkpoint_is_loaded_again(self, tmp_path):
         model, dataset = sleeping(passes=3), data(4)
         trainer, _ = fit(model, tmp_path, dataset, steps=1)
@@ -224,6 +234,30 @@ class TestAdapters:
         for name, x in model.state_dict().items():
             assert torch.equal(x, before[name]) == ("lora_" not in name), name
 
+    def test_tuned_norms(self):
+        """peft's copies of the norms, the gated ones of the mixers among them, on, off and merged."""
+        start, ids = sleeping(passes=3), tokens(2, 20)
+        tuned = peft.LNTuningConfig(target_modules=["norm", "input_layernorm"], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(copy.deepcopy(start), tuned)
+        _, grads = gradients(model, ids)
+        copies = [name for name in grads if "linear_attn.norm.ln_tuning_layers" in name]
+        assert len(copies) == 2 and all(grads[name].abs().max() > 0 for name in copies)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.3)
+            expected = model.eval()(input_ids=ids).logits
+            with model.disable_adapter():
+                torch.testing.assert_close(model(input_ids=ids).logits, start(ids).logits, **CLOSE)
+            assert not torch.allclose(expected, start(ids).logits, atol=1e-3)
+            torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, **CLOSE)
+
+    def test_the_backbone_called_by_itself_sleeps_with_adapters(self):
+        model, ids = adapted(sleeping(passes=3)).eval(), tokens(2, 20)
+        with torch.no_grad():
+            inner = model.base_model.model
+            assert torch.equal(inner.lm_head(inner.model(input_ids=ids).last_hidden_state), model(input_ids=ids).logits)
+
     def test_merging_keeps_sleep(self):
         model, ids = adapted(sleeping(passes=3)).eval(), tokens(2, 20)
         with torch.no_grad():
@@ -260,6 +294,82 @@ class TestAdapters:
         model = sleepify(adapted(build("qwen3_5", **SMALL), target_modules=["conv1d"], r=128), window=8)
         with pytest.raises(ValueError, match="conv1d: expected a plain convolution"):
             model(input_ids=tokens(1, 10))
+
+
+QUANTISED = {
+    "4bit": dict(load_in_4bit=True),
+    "4bit-bfloat16": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
+    "8bit": dict(load_in_8bit=True),
+}
+
+
+class TestQuantised:
+    """Weights stored in 4 or 8 bits by bitsandbytes: what counts is the dtype in which they compute."""
+
+    @pytest.fixture(autouse=True)
+    def _needs_bitsandbytes(self):
+        pytest.importorskip("bitsandbytes", reason="stored in 4 and 8 bits by bitsandbytes")
+
+    def load(self, family, folder, how, **options):
+        build(family, **SMALL if family != "llama" else {}).save_pretrained(folder)
+        # On a CPU its 4-bit kernels want outputs in multiples of 32, which these tiny gates don't have.
+        gates = ["in_proj_a", "in_proj_b", "a_proj", "b_proj", "lm_head"]
+        how = BitsAndBytesConfig(**QUANTISED[how], llm_int8_skip_modules=gates)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, **options)
+
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+    @pytest.mark.parametrize("how", QUANTISED)
+    @pytest.mark.parametrize("family", ("qwen3_5", "llama"))
+    def test_one_window_is_the_model_and_steps_are_the_whole(self, family, how, dtype, tmp_path):
+        model, ids = self.load(family, tmp_path, how, dtype=dtype), tokens(2, 20)
+        assert {torch.int8, torch.uint8} & {p.dtype for p in model.parameters()}
+        with torch.no_grad():
+            plain = model(ids).logits.float()
+            if family == "llama":
+                insert_fast_weights(model, [1], num_heads=2, head_dim=16)
+                assert {p.dtype for p in model.model.fast_weights.parameters()} == {dtype}
+            out = sleepify(model, window=32)(ids).logits
+            assert out.dtype == dtype
+            bound = dict(rtol=0, atol=0.1 * plain.abs().max().item())
+            torch.testing.assert_close(out.float(), plain, **bound)
+            sleepify(model, window=8, passes=3)
+            session, expected = SleepSession(model), model(ids).logits.float()
+            steps = torch.stack([session.step(ids[:, t]) for t in range(20)], dim=1)
+            torch.testing.assert_close(steps.float(), expected, **bound)
+            state = session.state.blocks
+        assert {x.dtype for s in state for x in s} <= {dtype, torch.float32}
+        assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > 20
+
+    @pytest.mark.parametrize("prepared", (False, True))
+    @pytest.mark.parametrize("how", slow_unless(["4bit-bfloat16"], QUANTISED))
+    def test_adapters_learn(self, how, prepared, tmp_path):
+        """QLoRA, with and without peft's preparation, which makes all that is not quantised float32."""
+        model, ids = self.load("qwen3_5", tmp_path, how, dtype=torch.bfloat16), tokens(2, 20)
+        sleepify(model, window=8, passes=2)
+        if prepared:
+            model = peft.prepare_model_for_kbit_training(model)
+            assert model.sleep.settings.activation_checkpointing
+        model = adapted(model).train()
+        _, first = gradients(model, ids)
+        assert all("lora_" in name and grad.abs().max() > 0 for name, grad in first.items())
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.5)
+        losses = []
+        for _ in range(3):
+            losses.append(gradients(model, ids)[0].item())
+            optimizer.step()
+        assert losses[-1] < losses[0]
+
+    @pytest.mark.parametrize("how", ("4bit", "8bit"))
+    def test_inserted_blocks_survive_saving_unquantised(self, how, tmp_path):
+        start = insert_fast_weights(build("llama"), [1], num_heads=2, head_dim=16)
+        torch.nn.init.normal_(start.model.fast_weights["1"].mixer.o_proj.weight, std=0.04)
+        sleepify(start, window=8, passes=2).save_pretrained(tmp_path / "float")
+        quantised = from_pretrained(tmp_path / "float", quantization_config=BitsAndBytesConfig(**QUANTISED[how]))
+        assert torch.equal(*(m.model.fast_weights["1"].mixer.q_proj.weight for m in (start, quantised)))
+        quantised.save_pretrained(tmp_path / "bits")
+        ids = tokens(1, 20)
+        with torch.no_grad():
+            torch.testing.assert_close(from_pretrained(tmp_path / "bits")(ids).logits, quantised(ids).logits)
 
 
 def compiled(model, backend="eager"):
@@ -322,6 +432,28 @@ class TestCompiledLayers:
                 counts.append(counter.frame_count)
             torch.testing.assert_close(logits, model(ids).logits[:, -1], **CLOSE)
         assert counts[-1] == counts[15]
+
+
+class Questions(TorchDispatchMode):
+    """How often the host asks for a tensor's value: there a compiled graph breaks, and a device is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+def test_a_batch_that_counts_with_others_is_asked_nothing_more():
+    model, ids = sleeping().train(), tokens(1, 16)
+    counts = []
+    for inputs in (dict(labels=ids), dict(labels=ids, num_items_in_batch=15)):
+        with Questions() as questions:
+            model(ids, **inputs)
+        counts.append(questions.count)
+    assert counts[0] == counts[1]
 
 
 def free_port():
@@ -473,11 +605,49 @@ class TestHostileUse:
         with torch.no_grad():
             assert torch.equal(out.logits, model(ids).logits)
 
-    def test_a_batch_that_counts_with_others_may_have_no_label(self):
+    @pytest.mark.parametrize("all_logits", (None, False))
+    def test_a_batch_that_counts_with_others_may_have_no_label(self, all_logits):
         model, ids = sleeping(), tokens(2, 20)
-        loss = model.train()(ids, labels=torch.full_like(ids, -100), num_items_in_batch=30).loss
+        inputs = dict(labels=torch.full_like(ids, -100), all_logits=all_logits)
+        loss = model.train()(ids, num_items_in_batch=30, **inputs).loss
         loss.backward()
         assert loss == 0 and all(p.grad.abs().max() == 0 for p in model.parameters())
+        assert model.eval()(ids, num_items_in_batch=30, **inputs).loss == 0
+        assert model(ids, num_items_in_batch=0, **inputs).loss.isnan()
+
+    @pytest.mark.parametrize("kind", ("refine", "replay"))
+    def test_a_state_of_inference_mode_is_learnt_from(self, kind):
+        model, ids = sleeping(passes=3, sleep_kind=kind), tokens(1, 20)
+        grads = []
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                state = model(ids[:, :11], return_state=True).state
+            loss, found = gradients(model, ids[:, 11:], state=state)
+            grads.append(found | {"loss": loss})
+        assert_same_gradients(grads[1], grads[0], rtol=0)
+
+    @pytest.fixture
+    def accelerate(self):
+        """accelerate, whose first precision in a process is otherwise its last."""
+        accelerate = pytest.importorskip("accelerate")
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        yield accelerate
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+    @pytest.mark.parametrize("wrapped", (False, True))
+    def test_accelerate_wraps_and_unwraps_it(self, wrapped, accelerate):
+        model, ids = sleeping(passes=3).eval(), tokens(1, 20)
+        with torch.no_grad():
+            expected = model(ids).logits
+            accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+            prepared = accelerator.prepare(model)
+            assert prepared(ids).logits.dtype == torch.float32
+            unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=wrapped)
+            if not wrapped:
+                for m in (unwrapped, copy.deepcopy(unwrapped)):
+                    torch.testing.assert_close(m(input_ids=ids).logits, expected)
+            found = unwrapped(ids, passes=1).logits
+            assert found.dtype == torch.float32 and not torch.allclose(found, expected, atol=1e-3)
 
     def test_layers_wrapped_for_checkpointing(self):
         """PyTorch's wrapper around each layer calls it again in the backward pass, with the same cache."""

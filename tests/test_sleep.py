@@ -324,7 +324,23 @@ def test_state_of_a_last_full_window_only_on_request():
     kept = model(ids, labels=ids)
     dropped = model(ids, labels=ids, return_state=False)
     assert dropped.state is None and kept.state.seen == (10, 10) and kept.state.live == (0, 0)
-    torch.testing.assert_close(kept.loss, dropped.loss)
+    assert torch.equal(kept.loss, dropped.loss)
+
+
+@pytest.mark.parametrize("lengths", ((10, 10), (5, 10), (10, 7)), ids=str)
+def test_what_nothing_sees_does_not_sleep_to_the_same_bits(lengths, monkeypatch):
+    """Full windows at the end of the text sleep for a state alone, though logits of every window are wanted."""
+    model, slept = tiny(passes=3), []
+    sleep = type(model.stack).sleep
+    monkeypatch.setattr(type(model.stack), "sleep", lambda *a, **k: slept.append(k["rows"]) or sleep(*a, **k))
+    ids, mask = tokens(length=2 * WINDOW), torch.arange(2 * WINDOW) < torch.tensor(lengths)[:, None]
+    found, times = [], []
+    for return_state in (True, False):
+        slept.clear()
+        found.append(model(ids, attention_mask=mask, return_state=return_state).logits)
+        times.append(len(slept))
+    assert torch.equal(*found)
+    assert times == [2, 1]
 
 
 def test_an_unlabelled_window_may_be_read_in_two_calls():

@@ -34,6 +34,7 @@ def load_weights(
     device: torch.device | str = "cpu",
     missing_ok: Sequence[str] = (),
     rename: Callable[[str], str | None] | None = None,
+    variant: str | None = None,
 ) -> list[str]:
     """Fill a module's parameters and persistent buffers from a folder.
 
@@ -46,6 +47,7 @@ def load_weights(
         missing_ok: prefixes of names that the checkpoint need not have, as of newly inserted layers. These must hold
             values already (not be on the meta device), keep them, and are moved to dtype and device like the rest.
         rename: maps a tensor's name in the checkpoint to its name in the module, or to None to leave it out.
+        variant: of the files, as in `model.fp16.safetensors`.
 
     Returns the names of `missing_ok` that were not in the checkpoint. Raises FileNotFoundError where the folder has no
     weights; ValueError listing every missing, unexpected and wrongly shaped name, for a missing or damaged file, and
@@ -54,7 +56,7 @@ def load_weights(
     places = _places(module)
     first = {id(tensor): name for name, (tensor, _) in reversed(places.items())}
     canonical = {name: first[id(tensor)] for name, (tensor, _) in places.items()}
-    files = _locate(Path(folder))
+    files = _locate(Path(folder), variant)
     shapes, sources = _shapes(files), {}
     for stored in shapes:
         name = stored if rename is None else rename(stored)
@@ -178,11 +180,14 @@ def _put(owners: list[tuple[nn.Module, str]], tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _locate(folder: Path) -> dict[Path, list[str] | None]:
+def _locate(folder: Path, variant: str | None) -> dict[Path, list[str] | None]:
     """The files with weights, and which of their tensors count: None for all."""
-    index = folder / INDEX_FILE
+    whole, index = WEIGHTS_FILE, INDEX_FILE
+    if variant is not None:
+        whole, index = (".".join((*name.split(".")[:-1], variant, name.split(".")[-1])) for name in (whole, index))
+    index = folder / index
     if not index.exists():
-        return {_in_folder(folder, WEIGHTS_FILE): None}
+        return {_in_folder(folder, whole): None}
     where = _read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ValueError(f"folder: expected a weight_map in {index}, got {where!r}")

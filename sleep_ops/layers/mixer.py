@@ -75,15 +75,11 @@ class GDNMixer(nn.Module):
         """A state of zeros: fast weights in float32 (float64 in a float64 layer), the tail in `dtype`."""
         device = self.A_log.device if device is None else device
         kept = torch.float64 if self._dtype() == torch.float64 else torch.float32
+        if dtype is None:  # a quantised projection's is that of its storage
+            dtype = self._dtype() if self._dtype() in FLOAT_DTYPES else self.dt_bias.dtype
         return GDNState(
             torch.zeros(batch_size, self.num_v_heads, self.head_dim, self.head_v_dim, device=device, dtype=kept),
-            torch.zeros(
-                batch_size,
-                self.conv_size - 1,
-                self.tail_channels,
-                device=device,
-                dtype=self._dtype() if dtype is None else dtype,
-            ),
+            torch.zeros(batch_size, self.conv_size - 1, self.tail_channels, device=device, dtype=dtype),
         )
 
     def forward(

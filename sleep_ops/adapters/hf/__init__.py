@@ -28,13 +28,15 @@ def _require_transformers() -> None:
 
 _require_transformers()
 
+from sleep_ops.adapters.hf.forward import SleepBackboneOutput, SleepCausalLMOutput  # noqa: E402
 from sleep_ops.adapters.hf.generation import generate  # noqa: E402
 from sleep_ops.adapters.hf.insert import insert_fast_weights  # noqa: E402
 from sleep_ops.adapters.hf.loading import from_pretrained  # noqa: E402
 from sleep_ops.adapters.hf.mixers import replace_mixers, replaced_mixers  # noqa: E402
-from sleep_ops.adapters.hf.sleepify import SleepCausalLMOutput, sleepify  # noqa: E402
+from sleep_ops.adapters.hf.sleepify import sleepify  # noqa: E402
 
 __all__ = [
+    "SleepBackboneOutput",
     "SleepCausalLMOutput",
     "from_pretrained",
     "generate",

@@ -12,6 +12,7 @@ from sleep_ops.config import expect
 from sleep_ops.layers.attention import AttentionState, Segment, narrower
 from sleep_ops.layers.block import BlockState
 from sleep_ops.layers.mixer import GDNMixer, GDNWrites
+from sleep_ops.validation import FLOAT_DTYPES
 
 
 class LayerBlock:
@@ -19,11 +20,17 @@ class LayerBlock:
 
     The layer is called as its own model calls it, whole, so that hooks, adapters, FSDP and compiled layers work; so
     `update_state` saves nothing. arguments(h, segment): what else the layer is called with, rotary positions first of
-    all.
+    all. dtype: the hidden states', and so that of the states.
     """
 
-    def __init__(self, layer: nn.Module, arguments: Callable[[Tensor, Segment], dict], config: PreTrainedConfig):
-        self.layer, self._arguments, self._config = layer, arguments, config
+    def __init__(
+        self,
+        layer: nn.Module,
+        arguments: Callable[[Tensor, Segment], dict],
+        config: PreTrainedConfig,
+        dtype: torch.dtype,
+    ):
+        self.layer, self._arguments, self._config, self._dtype = layer, arguments, config, dtype
         self._mixer: GDNMixer | None = getattr(layer, "linear_attn", None)
         self.fast_weights = self._mixer is not None
 
@@ -64,9 +71,14 @@ class LayerBlock:
 
     def init_state(self, batch_size: int, *, device=None, dtype: torch.dtype | None = None) -> BlockState:
         """Zero fast weights, or an empty cache."""
+        dtype = dtype or self._dtype
         if self.fast_weights:
             return self._mixer.init_state(batch_size, device=device, dtype=dtype)
-        weight, heads = next(self.layer.parameters()), self._config.num_key_value_heads
-        head_dim = self.layer.self_attn.head_dim
-        empty = torch.empty(batch_size, 0, heads, head_dim, device=device or weight.device, dtype=dtype or weight.dtype)
+        device, heads = device or next(self.layer.parameters()).device, self._config.num_key_value_heads
+        empty = torch.empty(batch_size, 0, heads, self.layer.self_attn.head_dim, device=device, dtype=dtype)
         return AttentionState(empty, empty)
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """In which the model computes; its weights may be stored in another, quantised."""
+    return next((p.dtype for p in model.parameters() if p.dtype in FLOAT_DTYPES), torch.float32)

@@ -7,11 +7,11 @@ state a layer starts from, and after the call the new tensors it left.
 import math
 
 from torch import Tensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sleep_ops import ragged
+from sleep_ops.config import expect
 from sleep_ops.layers.attention import AttentionState, Segment, narrower
 from sleep_ops.layers.block import BlockState
 from sleep_ops.layers.mixer import GDNMixer, GDNWrites
@@ -51,13 +51,13 @@ class LayerCache:
 def attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
     """transformers' attention interface: query `[B, H, T, D]`, key, value `[B, HKV, S, D]` -> (`[B, T, H, D]`, None).
 
-    Inside a window, which the layer is told of as `sleep_segment`, causal attention to the keys of the segment's cache,
-    by flash-attn where that is installed; attention_mask is then the segment's. Otherwise PyTorch's, as transformers
-    calls it.
+    Inside a window, which the layer is told of as `sleep_segment`: causal attention to the keys of the segment's cache,
+    by flash-attn where that is installed; attention_mask is the segment's. Raises ValueError for a layer that is called
+    past the sleeping forward passes, as by the unbound one of its class.
     """
-    segment, backend = options.pop("sleep_segment", None), options.pop("sleep_backend", "auto")
-    if segment is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    segment, backend = options.get("sleep_segment"), options.get("sleep_backend", "auto")
+    past = "a call from elsewhere; a model that is not to sleep takes set_attn_implementation('sdpa')"
+    expect(segment is not None, "forward", "model(...) or model.model(...) of a model after sleepify", past)
     scaling = options.get("scaling")
     if scaling is not None and not math.isclose(scaling, query.shape[-1] ** -0.5):
         query = query * (scaling * query.shape[-1] ** 0.5)

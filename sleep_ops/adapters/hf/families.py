@@ -55,3 +55,14 @@ def check_place(model: PreTrainedModel) -> None:
     """Raises ValueError for a model spread over several devices, or over a disk: states don't follow it there."""
     places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
     expect(len(places) <= 1 and "disk" not in places, "device_map", "one device for the whole model", places)
+
+
+def check_positions(model: PreTrainedModel) -> None:
+    """Raises ValueError for rotary frequencies that change with the call: a text read in steps would be another."""
+    kinds = getattr(getattr(model.model, "rotary_emb", None), "rope_type", None)
+    for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+        expected = (
+            "one of fixed frequencies, such as 'default', 'linear', 'yarn' or 'llama3' (those of the others depend on "
+            "how far a call sees; load the model with another in config.rope_parameters)"
+        )
+        expect(kind is None or not ("dynamic" in kind or kind == "longrope"), "rope_type", expected, kind)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
+from sleep_ops.adapters.hf.blocks import compute_dtype
 from sleep_ops.adapters.hf.families import check_family
 from sleep_ops.config import expect
 from sleep_ops.layers.block import Block
@@ -52,8 +53,8 @@ def insert_fast_weights(
     for i in sorted(layers):
         mixer = SleepGDNLayer(config.hidden_size, norm_eps=config.rms_norm_eps, **sizes)
         nn.init.zeros_(mixer.o_proj.weight)
-        weight = next(backbone.layers[i].parameters())
-        blocks[str(i)] = Block(mixer, config.hidden_size, None, config.rms_norm_eps).to(weight.device, weight.dtype)
+        device = next(backbone.layers[i].parameters()).device
+        blocks[str(i)] = Block(mixer, config.hidden_size, None, config.rms_norm_eps).to(device, compute_dtype(model))
     backbone.fast_weights = blocks
     config.fast_weights = {"layers": sorted(layers), **sizes}
     return model

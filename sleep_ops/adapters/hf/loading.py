@@ -38,11 +38,13 @@ def from_pretrained(folder: str | os.PathLike, **options) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, inserted fast weights loaded, and then `sleepify`.
 
     options: fields of `SleepSettings` (window, passes, ...), where they differ from what the folder's configuration
-    remembers; the others go to transformers (dtype, device_map, ...). Raises ValueError as `sleepify` does, and for a
-    folder that lacks weights, those of inserted blocks included, or has them in other shapes.
+    remembers; the others go to transformers (dtype, device_map, subfolder, variant, ...). Raises ValueError as
+    `sleepify` does, and for a folder that lacks weights, those of inserted blocks included, or has them in other
+    shapes.
     """
-    if (Path(folder) / CONFIG_FILE).is_file():
-        kind = read_config(folder).get("model_type")
+    inside = Path(folder) / options.get("subfolder", "")
+    if (inside / CONFIG_FILE).is_file():
+        kind = read_config(inside).get("model_type")
         for port, name in _PORTS.items():
             expect(kind != port, "folder", f"a model of transformers ({name}.from_pretrained reads this one)", kind)
     names = {f.name for f in fields(SleepSettings)}
@@ -50,11 +52,12 @@ def from_pretrained(folder: str | os.PathLike, **options) -> PreTrainedModel:
     model = load_complete(folder, **{k: v for k, v in options.items() if k not in names})
     inserted = getattr(model.config, "fast_weights", None)
     if inserted is not None:
-        expect(Path(folder).is_dir(), "folder", "a local folder, for a model with inserted blocks", str(folder))
+        expect(inside.is_dir(), "folder", "a local folder, for a model with inserted blocks", str(inside))
         insert_fast_weights(model, **inserted)
         blocks = model.model.fast_weights
         weight = next(blocks.parameters())
-        load_weights(blocks, folder, dtype=weight.dtype, device=weight.device, rename=_inside)
+        places = dict(dtype=weight.dtype, device=weight.device, variant=options.get("variant"))
+        load_weights(blocks, inside, rename=_inside, **places)
     return sleepify(model, **settings)
 
 

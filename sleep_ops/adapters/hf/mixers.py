@@ -77,6 +77,8 @@ class _Mixer(GDNMixer):
 
     def _emit(self, o, gate):
         norm, projection = self._output()
+        if hasattr(norm, "base_layer"):  # an adapter's, which knows what to compute
+            return projection(norm(o, gate).flatten(2))
         # Before 5.15 it is fla's where that is installed, which has another name for epsilon.
         eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
         o = gated_rms_norm(o, gate, norm.weight, eps=eps, impl=self._plain_impl())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sleep_ops.adapters.hf.blocks import LayerBlock
+from sleep_ops.adapters.hf.blocks import LayerBlock, compute_dtype
 from sleep_ops.adapters.hf.cache import ATTENTION
 from sleep_ops.adapters.hf.sharded import check_gathered, gathered
 from sleep_ops.config import SleepSettings, expect
@@ -40,9 +40,9 @@ class HFReader(SleepReader):
     def sleep_blocks(self) -> Sequence:
         used = self.model.config._attn_implementation
         expect(used == ATTENTION, "attn_implementation", f"{ATTENTION!r}, as sleepify set it", used)
-        inserted, blocks = self._inserted(), []
+        inserted, blocks, dtype = self._inserted(), [], compute_dtype(self.model)
         for i, layer in enumerate(self.model.model.layers):
-            blocks.append(LayerBlock(layer, self._arguments, self.model.config))
+            blocks.append(LayerBlock(layer, self._arguments, self.model.config, dtype))
             if str(i) in inserted:
                 block = inserted[str(i)]
                 for name in ("update_state", "replay"):

@@ -280,11 +280,13 @@ class Translator(MemoryInstructions):
         return self.write(ins.operands[0], value, result, ins)
 
     def op_fma(self, ins):
+        """Rounded once: computed in more bits than the result has."""
         type_ = ins.parts[-1]
-        if type_ != "f32":
+        if type_ not in ("f32", "f64"):
             raise Unsupported("arithmetic in this type")
+        wide, narrow = ("F8", "F4") if type_ == "f32" else ("np.longdouble", "F8")
         a, b, c = (self.read(x, type_) for x in ins.operands[1:])
-        value = f"(F8(1) * {a} * {b} + {c}).astype(F4)"
+        value = f"({wide}(1) * {a} * {b} + {c}).astype({narrow})"
         return self.write(ins.operands[0], f"flush({value})" if "ftz" in ins.parts else value, type_, ins)
 
     def op_min(self, ins):
