@@ -24,6 +24,7 @@ from torch import Tensor
 from sleep_ops.kernels.configs import ChunkConfig, block_size
 from sleep_ops.kernels.primitives import (
     LN2,
+    decay,
     l2norm_gradient,
     load_decay,
     load_key_tile,
@@ -32,7 +33,6 @@ from sleep_ops.kernels.primitives import (
     locate_chunk,
     pair_decay,
     pair_decay_transposed,
-    rounded,
     state_columns,
     store_tile,
 )
@@ -87,12 +87,14 @@ def value_head_gradient(
     p_k = k + start * stride_k + i_h * K
     dtype = k.dtype.element_ty
     b_k = load_key_tile(p_k, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
-    b_e = tl.exp2(b_G)
-    b_end = tl.exp2(G_C - b_G)
-    b_dG = tl.zeros([C], tl.float32)
-    b_dbeta = tl.zeros([C], tl.float32)
-    b_SdS = tl.zeros([BV], tl.float32)
-    dG_C = 0.0
+    b_e = decay(b_G)
+    b_end = decay(G_C - b_G)
+    # In float32 rows and columns are summed in float64: their difference is then that of the products as they are.
+    G_DTYPE: tl.constexpr = b_G.dtype
+    b_dG = tl.zeros([C], G_DTYPE)
+    b_dbeta = tl.zeros([C], G_DTYPE)
+    b_SdS = tl.zeros([BV], G_DTYPE)
+    dG_C = tl.full([], 0.0, G_DTYPE)
     if b_A is not None:
         b_dL = tl.zeros([C, C], tl.float32)
     if d_output is not None:
@@ -101,7 +103,12 @@ def value_head_gradient(
         b_PT = scale * pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
         b_PT = (b_PT * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")).to(dtype)
         b_dP = tl.zeros([C, C], tl.float32)
-        b_dG -= tl.sum(rounded(b_q.to(tl.float32) * b_dq, dtype), 1)
+        # <q, this head's part of dq> as a difference: in float32 that would cost digits beside other heads' parts.
+        if G_DTYPE == tl.float64:
+            b_dq_others = b_dq
+            b_dq = tl.zeros([C, BK], tl.float32)
+        else:
+            b_dG -= tl.sum(b_q * b_dq, 1)
 
     for i_v in range(0, NV):
         o_v, num_cols, column0, has_values = state_columns(i_v, K, V, BV, WIDENED)
@@ -123,18 +130,19 @@ def value_head_gradient(
         if b_A is None:
             b_U = b_beta[:, None] * b_Y
             b_dX = b_dU
-            b_dbeta += tl.sum(rounded(b_dX * b_Y, dtype), 1)
+            b_dbeta += tl.sum((b_dX * b_Y).to(G_DTYPE), 1)
         else:
             if states is not None:
                 b_read = b_e[:, None] * tl.dot(b_k, b_S.to(dtype), input_precision="ieee")
                 b_Y -= b_read
             b_U = tl.dot(b_A, (b_beta[:, None] * b_Y).to(dtype), input_precision="ieee")
             b_dX = tl.dot(b_AT, b_dU.to(dtype), input_precision="ieee")
-            b_dbeta += tl.sum(rounded(b_dX * b_Y, dtype), 1)
+            b_dbeta += tl.sum((b_dX * b_Y).to(G_DTYPE), 1)
             if states is not None:
-                b_dG -= tl.sum(rounded(b_beta[:, None] * b_dX * b_read, dtype), 1)
+                b_dG -= tl.sum((b_beta[:, None] * b_dX * b_read).to(G_DTYPE), 1)
         if d_states is not None:
-            b_written = tl.sum(rounded(b_U * b_write, dtype), 1)
+            # What the last token writes does not decay. Nor does its own part of a product: see below.
+            b_written = tl.where(o_i < num_rows - 1, tl.sum((b_U * b_write).to(G_DTYPE), 1), 0.0)
             b_dG -= b_written
             dG_C += tl.sum(b_written)
         store_tile(dv + o_values, b_beta[:, None] * b_dX, o_i, o_v, HV * V, value_rows, V)
@@ -146,7 +154,7 @@ def value_head_gradient(
         if d_start is not None:
             b_dS0 = tl.zeros([BK, BV], tl.float32)
             if d_states is not None:
-                b_dS0 += tl.exp2(G_C) * b_dS
+                b_dS0 += decay(G_C) * b_dS
             if d_output is not None:
                 b_dS0 += tl.dot(tl.trans(b_q), b_dQ, input_precision="ieee")
             if b_A is not None:
@@ -161,7 +169,7 @@ def value_head_gradient(
         if d_states is not None:
             b_dST = tl.load(d_states + o_ST, mask=m_ST, other=0.0)
             if states is not None:
-                b_SdS += tl.sum(rounded(b_ST.to(tl.float32) * b_dST.to(tl.float32), dtype), 1)
+                b_SdS += tl.sum((b_ST.to(tl.float32) * b_dST).to(G_DTYPE), 1)
         b_UT = tl.trans(b_U.to(dtype))
         if d_states is not None:
             b_dk += tl.dot((b_end[:, None] * b_U).to(dtype), b_dST.to(dtype), input_precision="ieee")
@@ -174,24 +182,28 @@ def value_head_gradient(
             if states is not None:
                 b_dq += tl.dot(b_dQ, b_ST.to(dtype), input_precision="ieee")
 
-    dG_C += tl.exp2(G_C) * tl.sum(b_SdS)
+    dG_C += decay(G_C) * tl.sum(b_SdS)
     if d_output is not None:
         b_q = load_key_tile(p_q, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
         b_k = load_key_tile(p_k, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
-        b_dG += tl.sum(rounded(b_q.to(tl.float32) * b_dq, dtype), 1)
+        b_dG += tl.sum((b_q * b_dq).to(G_DTYPE), 1)
         b_ds = scale * b_dP * pair_decay(b_G, o_i[:, None] >= o_i[None, :])
-        b_dPP = rounded(b_ds * tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), dtype)
+        b_dPP = (b_ds * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")).to(G_DTYPE)
+        # The diagonal would cancel but for rounding, beside which strong decays leave nothing else.
+        b_dPP = tl.where(o_i[:, None] > o_i[None, :], b_dPP, 0.0)
         b_dG += tl.sum(b_dPP, 1) - tl.sum(b_dPP, 0)
         b_ds = b_ds.to(dtype)
         b_dq += tl.dot(b_ds, b_k, input_precision="ieee")
+        if G_DTYPE == tl.float64:
+            b_dq += b_dq_others
         b_I = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0).to(dtype)
         b_dsT = tl.dot(b_I, tl.trans(b_ds), input_precision="ieee").to(dtype)
         b_dk += tl.dot(b_dsT, b_q, input_precision="ieee")
     if b_A is not None:
         b_W = b_dL * pair_decay(b_G, o_i[:, None] > o_i[None, :])
-        b_dLM = rounded(b_W * tl.dot(b_k, tl.trans(b_k), input_precision="ieee"), dtype)
+        b_dLM = (b_W * tl.dot(b_k, tl.trans(b_k), input_precision="ieee")).to(G_DTYPE)
         b_dbeta += tl.sum(b_dLM, 1)
-        b_dLM = rounded(b_beta[:, None] * b_dLM, dtype)
+        b_dLM = b_beta[:, None] * b_dLM
         b_dG += tl.sum(b_dLM, 1) - tl.sum(b_dLM, 0)
         b_W = b_beta[:, None] * b_W
         b_dk += tl.dot((b_W + tl.trans(b_W)).to(dtype), b_k, input_precision="ieee")
@@ -333,7 +345,7 @@ def chunk_grad(
     config: ChunkConfig,
     widened: bool = False,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """dq (None without d_output), dk [B, T, H, K] and dv [B, T, HV, V] in their inputs' dtypes; dG, dbeta float32.
+    """dq (None without d_output), dk [B, T, H, K], dv [B, T, HV, V] in their inputs' dtypes; dG in G's, dbeta float32.
 
     dG and dbeta [B, T, HV] belong to what chunk_prepare returns. states and d_states are those of chunk_scan and
     chunk_reverse, `widened` or not.
@@ -343,8 +355,8 @@ def chunk_grad(
     dk = torch.empty(B, T, H, K, dtype=k.dtype, device=k.device)
     dq = None if d_output is None else torch.empty_like(dk)
     dv = torch.empty(B, T, HV, V, dtype=v.dtype, device=k.device)
-    dG = torch.empty(B, T, HV, dtype=torch.float32, device=k.device)
-    dbeta = torch.empty_like(dG)
+    dG = torch.empty_like(G)
+    dbeta = torch.empty(B, T, HV, dtype=torch.float32, device=k.device)
     chunk_grad_kernel[(states.shape[0], H)](
         q,
         k,

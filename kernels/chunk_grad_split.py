@@ -19,6 +19,7 @@ from sleep_ops.kernels.chunk_grad import store_key_gradient
 from sleep_ops.kernels.configs import ChunkConfig, block_size
 from sleep_ops.kernels.primitives import (
     LN2,
+    decay,
     load_decay,
     load_key_tile,
     load_rows,
@@ -87,13 +88,14 @@ def chunk_grad_values_kernel(
     b_G = load_decay(G + o_gate, o_i, HV, num_rows)
     G_C = tl.load(G + o_gate + (num_rows - 1) * HV)
     b_beta = load_rows(beta + o_gate, o_i, HV, num_rows)
-    b_e = tl.exp2(b_G)
-    b_end = tl.exp2(G_C - b_G)
+    b_e = decay(b_G)
+    b_end = decay(G_C - b_G)
     b_k = load_key_tile(k + start * stride_k + i_h * K, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
     dtype = b_k.dtype
-    b_dG = tl.zeros([C], tl.float32)
-    b_dbeta = tl.zeros([C], tl.float32)
-    dG_C = 0.0
+    G_DTYPE: tl.constexpr = G.dtype.element_ty
+    b_dG = tl.zeros([C], G_DTYPE)
+    b_dbeta = tl.zeros([C], G_DTYPE)
+    dG_C = tl.full([], 0.0, G_DTYPE)
     if A is not None:
         b_A = load_tile(A + o_gate * C, o_i, o_i, HV * C, num_rows, C)
         b_AT = tl.trans(b_A)
@@ -122,10 +124,11 @@ def chunk_grad_values_kernel(
 
         b_dS = load_tile(d_states + o_state, o_k, o_v, W, K, num_cols)
         b_dU = b_end[:, None] * tl.dot(b_k, b_dS, input_precision="ieee")
-        b_written = tl.sum(b_U * b_dU, 1)
+        b_written = tl.sum((b_U * b_dU).to(G_DTYPE), 1)
+        b_written = tl.where(o_i < num_rows - 1, b_written, 0.0)  # as in chunk_grad.py
         b_dG -= b_written
         b_S = load_tile(states + o_state, o_k, o_v, W, K, num_cols)  # again: fewer registers than keeping it
-        dG_C += tl.sum(b_written) + tl.exp2(G_C) * tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32))
+        dG_C += tl.sum(b_written) + decay(G_C) * tl.sum((b_S.to(tl.float32) * b_dS).to(G_DTYPE))
         if d_output is not None:
             b_dO = load_tile(d_output + o_gate * V, o_i, o_v, HV * V, num_rows, V).to(dtype)
             b_dP += tl.dot(b_dO, b_UT, input_precision="ieee")
@@ -134,8 +137,8 @@ def chunk_grad_values_kernel(
         if A is not None:
             b_dX = tl.dot(b_AT, b_dU.to(dtype), input_precision="ieee")
             b_dL += tl.dot((-b_dX).to(dtype), b_UT, input_precision="ieee")
-            b_dG -= tl.sum(b_beta[:, None] * b_dX * b_read, 1)
-        b_dbeta += tl.sum(b_dX * b_Y, 1)
+            b_dG -= tl.sum((b_beta[:, None] * b_dX * b_read).to(G_DTYPE), 1)
+        b_dbeta += tl.sum((b_dX * b_Y).to(G_DTYPE), 1)
         store_tile(dY + o_cols, b_beta[:, None] * b_dX, o_i, o_v, HV * W, num_rows, num_cols)
 
     if d_output is not None:
@@ -191,13 +194,19 @@ def chunk_grad_queries_kernel(
     p_q = q + start * stride_q + i_h * K
     p_k = k + start * stride_k + i_h * K
     b_dq = tl.zeros([C, BK], tl.float32)
+    G_DTYPE: tl.constexpr = G.dtype.element_ty
 
     for i_hv in range(i_h * (HV // H), (i_h + 1) * (HV // H)):
         o_gate = start * HV + i_hv
         p_S = states + (i_c.to(tl.int64) * HV + i_hv) * K * V
-        b_e = scale * tl.exp2(load_decay(G + o_gate, o_i, HV, num_rows))
+        b_e = scale * decay(load_decay(G + o_gate, o_i, HV, num_rows))
         b_q = load_key_tile(p_q, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
-        b_dG = -tl.sum(b_q.to(tl.float32) * b_dq, 1)
+        if G_DTYPE == tl.float64:  # as in chunk_grad.py
+            b_dq_others = b_dq
+            b_dq = tl.zeros([C, BK], tl.float32)
+            b_dG = tl.zeros([C], G_DTYPE)
+        else:
+            b_dG = -tl.sum(b_q * b_dq, 1)
         for i_v in range(0, tl.cdiv(V, BV)):
             o_v = i_v * BV + tl.arange(0, BV)
             b_dO = load_tile(d_output + o_gate * V, o_i, o_v, HV * V, num_rows, V)
@@ -205,12 +214,15 @@ def chunk_grad_queries_kernel(
             b_S = load_tile(p_S, o_k, o_v, V, K, V)
             b_dq += tl.dot(b_dQ, tl.trans(b_S), input_precision="ieee")
         b_q = load_key_tile(p_q, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
-        b_dG += tl.sum(b_q.to(tl.float32) * b_dq, 1)
+        b_dG += tl.sum((b_q * b_dq).to(G_DTYPE), 1)
 
         b_k = load_key_tile(p_k, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
         b_ds = load_tile(ds + o_gate * C, o_i, o_i, HV * C, num_rows, C)
         b_dq += tl.dot(b_ds, b_k, input_precision="ieee")
-        b_dPP = b_ds.to(tl.float32) * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        if G_DTYPE == tl.float64:
+            b_dq += b_dq_others
+        b_dPP = (b_ds * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")).to(G_DTYPE)
+        b_dPP = tl.where(o_i[:, None] > o_i[None, :], b_dPP, 0.0)  # as in chunk_grad.py
         b_dG += tl.sum(b_dPP, 1) - tl.sum(b_dPP, 0)
         tl.store(dG_part + o_gate + o_i * HV, b_dG, mask=o_i < num_rows)
 
@@ -266,12 +278,13 @@ def chunk_grad_keys_kernel(
     o_k = tl.arange(0, BK)
     m_i = o_i < num_rows
     p_k = k + start * stride_k + i_h * K
+    G_DTYPE: tl.constexpr = G.dtype.element_ty
     b_dk = tl.zeros([C, BK], tl.float32)
 
     for i_hv in range(i_h * (HV // H), (i_h + 1) * (HV // H)):
         o_gate = start * HV + i_hv
         o_state = (i_c.to(tl.int64) * HV + i_hv) * K * V
-        b_e = tl.exp2(load_decay(G + o_gate, o_i, HV, num_rows))
+        b_e = decay(load_decay(G + o_gate, o_i, HV, num_rows))
         for i_v in range(0, tl.cdiv(V, BV)):
             o_v = i_v * BV + tl.arange(0, BV)
             b_U = load_tile(U_end + o_gate * V, o_i, o_v, HV * V, num_rows, V)
@@ -287,13 +300,13 @@ def chunk_grad_keys_kernel(
             b_q = load_key_tile(q + start * stride_q + i_h * K, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
             b_ds = load_tile(ds + o_gate * C, o_i, o_i, HV * C, num_rows, C)
             b_dk += tl.dot(tl.trans(b_ds), b_q, input_precision="ieee")
-        b_dG = tl.zeros([C], tl.float32)
-        b_dbeta = tl.zeros([C], tl.float32)
+        b_dG = tl.zeros([C], G_DTYPE)
+        b_dbeta = tl.zeros([C], G_DTYPE)
         if dl is not None:
             b_k = load_key_tile(p_k, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
             b_beta = load_rows(beta + o_gate, o_i, HV, num_rows)
             b_dl = load_tile(dl + o_gate * C, o_i, o_i, HV * C, num_rows, C)
-            b_dLM = b_dl.to(tl.float32) * tl.dot(b_k, tl.trans(b_k), input_precision="ieee")
+            b_dLM = (b_dl * tl.dot(b_k, tl.trans(b_k), input_precision="ieee")).to(G_DTYPE)
             b_dbeta = tl.sum(b_dLM, 1)
             b_dLM *= b_beta[:, None]
             b_dG = tl.sum(b_dLM, 1) - tl.sum(b_dLM, 0)
@@ -340,9 +353,8 @@ def chunk_grad_split(
         None if missing else torch.empty(B, T, HV, config.chunk, dtype=k.dtype, device=k.device)
         for missing in (d_output is None, A is None)
     )
-    dG_values, dG_queries, dbeta_values, dG, dbeta = (
-        torch.empty(B, T, HV, dtype=torch.float32, device=k.device) for _ in range(5)
-    )
+    dG_values, dG_queries, dG = (torch.empty_like(G) for _ in range(3))
+    dbeta_values, dbeta = (torch.empty(B, T, HV, dtype=torch.float32, device=k.device) for _ in range(2))
     dk = torch.empty(B, T, H, K, dtype=k.dtype, device=k.device)
     dq = None if d_output is None else torch.empty_like(dk)
     packing = (cu_seqlens, chunk_offsets)

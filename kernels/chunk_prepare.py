@@ -27,6 +27,8 @@ from sleep_ops.kernels.primitives import (
     store_tile,
 )
 
+# A token's natural log decay is no lower: its exponential is 0 in float32 already, and -inf would leave sums no value.
+LOWEST_LOG_DECAY = tl.constexpr(-104.0)
 GATE_BLOCK_H = 16
 NORM_ROWS = 32
 
@@ -66,14 +68,27 @@ def unit_lower_inverse(b_L, C: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def activate_gates(p_g, p_beta, A_log, dt_bias, i_hv, o_i, stride_g, stride_beta, num_rows, BETA_SCALE: tl.constexpr):
+def activate_gates(
+    p_g,
+    p_beta,
+    A_log,
+    dt_bias,
+    i_hv,
+    o_i,
+    stride_g,
+    stride_beta,
+    num_rows,
+    BETA_SCALE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
+):
     """Base-2 log decay summed over a chunk's rows, and active beta; past the last row the sum stays and beta is 0."""
     m_i = o_i < num_rows
     b_g = load_rows(p_g, o_i, stride_g, num_rows).to(tl.float32)
     if A_log is not None:
         b_rate = tl.exp(tl.load(A_log + i_hv).to(tl.float32))
         b_g = -b_rate * softplus(b_g + tl.load(dt_bias + i_hv).to(tl.float32))
-    b_G = tl.cumsum(tl.where(m_i, b_g, 0.0), 0) * LOG2E
+    b_g = tl.where(b_g < LOWEST_LOG_DECAY, LOWEST_LOG_DECAY, b_g)
+    b_G = tl.cumsum(tl.where(m_i, b_g, 0.0).to(G_DTYPE), 0) * LOG2E
     b_beta = load_rows(p_beta, o_i, stride_beta, num_rows).to(tl.float32)
     if BETA_SCALE > 0:
         b_beta = tl.where(m_i, BETA_SCALE * tl.sigmoid(b_beta), 0.0)
@@ -90,9 +105,15 @@ def delta_rule_inverse(b_k, b_G, b_beta, C: tl.constexpr, PRECISION: tl.constexp
 
 
 @triton.jit
+def decay_gradient(b_dg, b_g):
+    """Cotangent of a log decay from that of what activate_gates sums, which is no lower than LOWEST_LOG_DECAY."""
+    return tl.where(b_g < LOWEST_LOG_DECAY, 0.0, b_dg)
+
+
+@triton.jit
 def log_decay_gradient(b_dg, b_x, b_rate):
-    """Cotangents of x and, token by token, of A_log from that of the log decay -exp(A_log) softplus(x)."""
-    b_dg *= -b_rate
+    """The same, of x and, token by token, of A_log, where the log decay is -exp(A_log) softplus(x)."""
+    b_dg = decay_gradient(b_dg, -b_rate * softplus(b_x)) * -b_rate
     return b_dg * tl.sigmoid(b_x), b_dg * softplus(b_x)
 
 
@@ -124,8 +145,8 @@ def chunk_prepare_kernel(
 
     g: log decay, or with A_log and dt_bias the gate's input a, of which -exp(A_log) softplus(a + dt_bias) is the decay.
     beta: write strength, or with BETA_SCALE > 0 the logit of BETA_SCALE * sigmoid(beta).
-    Writes G, the base-2 log decay summed from the chunk's start to each token, beta_out (both [rows, HV] float32), and
-    for the delta rule (A given) A = L^{-1} as [rows, HV, C] in A's dtype, by float32 arithmetic.
+    Writes G [rows, HV], the base-2 log decay summed from the chunk's start to each token, float32 or float64, beta_out
+    [rows, HV] float32, and for the delta rule A = L^{-1} [rows, HV, C] in A's dtype, by float32 arithmetic.
 
     Grid (chunks, HV). Mirrors `log_decay`, `write_strength` and `l2_normalise` of sleep_ops/reference.py.
     """
@@ -138,7 +159,10 @@ def chunk_prepare_kernel(
     m_i = o_i < num_rows
     o_gate = start * HV + i_hv
 
-    b_G, b_beta = activate_gates(g + o_gate, beta + o_gate, A_log, dt_bias, i_hv, o_i, HV, HV, num_rows, BETA_SCALE)
+    G_dtype = G.dtype.element_ty
+    b_G, b_beta = activate_gates(
+        g + o_gate, beta + o_gate, A_log, dt_bias, i_hv, o_i, HV, HV, num_rows, BETA_SCALE, G_dtype
+    )
     tl.store(G + o_gate + o_i * HV, b_G, mask=m_i)
     tl.store(beta_out + o_gate + o_i * HV, b_beta, mask=m_i)
 
@@ -188,7 +212,8 @@ def gate_backward_kernel(
         dg_i = log2(e) sum_{j >= i} dG_j        with A_log: da = -exp(A_log) sigmoid(a + dt_bias) dg
         dbeta = dbeta_out, and with BETA_SCALE > 0 times beta_out (1 - beta_out / BETA_SCALE)
 
-    Reads dG, dbeta_out, beta_out [rows, HV] float32 and g, the gate input. Writes dg, dbeta [rows, HV] and with A_log
+    A decay below LOWEST_LOG_DECAY gets none. Reads dG [rows, HV] in G's dtype, dbeta_out, beta_out [rows, HV] float32
+    and g, the gate input. Writes dg, dbeta [rows, HV] and with A_log
     the chunk's part of the cotangents of A_log and dt_bias, partial [chunks, 2, HV] float32 (zero past the last chunk).
 
     Grid (chunks, tiles of heads). Mirrors the backward of `log_decay` and `write_strength` of sleep_ops/reference.py.
@@ -200,11 +225,13 @@ def gate_backward_kernel(
     o_gate = start * HV
 
     b_dG = load_tile(dG + o_gate, o_i, o_h, HV, num_rows, HV)
-    b_dg = tl.cumsum(b_dG, 0, reverse=True) * LOG2E
-    if A_log is not None:
+    b_dg = (tl.cumsum(b_dG, 0, reverse=True) * LOG2E).to(tl.float32)
+    b_x = load_tile(g + o_gate, o_i, o_h, HV, num_rows, HV).to(tl.float32)
+    if A_log is None:
+        b_dg = decay_gradient(b_dg, b_x)
+    else:
         m_h = o_h < HV
         b_rate = tl.exp(tl.load(A_log + o_h, mask=m_h, other=0.0).to(tl.float32))
-        b_x = load_tile(g + o_gate, o_i, o_h, HV, num_rows, HV).to(tl.float32)
         b_x += tl.load(dt_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
         b_dg, b_drate = log_decay_gradient(b_dg, b_x, b_rate[None, :])
         p_partial = partial + i_c.to(tl.int64) * 2 * HV
@@ -217,6 +244,12 @@ def gate_backward_kernel(
         b_beta = load_tile(beta_out + o_gate, o_i, o_h, HV, num_rows, HV)
         b_dbeta *= b_beta * (1.0 - b_beta / BETA_SCALE)
     store_tile(dbeta + o_gate, b_dbeta, o_i, o_h, HV, num_rows, HV)
+
+
+def decay_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the summed log decays for q, k, v of dtype. A sum over a chunk of resets is near -10^4: in float32 differences
+    of two then have errors of 10^-3, less than a rounding of 16 bits but not of float32."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
 
 
 def chunk_prepare(
@@ -235,15 +268,15 @@ def chunk_prepare(
     beta_scale: float,
     config: ChunkConfig,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns G and activated beta, [B, T, HV] float32, and A [B, T, HV, C] in k's dtype (None for "hebbian").
+    """G [B, T, HV] in decay_dtype(k.dtype), activated beta, float32, and A [B, T, HV, C] in k's dtype (or None).
 
     k [B, T, H, K] with rows of contiguous heads, `row_stride` elements apart; g, beta [B, T, HV] contiguous;
     chunk_offsets int64 [num_seqs + 1], the number of chunks before each packed sequence.
     """
     B, T, H, K = k.shape
     HV = g.shape[2]
-    G = torch.empty(B, T, HV, dtype=torch.float32, device=k.device)
-    beta_out = torch.empty_like(G)
+    G = torch.empty(B, T, HV, dtype=decay_dtype(k.dtype), device=k.device)
+    beta_out = torch.empty(B, T, HV, dtype=torch.float32, device=k.device)
     A = torch.empty(B, T, HV, config.chunk, dtype=k.dtype, device=k.device) if rule == "delta" else None
     chunk_prepare_kernel[(num_chunks, HV)](
         k,
@@ -299,7 +332,7 @@ def gate_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Cotangents of chunk_prepare's g, beta, A_log and dt_bias, in their dtypes, from those of its G and active beta.
 
-    dG, dbeta_out and beta_out are [B, T, HV] float32, g is the gate input; all contiguous.
+    dG, dbeta_out and beta_out are [B, T, HV], the first in G's dtype, g is the gate input; all contiguous.
     """
     B, T, HV = g.shape
     dg = torch.empty_like(g)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sleep_ops.kernels.configs import ChunkConfig, block_size
 from sleep_ops.kernels.primitives import (
+    decay,
     first_chunk,
     load_decay,
     load_key_tile,
@@ -113,7 +114,7 @@ def chunk_scan_kernel(
         b_v = load_tile(v + row * stride_v + i_hv * V, o_i, o_v, stride_v, value_rows, V).to(tl.float32)
         b_G = load_decay(G + row * HV + i_hv, o_i, HV, num_rows)
         b_beta = load_rows(beta + row * HV + i_hv, o_i, HV, num_rows)
-        b_e = tl.exp2(b_G)
+        b_e = decay(b_G)
         b_rk = row_scales(rk, row * H + i_h, o_i, H, num_rows)
         dtype = b_k.dtype
         if A is None:
@@ -134,8 +135,8 @@ def chunk_scan_kernel(
             store_tile(output + (row * HV + i_hv) * V, b_O, o_i, o_v, HV * V, num_rows, V)
 
         G_C = tl.load(G + (row + num_rows - 1) * HV + i_hv)
-        b_W = (tl.exp2(G_C - b_G)[:, None] * b_U).to(dtype)
-        b_S = tl.exp2(G_C) * b_S + tl.dot(tl.trans(b_k), b_W, input_precision="ieee")
+        b_W = (decay(G_C - b_G)[:, None] * b_U).to(dtype)
+        b_S = decay(G_C) * b_S + tl.dot(tl.trans(b_k), b_W, input_precision="ieee")
 
     if final_state is not None:
         store_tile(final_state + o_state, b_S, o_k, o_v, W, K, num_cols)
@@ -203,11 +204,11 @@ def chunk_reverse_kernel(
 
         b_G = load_decay(G + row * HV + i_hv, o_i, HV, num_rows)
         G_C = tl.load(G + (row + num_rows - 1) * HV + i_hv)
-        b_e = tl.exp2(b_G)
+        b_e = decay(b_G)
         b_k = load_key_tile(k + row * stride_k + i_h * K, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
         b_rk = row_scales(rk, row * H + i_h, o_i, H, num_rows)
         dtype = b_k.dtype
-        b_dS_next = tl.exp2(G_C) * b_dS
+        b_dS_next = decay(G_C) * b_dS
 
         if d_output is not None:
             b_q = load_key_tile(q + row * stride_q + i_h * K, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
@@ -217,7 +218,7 @@ def chunk_reverse_kernel(
             b_dS_next += tl.dot(tl.trans(b_q), b_dQ, input_precision="ieee")
 
         if A is not None:
-            b_dU = (b_rk * tl.exp2(G_C - b_G))[:, None] * tl.dot(b_k, b_dS.to(dtype), input_precision="ieee")
+            b_dU = (b_rk * decay(G_C - b_G))[:, None] * tl.dot(b_k, b_dS.to(dtype), input_precision="ieee")
             if d_output is not None:
                 b_decay = pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
                 b_decay *= b_rk[:, None] * b_rq[None, :]

@@ -110,15 +110,21 @@ def load_decay(p, o_r, stride, num_rows):
 
 
 @triton.jit
+def decay(b_x):
+    """exp2 of a summed base-2 log decay, or of a difference of two, float32; differences are taken in their dtype."""
+    return tl.exp2(b_x.to(tl.float32))
+
+
+@triton.jit
 def pair_decay(b_g, m):
     """exp2(G_i - G_j) where m, else 0: masked before the exponential, which m must restrict to i >= j."""
-    return tl.exp2(tl.where(m, b_g[:, None] - b_g[None, :], float("-inf")))
+    return decay(tl.where(m, b_g[:, None] - b_g[None, :], float("-inf")))
 
 
 @triton.jit
 def pair_decay_transposed(b_g, m):
     """exp2(G_i - G_j) at [j, i] where m, else 0; m must restrict to i >= j."""
-    return tl.exp2(tl.where(m, b_g[None, :] - b_g[:, None], float("-inf")))
+    return decay(tl.where(m, b_g[None, :] - b_g[:, None], float("-inf")))
 
 
 @triton.jit
@@ -127,19 +133,6 @@ def softplus(x):
     e = tl.exp(-tl.abs(x))
     log1p = tl.where(e < 1e-2, e * (1.0 - e * (0.5 - e * (1.0 / 3.0 - e * 0.25))), tl.log(1.0 + e))
     return tl.maximum(x, 0.0) + log1p
-
-
-@triton.jit
-def rounded(b_product, dtype: tl.constexpr):
-    """A product about to be summed across threads, for q, k, v of dtype.
-
-    In float32 a thread may hold just one of a row's products. The compiler then fuses that one with what it receives
-    of other threads, each thread its own, and the row's sum has other last bits in every one of them. A zero added, in
-    the same instruction, leaves nothing to fuse.
-    """
-    if dtype == tl.float32:
-        b_product += 0.0
-    return b_product
 
 
 @triton.jit

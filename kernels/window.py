@@ -11,9 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sleep_ops.kernels.chunk_grad import store_key_gradient, value_head_gradient
-from sleep_ops.kernels.chunk_prepare import activate_gates, delta_rule_inverse, log_decay_gradient
+from sleep_ops.kernels.chunk_prepare import (
+    activate_gates,
+    decay_dtype,
+    decay_gradient,
+    delta_rule_inverse,
+    log_decay_gradient,
+)
 from sleep_ops.kernels.configs import WindowConfig, block_size
-from sleep_ops.kernels.primitives import load_key_tile, load_rows, load_tile, pair_decay, store_tile
+from sleep_ops.kernels.primitives import decay, load_key_tile, load_rows, load_tile, pair_decay, store_tile
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -46,6 +52,7 @@ def window_forward_kernel(
     IS_DELTA: tl.constexpr,
     USE_L2NORM: tl.constexpr,
     PRECISION: tl.constexpr,
+    G_DTYPE: tl.constexpr,
 ):
     """Output and final state of one window of T <= C tokens and value head.
 
@@ -65,9 +72,9 @@ def window_forward_kernel(
     b_k = load_key_tile(k + start * stride_k + i_h * K, o_i, o_k, stride_k, T, K, USE_L2NORM)
     p_g = g + start * stride_g + i_hv
     p_beta = beta + start * stride_beta + i_hv
-    b_G, b_beta = activate_gates(p_g, p_beta, A_log, dt_bias, i_hv, o_i, stride_g, stride_beta, T, BETA_SCALE)
+    b_G, b_beta = activate_gates(p_g, p_beta, A_log, dt_bias, i_hv, o_i, stride_g, stride_beta, T, BETA_SCALE, G_DTYPE)
     G_C = tl.sum(tl.where(o_i == C - 1, b_G, 0.0))
-    b_e = tl.exp2(b_G)
+    b_e = decay(b_G)
     dtype = b_k.dtype
     if IS_DELTA:
         b_A = delta_rule_inverse(b_k, b_G, b_beta, C, PRECISION).to(dtype)
@@ -94,10 +101,10 @@ def window_forward_kernel(
                 b_O += b_e[:, None] * tl.dot(b_q, b_S.to(dtype), input_precision="ieee")
             store_tile(output + (start * HV + i_hv) * V, b_O * scale, o_i, o_v, HV * V, T, V)
 
-        b_W = (tl.exp2(G_C - b_G)[:, None] * b_U).to(dtype)
+        b_W = (decay(G_C - b_G)[:, None] * b_U).to(dtype)
         b_S1 = tl.dot(tl.trans(b_k), b_W, input_precision="ieee")
         if initial_state is not None:
-            b_S1 += tl.exp2(G_C) * b_S
+            b_S1 += decay(G_C) * b_S
         store_tile(final_state + o_state, b_S1, o_k, o_v, V, K, V)
 
 
@@ -138,6 +145,7 @@ def window_backward_kernel(
     IS_DELTA: tl.constexpr,
     USE_L2NORM: tl.constexpr,
     PRECISION: tl.constexpr,
+    G_DTYPE: tl.constexpr,
 ):
     """Gradients of one window of T <= C tokens and query/key head, summed over its value heads.
 
@@ -161,7 +169,9 @@ def window_backward_kernel(
         i_hv = i_h * (HV // H) + i_group
         p_g = g + start * stride_g + i_hv
         p_beta = beta + start * stride_beta + i_hv
-        b_G, b_beta = activate_gates(p_g, p_beta, A_log, dt_bias, i_hv, o_i, stride_g, stride_beta, T, BETA_SCALE)
+        b_G, b_beta = activate_gates(
+            p_g, p_beta, A_log, dt_bias, i_hv, o_i, stride_g, stride_beta, T, BETA_SCALE, G_DTYPE
+        )
         b_A = None
         b_AT = None
         if IS_DELTA:
@@ -208,9 +218,12 @@ def window_backward_kernel(
         m_i = o_i < T
         o_gate = (start + o_i) * HV + i_hv
         b_dg = tl.cumsum(b_dg, 0, reverse=True)
-        if A_log is not None:
+        b_x = load_rows(p_g, o_i, stride_g, T).to(tl.float32)
+        if A_log is None:
+            b_dg = decay_gradient(b_dg, b_x)
+        else:
             b_rate = tl.exp(tl.load(A_log + i_hv).to(tl.float32))
-            b_x = load_rows(p_g, o_i, stride_g, T).to(tl.float32) + tl.load(dt_bias + i_hv).to(tl.float32)
+            b_x += tl.load(dt_bias + i_hv).to(tl.float32)
             b_dg, b_drate = log_decay_gradient(b_dg, b_x, b_rate)
             p_partial = partial + i_b.to(tl.int64) * 2 * HV + i_hv
             tl.store(p_partial, tl.sum(b_drate))
@@ -242,6 +255,7 @@ def _options(k: Tensor, v: Tensor, rule: str, use_qk_l2norm: bool, beta_scale: f
         "IS_DELTA": rule == "delta",
         "USE_L2NORM": use_qk_l2norm,
         "PRECISION": "ieee" if k.dtype == torch.float32 else "tf32x3",
+        "G_DTYPE": tl.float64 if decay_dtype(k.dtype) == torch.float64 else tl.float32,
         "num_warps": config.launch.warps,
         "num_stages": config.launch.stages,
     }

@@ -17,7 +17,7 @@ SPILL_BYTES |= {"window_forward": 96, "window_backward": 704}
 LARGE_SPILL_BYTES = {"chunk_grad": 224, "chunk_grad_widened": 96, "chunk_scan": 64}
 LARGE_SPILL_BYTES |= {"window_forward": 96, "window_backward": 704}
 # By architecture: the same of any kernel for chunks of 64.
-LONG_SPILL_BYTES = {80: 544, 90: 48, 100: 8}
+LONG_SPILL_BYTES = {80: 544, 90: 48, 100: 16}
 
 
 @pytest.fixture(scope="module")

@@ -24,17 +24,23 @@ from sleep_ops.ops.dispatch import on_device
 from sleep_ops.ops.gates import beta_scale
 from sleep_ops.validation import check_first_order
 
+MAX_ROW_STRIDE = 2**31 // 64 - 2**16  # of a chunk of 64 tokens, and a row's width
+
 
 def _config(k: Tensor, head_v_dim: int, longest: int) -> ChunkConfig:
     return chunk_config(k.shape[3], head_v_dim, longest, k.dtype, architecture(k.device))
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """x [B, T, heads, dim] as rows of contiguous heads a fixed number of elements apart, copied if it is not."""
+    """x [B, T, heads, dim] as rows of contiguous heads a fixed number of elements apart, copied if it is not.
+
+    Or if they are so far apart that offsets inside a chunk overflow 32 bits.
+    """
     B, T, heads, dim = x.shape
     row_stride = x.stride(1) if T > 1 else x.stride(0)
     dense = (dim == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == dim)
-    if dense and (B == 1 or x.stride(0) == T * row_stride):
+    in_reach = row_stride <= MAX_ROW_STRIDE
+    if dense and in_reach and (B == 1 or x.stride(0) == T * row_stride):
         return x, row_stride
     return x.contiguous(), heads * dim
 
@@ -53,6 +59,14 @@ def _chunk_offsets(cu_seqlens: Tensor | None, chunk: int) -> Tensor | None:
         return None
     counts = (cu_seqlens.diff().long() + (chunk - 1)) // chunk
     return F.pad(counts.cumsum(0), (1, 0))
+
+
+def _cleared(x: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """x [1, T, ...] with zeros behind the last border, where kernels write nothing; without a look at the device."""
+    if x is None or cu_seqlens is None:
+        return x
+    behind = torch.arange(x.shape[1], device=x.device) >= cu_seqlens[-1]
+    return x.masked_fill_(behind.view(-1, *(1,) * (x.ndim - 2)), 0)
 
 
 def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
@@ -75,7 +89,7 @@ def _prepare(
     use_qk_l2norm: bool,
     beta_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """G and active beta [B, T, HV] float32, and A [B, T, HV, C] in k's dtype (empty for "hebbian").
+    """G [B, T, HV] in decay_dtype(k.dtype), active beta, float32, and A [B, T, HV, C] in k's dtype (or empty).
 
     longest: tokens of the longest sequence, which with the head dims decides the chunk's length.
     """
@@ -103,8 +117,9 @@ def _prepare(
 @_prepare.register_fake
 def _(k, g, beta, A_log, dt_bias, cu_seqlens, chunk_offsets, longest, head_v_dim, rule, use_qk_l2norm, beta_scale):
     chunk = _config(k, head_v_dim, longest).chunk
-    gates = [k.new_empty(g.shape, dtype=torch.float32) for _ in range(2)]
-    return (*gates, k.new_empty((*g.shape, chunk)) if rule == "delta" else k.new_empty(0))
+    G = k.new_empty(g.shape, dtype=prepare_kernels.decay_dtype(k.dtype))
+    active = k.new_empty(g.shape, dtype=torch.float32)
+    return (G, active, k.new_empty((*g.shape, chunk)) if rule == "delta" else k.new_empty(0))
 
 
 @torch.library.custom_op("sleep_ops::chunk_prepare_backward", mutates_args=())
@@ -138,6 +153,7 @@ def _prepare_backward(
             beta_scale=beta_scale,
             chunk=chunk,
         )
+    dg, dbeta = _cleared(dg, cu_seqlens), _cleared(dbeta, cu_seqlens)
     return dg, dbeta, _or_empty(dA_log, g), _or_empty(d_dt_bias, g)
 
 
@@ -226,7 +242,7 @@ def _scan(
             widened=widened,
             config=_config(k, v.shape[3], longest),
         )
-    return _or_empty(output, v), final_state
+    return _or_empty(_cleared(output, cu_seqlens), v), final_state
 
 
 @_scan.register_fake
@@ -302,6 +318,7 @@ def _scan_backward(
         dq, dk, dv, dG, dbeta = gradient(
             q, k, v, strides, G, beta, A, states, d_states, d_output, *packing, widened=widened, **common
         )
+    dq, dk, dv = (_cleared(x, cu_seqlens) for x in (dq, dk, dv))
     return _or_empty(dq, k), dk, dv, dG, dbeta, _or_empty(d_initial_state, k)
 
 
