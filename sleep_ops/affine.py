@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, prepare_pass
+from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, no_tokens, prepare_pass
+from sleep_ops.ops.small import MAP, flushed
 from sleep_ops.ops.windows import Windows
-from sleep_ops.validation import check_delta_rule, check_full, check_tensor
+from sleep_ops.validation import check_delta_rule, check_full, check_no_tangents, check_tensor
 
 REPEATED = 7  # up to as many products with a state are fewer columns than squares of the map, at K = V
 
@@ -80,7 +81,7 @@ class Transition(NamedTuple):
             return _fixed_point(self)
 
     def _check(self) -> None:
-        check_full("R", self.R, 4, "[N, HV, K, V]")
+        check_full("R", self.R, 4, "[N, HV, K, V]", 1)
         N, HV, K, _ = self.R.shape
         check_tensor("P", self.P, (N, HV, K, K), "[N, HV, K, K] beside R", self.R.device, (self.R.dtype,))
 
@@ -116,8 +117,14 @@ def segment_transition(
         "allow_neg_eigval": allow_neg_eigval,
     }
     check_delta_rule(None, k, v, g, beta, scale=None, initial_state=None, impl=impl, **options)
+    impl = choose_rule_impl(impl, k)
+    if 0 in k.shape[:2]:
+        _, R = no_tokens(None, k, v, (g, beta, A_log, dt_bias), None, cu_seqlens)
+        return Transition(_identity(R @ R.mT).expand(*R.shape[:3], -1), R)
+    if impl != "reference":
+        check_no_tangents("segment_transition", k, v, g, beta, A_log, dt_bias)
     with full_precision(k):
-        return Transition(*prepare_pass(k, v, g, beta, impl=choose_rule_impl(impl, k), **options).transition())
+        return Transition(*prepare_pass(k, v, g, beta, impl=impl, **options).transition())
 
 
 def replay(
@@ -208,7 +215,7 @@ def _fixed_point(transition: Transition) -> Tensor:
         squarings = 40 if P.dtype == torch.float64 else 18
         power = P.detach()
         for _ in range(squarings):
-            power = power @ power
+            power = flushed(power @ power, MAP)
         size = torch.linalg.matrix_norm(power).amax().item()  # NaN where P is not finite, or its powers overflow
         if not size < 0.5:
             radius = size ** (0.5**squarings)
@@ -217,11 +224,11 @@ def _fixed_point(transition: Transition) -> Tensor:
 
 
 def _apply(transition: Transition, state: Tensor) -> Tensor:
-    return transition.P @ state + transition.R
+    return transition.P @ flushed(state) + transition.R
 
 
 def _then(earlier: Transition, later: Transition) -> Transition:
-    return Transition(later.P @ earlier.P, _apply(later, earlier.R))
+    return Transition(flushed(later.P @ earlier.P, MAP), _apply(later, earlier.R))
 
 
 def _power(transition: Transition, n: int) -> Transition:

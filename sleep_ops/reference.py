@@ -39,7 +39,8 @@ def log_decay(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> Tensor
     """The natural-log decay: g itself, or -exp(A_log) * softplus(g + dt_bias) with both parameters ([HV])."""
     if A_log is None:
         return g
-    return -A_log.to(g.dtype).exp() * F.softplus(g + dt_bias.to(g.dtype))
+    # softplus(x) - x is below float64's rounding from 37 on, not from PyTorch's 20
+    return -A_log.to(g.dtype).exp() * F.softplus(g + dt_bias.to(g.dtype), threshold=40.0)
 
 
 def write_strength(beta: Tensor, use_beta_sigmoid: bool, allow_neg_eigval: bool) -> Tensor:

@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RULES = ("delta", "hebbian")
@@ -61,9 +62,9 @@ def check_eps(name: str, eps: object) -> None:
         raise ValueError(f"{name}: expected a finite number >= 0, got {eps!r}")
 
 
-def check_full(name: str, x: object, ndim: int, dims: str) -> None:
-    """Raise unless x is a float tensor of `ndim` dimensions (described by `dims`), none of them empty."""
-    if not isinstance(x, Tensor) or x.ndim != ndim or 0 in x.shape:
+def check_full(name: str, x: object, ndim: int, dims: str, may_be_empty: int = 0) -> None:
+    """Raise unless x is a float tensor of `ndim` dimensions (`dims`), none empty but of the first `may_be_empty`."""
+    if not isinstance(x, Tensor) or x.ndim != ndim or 0 in x.shape[may_be_empty:]:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name}: expected a tensor {dims} with no empty dimension, got {got}")
     check_tensor(name, x, x.shape, dims)
@@ -160,8 +161,8 @@ def check_delta_rule(
     impl: str,
 ) -> None:
     """Check the arguments of `gated_delta_rule`; q is None where only the state is wanted."""
-    check_full("k", k, 4, "[B, T, H, K]")
-    check_full("v", v, 4, "[B, T, HV, V]")
+    check_full("k", k, 4, "[B, T, H, K]", 2)
+    check_full("v", v, 4, "[B, T, HV, V]", 2)
     batch, tokens, key_heads, key_dim = k.shape
     value_heads, value_dim = v.shape[2:]
     if q is not None:
@@ -191,6 +192,17 @@ def check_passes(passes: object, window: object, output_pass: object) -> None:
     if window is not None:
         check_count("window", window)
     check_choice("output_pass", output_pass, OUTPUT_PASSES)
+
+
+def check_no_tangents(operator: str, *tensors: Tensor | None) -> None:
+    """Refuse forward-mode derivatives (torch.func.jvp, jacfwd, linearize, dual tensors): kernels would drop them."""
+    if forward_ad._current_level < 0:
+        return
+    for x in tensors:
+        if x is not None and (
+            torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None
+        ):
+            raise RuntimeError(f"{operator}: expected reverse mode, got a forward-mode derivative (torch.func.jvp)")
 
 
 def check_first_order(operator: str) -> None:

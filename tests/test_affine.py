@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sleep_ops.affine import Transition, segment_transition
 from sleep_ops.ops.gated_delta_rule import sleep_gated_delta_rule
@@ -175,3 +176,63 @@ def test_triton_gives_the_same_map():
     got = segment_transition(**single, **ACTIVATED, impl="triton")
     for a, b in zip(got, segment_transition(**inputs, **ACTIVATED), strict=True):
         torch.testing.assert_close(a.double().cpu(), b, rtol=1e-4, atol=1e-4)
+
+
+class Denormal(TorchDispatchMode):
+    """Counts the entries that matrix products read and write, and which of them are denormal."""
+
+    entries = denormal = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
+            for x in (*args, out):
+                self.entries += x.numel()
+                self.denormal += int(((x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)).sum())
+        return out
+
+
+@pytest.mark.parametrize("decay", [-0.02, -0.1, -0.5, -1.5, -10.0])
+@pytest.mark.parametrize(("tokens", "window"), [(75, None), (300, 75), (1024, None)])
+def test_decays_lead_to_no_denormal_numbers(tokens, window, decay):
+    """They would make replay many times slower on some CPUs; forwards and backwards, in one chain at most."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, tokens, 1, 32, generator=generator) for _ in range(3))
+    k = torch.nn.functional.normalize(k, dim=-1)
+    g = decay * torch.rand(1, tokens, 1, generator=generator)
+    leaves = [x.requires_grad_() for x in (q, k, v, g, torch.rand(1, tokens, 1, generator=generator))]
+    for passes in (1, 3, 64):
+        with Denormal() as counted:
+            output, state = sleep_gated_delta_rule(*leaves, passes=passes, window=window)
+            (output.sum() + state.sum()).backward()
+        assert counted.denormal <= 0.01 * counted.entries, (passes, counted.denormal / counted.entries)
+
+
+def test_powers_that_vanish_are_still_differentiated():
+    P = (1e-15 * torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    R = torch.ones(1, 1, 4, 3, requires_grad=True)
+    power = Transition(P, R).power(3)
+    assert not power.P.any()
+    dP, dR = torch.autograd.grad(power.R.sum(), (P, R))
+    torch.testing.assert_close(dP, torch.full_like(dP, 3.0))
+    torch.testing.assert_close(dR, torch.ones_like(dR))
+
+
+def test_transitions_have_every_kind_of_derivative():
+    """They are plain PyTorch: forward mode, a second derivative and vmap too."""
+    generator = torch.Generator().manual_seed(0)
+    P, R, state = (torch.randn(1, 1, 3, n, generator=generator, dtype=torch.float64) / 3 for n in (3, 2, 2))
+
+    def function(P):
+        return Transition(P, R).power(5).apply(state).sum()
+
+    def plainly(P):
+        S = state
+        for _ in range(5):
+            S = P @ S + R
+        return S.sum()
+
+    for derivative in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+        torch.testing.assert_close(derivative(function)(P), derivative(plainly)(P))
+    P = torch.stack([P, 2 * P])
+    torch.testing.assert_close(torch.func.vmap(function)(P), torch.func.vmap(plainly)(P))

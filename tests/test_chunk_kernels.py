@@ -229,6 +229,13 @@ def test_views_are_read_in_place(device):
     assert _rows(x[:, 1:].unflatten(-1, (3, 8)))[1] == 24
 
 
+def test_rows_too_far_apart_are_copied():
+    """Offsets inside a chunk are 32 bits. On "meta", which has the strides and not the memory."""
+    for stride, stays in ((2**24, True), (2**25, False), (2**40, False)):
+        view = torch.empty_strided((1, 4, 2, 8), (0, stride, 8, 1), device="meta")
+        assert _rows(view)[1] == (stride if stays else 16)
+
+
 def test_chunk_bound_holds_every_packing():
     for lengths in ([1] * 7, [0, 0, 33], [16, 32, 17], [64], [0, 5, 0]):
         ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
@@ -251,3 +258,17 @@ def test_strided_parameters_and_borders(device):
         assert not inputs[name].is_contiguous() or inputs[name].numel() == 1
     for name, value in evaluate(chunk_gated_delta_rule_triton, PACKED, inputs).items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_tokens_behind_the_last_border_get_zeros(device, poisoned):
+    """On a GPU borders are not read by the host: what stands behind them reaches nothing, and nothing is left there."""
+    case = Case("tail", lengths=(7, 13), options=GATED.options)
+    inputs = make_inputs(case, torch.float32, device)
+    inputs["cu_seqlens"] = inputs["cu_seqlens"].clone()
+    inputs["cu_seqlens"][-1] = 15
+    poisoned(chunk_prepare, chunk_scan, chunk_grad, chunk_grad_split)
+    got = evaluate(chunk_gated_delta_rule_triton, case, inputs)
+    for name, x in got.items():
+        assert x.isfinite().all(), name
+        if name in ("output", "dq", "dk", "dv", "dg", "dbeta"):
+            assert x[:, :15].any() and not x[:, 15:].any(), name

@@ -105,3 +105,12 @@ def test_bad_inputs_name_the_argument(change, name):
     args = dict(x=torch.zeros(2, 8), gate=torch.zeros(2, 8), weight=torch.ones(8), eps=EPS)
     with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
         gated_rms_norm(**(args | change))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 3, 8)])
+def test_no_rows(shape, impl):
+    leaves = [x.requires_grad_() for x in build(shape, torch.float32)[:3]]
+    y = gated_rms_norm(*leaves, eps=EPS, impl=impl)
+    y.sum().backward()
+    assert y.shape == shape and all(x.grad.shape == x.shape and not x.grad.any() for x in leaves)

@@ -7,8 +7,13 @@ import torch
 from cases import slow_unless
 from torch.utils.checkpoint import checkpoint
 
+from sleep_ops.affine import segment_transition
 from sleep_ops.ops.gated_delta_rule import delta_rule_state, gated_delta_rule, sleep_gated_delta_rule
-from sleep_ops.reference import gated_delta_rule_reference, sleep_gated_delta_rule_reference
+from sleep_ops.ops.gated_norm import gated_rms_norm
+from sleep_ops.ops.packed import SHORT, alike
+from sleep_ops.ops.short_conv import short_convolution
+from sleep_ops.ops.step import gated_delta_rule_step
+from sleep_ops.reference import gated_delta_rule_reference, log_decay, sleep_gated_delta_rule_reference
 
 ACTIVATED = {"use_qk_l2norm": True, "use_beta_sigmoid": True, "allow_neg_eigval": True}
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -304,7 +309,7 @@ BAD = {
     "q_missing": ("q", {"q": None}),
     "k_rank": ("k", {"k": torch.zeros(1, 6, 8)}),
     "k_dtype": ("k", {"k": torch.zeros(1, 6, 2, 8, dtype=torch.int64)}),
-    "no_tokens": ("k", {"k": torch.zeros(1, 0, 2, 8)}),
+    "no_keys": ("k", {"k": torch.zeros(1, 6, 2, 0)}),
     "v_tokens": ("v", {"v": torch.zeros(1, 5, 4, 6)}),
     "v_heads": ("v", {"v": torch.zeros(1, 6, 3, 6)}),
     "g_shape": ("g", {"g": torch.zeros(1, 6, 2)}),
@@ -381,3 +386,146 @@ def test_unknown_keyword_is_a_type_error():
     inputs = make_inputs(1, 6, 1, 1, 4, 4)
     with pytest.raises(TypeError, match="chunk_size"):
         gated_delta_rule(**inputs, chunk_size=64)
+
+
+def kept_bytes(function):
+    """Of the distinct tensors that autograd keeps for the backward of what `function` does, its inputs included."""
+    sizes = {}
+
+    def keep(x):
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        results = function()
+    del results
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("lengths", [[8] * 64 + [1024], [1] * 30 + [300], [65, 0, 128, 257, 3, 40, 513]], ids=str)
+@pytest.mark.parametrize("passes", [1, 3])
+def test_packed_sequences_cost_what_their_tokens_cost(lengths, passes):
+    ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    inputs = make_inputs(1, ends[-1], 1, 1, 16, 16, states=len(lengths), gates=False, dtype=torch.float32)
+    state = inputs.pop("initial_state")
+
+    def packed():
+        return sleep_gated_delta_rule(
+            **inputs, initial_state=state, passes=passes, cu_seqlens=torch.tensor(ends), impl="torch"
+        )
+
+    def alone():
+        results = []
+        for n, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+            part = {name: x[:, a:b] for name, x in inputs.items()}
+            if a < b:
+                results.append(sleep_gated_delta_rule(**part, initial_state=state[n : n + 1], passes=passes))
+        return results
+
+    assert kept_bytes(packed) <= 1.5 * kept_bytes(alone)
+    output, states = packed()
+    torch.testing.assert_close(output, torch.cat([o for o, _ in alone()], 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        states[[n > 0 for n in lengths]], torch.cat([s for _, s in alone()]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_sequences_of_alike_lengths_go_together():
+    for lengths in ([1, 16, 17, 24, 25, 32, 33, 49, 64], range(700), [5], [0, 0]):
+        groups = alike(lengths)
+        assert sorted(n for group in groups for n in group) == list(range(len(lengths)))
+        for group in groups:
+            longest = max(lengths[n] for n in group)
+            assert longest <= SHORT or all(longest < 1.5 * lengths[n] for n in group)
+    assert len(alike(range(1, 4097))) <= 17
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_forward_mode_is_refused(impl):
+    """Kernels and written-out backwards would drop the tangents."""
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    inputs = make_inputs(1, 5, 1, 1, 16, 16, gates=False, dtype=torch.float32)
+    inputs = {name: x.detach().to(device) for name, x in inputs.items()}
+    tokens = {name: inputs[name] for name in ("k", "v", "g", "beta")}
+    step = {name: x if name == "initial_state" else x[:, 0] for name, x in inputs.items()}
+    step["state"] = step.pop("initial_state")
+    row = inputs["v"].flatten(2)
+    functions = {
+        "gated_delta_rule": (lambda x: gated_delta_rule(**inputs | {"q": x}, impl=impl)[0], inputs["q"]),
+        "sleep_gated_delta_rule": (
+            lambda x: sleep_gated_delta_rule(**inputs | {"q": x}, impl=impl, passes=3)[0],
+            inputs["q"],
+        ),
+        "sleep.*": (lambda x: delta_rule_state(**tokens | {"g": x}, impl=impl, passes=2), inputs["g"]),
+        "segment_transition": (lambda x: segment_transition(**tokens | {"k": x}, impl=impl).P, inputs["k"]),
+        "gated_delta_rule_step": (lambda x: gated_delta_rule_step(**step | {"v": x}, impl=impl)[0], step["v"]),
+        "short_convolution": (lambda x: short_convolution(row, x, impl=impl)[0], torch.ones(16, 4, device=device)),
+        "gated_rms_norm": (lambda x: gated_rms_norm(row, row, x, eps=1e-5, impl=impl), torch.ones(16, device=device)),
+    }
+    for name, (function, x) in functions.items():
+        if impl == "torch" and name in (
+            "gated_delta_rule_step",
+            "gated_rms_norm",
+        ):  # plain PyTorch, differentiated well
+            torch.func.jvp(function, (x,), (x,))
+            continue
+        for derivative in (
+            lambda f, x: torch.func.jvp(f, (x,), (x,)),
+            lambda f, x: torch.func.jacfwd(f)(x),
+            lambda f, x: torch.func.linearize(f, x),
+        ):
+            with pytest.raises(RuntimeError, match=f"^{name}: .*forward-mode"):
+                derivative(function, x)
+
+
+def test_forward_mode_of_the_reference_is_right():
+    inputs = {name: x.detach() for name, x in make_inputs(1, 5, 1, 1, 4, 4, gates=False).items()}
+    (v, function) = inputs.pop("v"), lambda v: gated_delta_rule(v=v, impl="reference", **inputs).output.sum()
+    torch.testing.assert_close(torch.func.jacfwd(function)(v), torch.func.grad(function)(v))
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_meta_tensors_give_shapes(passes):
+    inputs = {name: x.detach().to("meta") for name, x in make_inputs(2, 20, 1, 2, 8, 6, dtype=torch.float32).items()}
+    output, state = sleep_gated_delta_rule(**inputs, **ACTIVATED, passes=passes, window=8)
+    assert output.is_meta and output.shape == (2, 20, 2, 6) and state.shape == (2, 2, 8, 6)
+    step = {name: x[:, 0] if x.ndim > 1 and name != "initial_state" else x for name, x in inputs.items()}
+    step["state"] = step.pop("initial_state")
+    assert gated_delta_rule_step(**step, **ACTIVATED).output.shape == (2, 2, 6)
+
+
+def test_softplus_of_large_gates_is_exact_in_float64():
+    a = torch.linspace(-5, 60, 200, dtype=torch.float64)[:, None]
+    got = log_decay(a, torch.zeros(1), torch.zeros(1))
+    torch.testing.assert_close(got, -torch.logaddexp(a, torch.zeros_like(a)), rtol=4e-16, atol=0)
+
+
+@pytest.mark.parametrize(("batch", "tokens", "borders"), [(0, 5, None), (2, 0, None), (0, 0, None), (1, 0, [0, 0, 0])])
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_no_tokens_leave_the_state_and_zero_gradients(impl, passes, batch, tokens, borders):
+    """An idle rank of several still runs its model, forwards and backwards."""
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    states = batch if borders is None else len(borders) - 1
+    inputs = make_inputs(batch, tokens, 1, 2, 16, 16, states=states, dtype=torch.float32)
+    inputs = {name: x.detach().to(device).requires_grad_() for name, x in inputs.items()}
+    options = {"cu_seqlens": None if borders is None else torch.tensor(borders, device=device), "impl": impl}
+    output, state = sleep_gated_delta_rule(**inputs, **options, passes=passes, **ACTIVATED)
+    assert output.shape == (batch, tokens, 2, 16) and torch.equal(state, inputs["initial_state"])
+    (output.sum() + state.sum()).backward()
+    for name, x in inputs.items():
+        assert torch.equal(x.grad, torch.ones_like(x) if name == "initial_state" else torch.zeros_like(x)), name
+    parts = {name: inputs[name] for name in ("k", "v", "g", "beta", "A_log", "dt_bias")}
+    P, R = segment_transition(**parts, **options, **ACTIVATED)
+    assert torch.equal(P, torch.eye(16, device=device).expand(states, 2, 16, 16)) and not R.any()
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (2, 0), (0, 1)])
+def test_layer_runs_without_tokens(batch, tokens):
+    from sleep_ops import SleepGDNLayer
+
+    layer = SleepGDNLayer(32, num_heads=2, head_dim=16)
+    y, state = layer(torch.zeros(batch, tokens, 32), return_state=True)
+    y, _ = layer(torch.zeros(batch, 1, 32) if batch == 0 else y, state=state, return_state=True)
+    y.sum().backward()
+    assert y.shape[0] == batch and not any(p.grad is None or p.grad.any() for p in layer.parameters())

@@ -184,7 +184,6 @@ def test_opcheck(case):
     "change, name",
     [
         (dict(x=torch.zeros(3, 16)), "x"),
-        (dict(x=torch.zeros(3, 0, 16)), "x"),
         (dict(x=torch.zeros(3, 2, 16, dtype=torch.int64)), "x"),
         (dict(weight=torch.zeros(15, 5)), "weight"),
         (dict(bias=torch.zeros(15)), "bias"),
@@ -199,7 +198,6 @@ def test_opcheck(case):
         (dict(x=torch.zeros(1, 3, 16), tail=None, cu_seqlens=torch.tensor([0, 2])), "cu_seqlens"),
         (dict(x=torch.zeros(1, 3, 16), tail=None, cu_seqlens=torch.tensor([0, 2, 1, 3])), "cu_seqlens"),
         (dict(x=None), "x"),
-        (dict(x=torch.zeros(0, 2, 16)), "x"),
         (dict(weight=None), "weight"),
         (dict(weight=torch.zeros(16, 5, dtype=torch.int64)), "weight"),
         (dict(tail=torch.zeros(3, 4, 16, dtype=torch.complex64)), "tail"),
@@ -212,3 +210,23 @@ def test_bad_inputs_name_the_argument(change, name):
     tensors = dict(x=torch.zeros(3, 2, 16), weight=torch.zeros(16, 5), bias=torch.zeros(16), tail=torch.zeros(3, 4, 16))
     with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
         short_convolution(**(tensors | change))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("places", ["rows", "lengths", "cu_seqlens"])
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (2, 0)])
+def test_no_tokens(batch, tokens, places, impl):
+    """The tail is handed on, and gradients are zero."""
+    num_seqs, options = batch, {}
+    if places == "lengths":
+        options["lengths"] = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    if places == "cu_seqlens":
+        batch, tokens, num_seqs = 1, 0, 2
+        options["cu_seqlens"] = torch.zeros(num_seqs + 1, dtype=torch.int32, device=DEVICE)
+    shapes = dict(x=(batch, tokens, 16), weight=(16, 4), bias=(16,), tail=(num_seqs, 3, 16))
+    leaves = {name: torch.ones(shape, device=DEVICE, requires_grad=True) for name, shape in shapes.items()}
+    output, tail = short_convolution(**leaves, **options, impl=impl)
+    assert output.shape == (batch, tokens, 16) and torch.equal(tail, leaves["tail"])
+    (output.sum() + tail.sum()).backward()
+    assert not leaves["weight"].grad.any() and not leaves["bias"].grad.any()
+    assert torch.equal(leaves["tail"].grad, torch.ones_like(tail))

@@ -182,7 +182,7 @@ class GDNMixer(nn.Module):
         )  # fmt: skip
 
     def _check(self, x, state, attention_mask, lengths, cu_seqlens):
-        check_full("x", x, 3, "[B, T, hidden_size]")
+        check_full("x", x, 3, "[B, T, hidden_size]", 2)
         batch, tokens, _ = x.shape
         check_tensor("x", x, (batch, tokens, self.hidden_size), "[B, T, hidden_size]", self.A_log.device)
         dtype = self._dtype()  # not a float's where the projection is quantised: then x is its affair

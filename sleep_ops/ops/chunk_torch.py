@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sleep_ops.ops.packed import PaddedSequences
+from sleep_ops.ops.gates import CLOSED
+from sleep_ops.ops.packed import PackedSequences
+from sleep_ops.ops.small import MAP, flushed, flushed_exp
 from sleep_ops.reference import l2_normalise, log_decay, state_dtype, write_strength
 from sleep_ops.validation import check_first_order
 
@@ -80,11 +82,22 @@ def _join(chunks: list[Tensor]) -> Tensor:
     return torch.stack(chunks, 3) if len(chunks) > 1 else chunks[0].unsqueeze(3)
 
 
+def _decays(g: Tensor) -> tuple[Tensor, Tensor]:
+    """e^(G_i - G_j) for i >= j, else 0, [..., C, C], and e^G, [..., C, 1], from the log decays g [..., C, 1].
+
+    G_i - G_j is summed from g_{j+1} to g_i, never a difference of sums: a decay of -1e9 or -inf costs its neighbours no
+    digit, here and in the gradient, which are sums over the same pairs.
+    """
+    above = torch.ones(g.shape[-2], g.shape[-2], dtype=torch.bool, device=g.device).triu()
+    between = g.expand(*g.shape[:-1], g.shape[-2]).masked_fill(above, 0).cumsum(-2)
+    return flushed_exp(between).tril(), flushed_exp(g.cumsum(-2))
+
+
 class TorchPass:
     """Passes over the same k [B, T, H, K], v [B, T, HV, V], g, beta [B, T, HV] from any state, by PyTorch operations.
 
-    Options and shapes are those of `gated_delta_rule`, which validates them. `longest`: a bound on the tokens of a
-    packed sequence, where one is known; without it the host waits for the device to learn it. States are float32, or
+    Options and shapes are those of `gated_delta_rule`, which validates them. Packed sequences are run as batches of
+    alike lengths; `longest`, a bound on their tokens, spares a GPU that (see `PackedSequences`). States are float32, or
     float64 for float64 inputs. Differentiable by autograd; what passes share is computed once.
     """
 
@@ -97,6 +110,46 @@ class TorchPass:
         *,
         cu_seqlens: Tensor | None = None,
         longest: int | None = None,
+        **options,
+    ):
+        self.sequences = None if cu_seqlens is None else PackedSequences(cu_seqlens, v.shape[1], longest)
+        if self.sequences is None:
+            self.parts = [_BatchPass(k, v, g, beta, **options)]
+            return
+        closed = [CLOSED if raw else 0.0 for raw in (options.get("A_log") is not None, options.get("use_beta_sigmoid"))]
+        batches = [self.sequences.pad(x, c) for x, c in zip((k, v, g, beta), (0.0, 0.0, *closed), strict=True)]
+        self.parts = [_BatchPass(*tokens, **options) for tokens in zip(*batches, strict=True)]
+
+    def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
+        """Output [B, T, HV, V] in v's dtype (None without q) and final state [N, HV, K, V]."""
+        if self.sequences is None:
+            return self.parts[0].run(q, state, scale)
+        none = [None] * len(self.parts)
+        queries = none if q is None else self.sequences.pad(q)
+        states = none if state is None else self.sequences.split(state)
+        outputs, states = zip(
+            *(part.run(q, s, scale) for part, q, s in zip(self.parts, queries, states, strict=True)), strict=True
+        )
+        return None if q is None else self.sequences.unpad(outputs), self.sequences.join(states)
+
+    def transition(self) -> tuple[Tensor, Tensor]:
+        """The pass as S -> P S + R: P [N, HV, K, K] and R [N, HV, K, V]."""
+        if self.sequences is None:
+            return self.parts[0].transition()
+        P, R = zip(*(part.transition() for part in self.parts), strict=True)
+        return self.sequences.join(P), self.sequences.join(R)
+
+
+class _BatchPass:
+    """`TorchPass` over sequences of one length."""
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        *,
         rule: str = "delta",
         use_qk_l2norm: bool = False,
         A_log: Tensor | None = None,
@@ -109,10 +162,6 @@ class TorchPass:
         g = log_decay(g.to(acc), A_log, dt_bias)
         beta = write_strength(beta.to(acc), use_beta_sigmoid, allow_neg_eigval)
         k, v = self._key(k, acc), v.to(acc)
-        self.sequences = None if cu_seqlens is None else PaddedSequences(cu_seqlens, v.shape[1], longest)
-        if self.sequences is not None:
-            k, v, g, beta = (self.sequences.pad(x) for x in (k, v, g, beta))
-
         batch, tokens, heads, key_dim = k.shape
         value_heads, value_dim = v.shape[2:]
         self.num_chunks = -(-tokens // MAX_CHUNK)
@@ -120,14 +169,9 @@ class TorchPass:
         self.tokens, self.shape = tokens, (batch, heads, value_heads // heads, key_dim, value_dim)
         k, v, g, beta = (self._chunks(x) for x in (k, v, g[..., None], beta[..., None]))
         self.k, self.v, self.beta = k, v, beta
-        G = g.cumsum(-2)
-        G_end = G[..., -1:, :]
-        row = torch.arange(self.chunk, device=v.device)
-        causal = row[:, None] >= row
-        # masked first: e^(G_i - G_j) overflows for i < j
-        self.decay = (G - G.mT).masked_fill(~causal, float("-inf")).exp()
-        self.G_exp = G.exp()
-        self.by_chunk = [_split(x) for x in (k, beta, ((G_end - G).exp() * k).mT, self.G_exp, G_end.exp())]
+        self.decay, self.G_exp = _decays(g)
+        to_end = self.decay[..., -1:, :].mT  # e^(G_C - G_i)
+        self.by_chunk = [_split(x) for x in (k, beta, (to_end * k).mT, self.G_exp, self.G_exp[..., -1:, :])]
         if rule == "delta":
             # the solves read L strictly below the diagonal, as unit triangular
             L = beta * self.decay * _matmul(k, k.mT, self.dtype)
@@ -136,7 +180,6 @@ class TorchPass:
             self.L, self.A = _split(L), _split(A)
 
     def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
-        """Output [B, T, HV, V] in v's dtype (None without q) and final state [N, HV, K, V]."""
         batch, heads, groups, key_dim, value_dim = self.shape
         if state is not None:
             state = state.to(self.v.dtype).reshape(self.shape)
@@ -145,8 +188,7 @@ class TorchPass:
         if q is None:
             return None, state
 
-        q = self._key(q, self.v.dtype)
-        q = self._chunks(q if self.sequences is None else self.sequences.pad(q))
+        q = self._chunks(self._key(q, self.v.dtype))
         o = _matmul(scale * self.decay * _matmul(q, self.k.mT, self.dtype), _join(updates), self.dtype)
         known = [s for s in starts if s is not None]
         if known:
@@ -155,17 +197,15 @@ class TorchPass:
             inter = scale * self.G_exp[:, :, :, first:] * read
             o = o + inter if first == 0 else torch.cat([o[:, :, :, :1], o[:, :, :, 1:] + inter], 3)
         o = o.permute(0, 3, 4, 1, 2, 5).reshape(batch, self.num_chunks * self.chunk, heads * groups, value_dim)
-        o = o[:, : self.tokens]
-        return (o if self.sequences is None else self.sequences.unpad(o)).to(self.out_dtype), state
+        return o[:, : self.tokens].to(self.out_dtype), state
 
     def transition(self) -> tuple[Tensor, Tensor]:
-        """The pass as S -> P S + R: P [N, HV, K, K] and R [N, HV, K, V]."""
         batch, heads, groups, key_dim, value_dim = self.shape
         widened = torch.cat([self.v.new_zeros(*self.v.shape[:-1], key_dim), self.v], -1)
         start = torch.eye(key_dim, key_dim + value_dim, dtype=self.v.dtype, device=self.v.device)
         _, _, state = self._sweep(widened, start.expand(batch, heads, groups, -1, -1))
         state = state.reshape(batch, heads * groups, key_dim, key_dim + value_dim)
-        return state[..., :key_dim], state[..., key_dim:]
+        return flushed(state[..., :key_dim], MAP), state[..., key_dim:]
 
     def _sweep(self, v: Tensor, state: Tensor | None) -> tuple[list, list, Tensor]:
         """The states before each chunk (None for zero) and its updates U, from values [B, h, R, n, C, .]; the last."""
@@ -180,7 +220,7 @@ class TorchPass:
                 u = _UnitLowerSolve.apply(self.L[n], self.A[n], u, self.dtype)
             updates.append(u)
             write = _matmul(k_end, u, self.dtype)
-            state = write if state is None else end * state + write
+            state = flushed(write if state is None else end * state + write)
         return starts, updates, state
 
     def _key(self, x: Tensor, acc: torch.dtype) -> Tensor:

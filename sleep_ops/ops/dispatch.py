@@ -49,8 +49,22 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """Switches autocast off on x's device."""
-    return torch.autocast(device_type=x.device.type, enabled=False)
+    """Switches autocast off on x's device, where there is one."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+
+
+def no_tokens(
+    q: Tensor | None, k: Tensor, v: Tensor, gates: tuple, state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """What a pass over no tokens or no sequences gives: nothing, the state it began with, and zero gradients."""
+    num_states = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = state_dtype(k, v)
+    inputs = [x for x in (q, k, v, *gates) if x is not None]
+    zero = sum(x.flatten()[:0].sum(dtype=dtype) for x in inputs)
+    if state is None:
+        state = k.new_zeros(num_states, v.shape[2], k.shape[3], v.shape[3], dtype=dtype)
+    return None if q is None else torch.zeros_like(v) + zero.to(v.dtype), state.to(dtype) + zero
 
 
 class ReferencePass:

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sleep_ops.ops.short_conv import ShortConvOutput, carried_tail
-from sleep_ops.validation import check_cu_seqlens, check_first_order, check_full, check_lengths, check_tensor
+from sleep_ops.validation import (
+    check_cu_seqlens,
+    check_first_order,
+    check_full,
+    check_lengths,
+    check_no_tangents,
+    check_tensor,
+)
 
 
 def dynamic_convolution(
@@ -41,6 +48,7 @@ def dynamic_convolution(
     Raises ValueError for a wrong shape, dtype or device, or an unknown option.
     """
     _check(x, kernels, tail, lengths, cu_seqlens, activation)
+    check_no_tangents("dynamic_convolution", x, kernels, tail)
     B, T, D = x.shape
     W = kernels.shape[3]
     kept, silu = W - 1, activation == "silu"
@@ -108,9 +116,9 @@ def _products(x, kernels):
 
 
 def _check(x, kernels, tail, lengths, cu_seqlens, activation):
-    check_full("x", x, 3, "[B, T, D]")
+    check_full("x", x, 3, "[B, T, D]", 2)
     B, T, D = x.shape
-    check_full("kernels", kernels, 4, "[B, T, D, W]")
+    check_full("kernels", kernels, 4, "[B, T, D, W]", 2)
     check_tensor("kernels", kernels, (B, T, D, kernels.shape[3]), "[B, T, D, W]", x.device)
     if activation is not None and activation != "silu":
         raise ValueError(f"activation: expected 'silu' or None, got {activation!r}")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from sleep_ops.affine import NoFixedPoint, Transition, by_step, chain, replay
-from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, prepare_pass, run_pass
+from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, no_tokens, prepare_pass, run_pass
 from sleep_ops.ops.packed import longest_sequence
 from sleep_ops.ops.windows import Windows
 from sleep_ops.reference import DeltaRuleOutput, sleep_gated_delta_rule_reference
-from sleep_ops.validation import check_count, check_delta_rule, check_passes
+from sleep_ops.validation import check_count, check_delta_rule, check_no_tangents, check_passes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,7 +58,9 @@ def gated_delta_rule(
         scale: factor on the outputs, K ** -0.5 when None.
         initial_state: [N, HV, K, V], zeros when None.
         cu_seqlens: int32 or int64 [num_seqs + 1], borders 0 ... T of the sequences packed into B = 1; one may be
-            empty. Values are checked only on the CPU and outside torch.compile.
+            empty. Values are checked only on the CPU and outside torch.compile. Packing
+            changes results by rounding alone, and in PyTorch costs about what the sequences cost alone; under
+            torch.compile, which can't read their lengths, as if each were T long.
         use_qk_l2norm: divide q and k by sqrt(sum x^2 + 1e-6) over K.
         impl: "auto" (Triton for CUDA tensors of up to 32 bits, PyTorch otherwise), "triton", "torch" (chunked, for
             every dtype), or "reference" (the token recurrence in float32/float64). float64 is not for Triton.
@@ -73,8 +75,9 @@ def gated_delta_rule(
             dt_bias) gets there is that rank's part of the gradient, to be summed over ranks. The ranks must agree in
             everything but T and the values, in which tensors want gradients too. Not with cu_seqlens.
 
-    Returns output [B, T, HV, V] in v's dtype and the final state. Differentiable in every float tensor, once (with
-    impl="reference" and no group more often), not by torch.func; autocast has no effect on the forward. Raises
+    Returns output [B, T, HV, V] in v's dtype and the final state; B or T may be 0. Differentiable in every float
+    tensor, once (with impl="reference" and no group more often), not by torch.func, and not in forward mode, which is a
+    RuntimeError; autocast has no effect on the forward. On a GPU tokens behind the last border get zeros. Raises
     ValueError for a wrong shape, dtype, device or option.
     """
     options = {
@@ -139,6 +142,9 @@ def sleep_gated_delta_rule(
     about N u while that is much less than 1, and by u / (1 - |P|) where decay makes |P| < 1. Beyond that nothing is
     promised: the rounded P may have a norm above 1, and then errors grow exponentially (seen with bfloat16 and
     float16, beta = 2 and no decay, from N in the hundreds on). Long sleeps in 16 bits want some decay.
+
+    With math.inf values err by u / (1 - |P|) too, but gradients of g and beta by its square: in float32 by 10 % where
+    1 - |P| is 1e-3. On a CPU entries of maps below 1e-19 and of states below 1e-30 (float32) count as zero.
 
     The host waits for the device once with packed sequences and a window, and with math.inf to see that passes
     converge; never under torch.compile, where that is not checked.
@@ -241,6 +247,12 @@ def _cut(k: Tensor, v: Tensor, impl: str, cu_seqlens: Tensor | None, segments: i
 
 def _one_pass(q, k, v, g, beta, *, segments=None, group=None, **options) -> tuple[Tensor | None, Tensor]:
     impl, scale, state = choose_rule_impl(options.pop("impl"), k), _scale(options, k), options.pop("initial_state")
+    if 0 in k.shape[:2]:
+        if group is not None:
+            raise ValueError(f"k: expected B and T >= 1 with group, got {list(k.shape)}")
+        return no_tokens(q, k, v, (g, beta, options["A_log"], options["dt_bias"]), state, options["cu_seqlens"])
+    if impl != "reference":
+        check_no_tangents("gated_delta_rule", q, k, v, g, beta, state, options["A_log"], options["dt_bias"])
     with full_precision(k):
         parts = _cut(k, v, impl, options["cu_seqlens"], segments)
         if parts.is_whole and group is None:
@@ -267,6 +279,10 @@ def _sleep(q, k, v, g, beta, passes, window, output_pass, **options) -> tuple[Te
     if passes == 1:
         return _one_pass(q, k, v, g, beta, **options)
     impl, scale, state = choose_rule_impl(options.pop("impl"), k), _scale(options, k), options.pop("initial_state")
+    if 0 in k.shape[:2]:
+        return no_tokens(q, k, v, (g, beta, options["A_log"], options["dt_bias"]), state, options["cu_seqlens"])
+    if impl != "reference":
+        check_no_tangents("sleep_gated_delta_rule", q, k, v, g, beta, state, options["A_log"], options["dt_bias"])
     with full_precision(k):
         if impl == "reference" and passes != math.inf:
             sleep = {"passes": passes, "window": window, "output_pass": output_pass}

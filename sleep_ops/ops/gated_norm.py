@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sleep_ops.ops.dispatch import choose_impl, on_device
-from sleep_ops.validation import KERNEL_IMPLS, check_choice, check_eps, check_tensor
+from sleep_ops.validation import KERNEL_IMPLS, check_choice, check_eps, check_no_tangents, check_tensor
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl: str = "auto") -> Tensor:
@@ -29,7 +29,10 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl:
     check_tensor("weight", weight, x.shape[-1:], "[V]", x.device)
     check_eps("eps", eps)
     check_choice("impl", impl, KERNEL_IMPLS)
+    if x.numel() == 0:
+        return _gated_norm_torch(x, gate, weight, eps)
     if choose_impl(impl, x) == "triton":
+        check_no_tangents("gated_rms_norm", x, gate, weight)
         return gated_norm_forward(x, gate, weight, eps)
     return _gated_norm_torch(x, gate, weight, eps)
 

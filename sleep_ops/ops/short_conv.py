@@ -20,6 +20,7 @@ from sleep_ops.validation import (
     check_first_order,
     check_full,
     check_lengths,
+    check_no_tangents,
     check_tensor,
 )
 
@@ -61,10 +62,11 @@ def short_convolution(
     Raises ValueError for a wrong shape, dtype or device, or an unknown option.
     """
     _check(x, weight, bias, tail, lengths, cu_seqlens, activation, impl)
+    check_no_tangents("short_convolution", x, weight, bias, tail)
     if tail is not None:
         tail = tail.to(x.dtype)
     silu = activation == "silu"
-    if choose_impl(impl, x) == "triton":
+    if x.numel() and choose_impl(impl, x) == "triton":
         output = short_conv_forward(x, weight, bias, tail if weight.shape[1] > 1 else None, lengths, cu_seqlens, silu)
     else:
         output = _short_conv_torch(x, weight, bias, tail, lengths, cu_seqlens, silu)
@@ -83,11 +85,14 @@ def carried_tail(
         return torch.cat([x.new_zeros(B, kept - T, D) if tail is None else tail[:, T:], x], dim=1)
 
     if cu_seqlens is None:
-        starts = torch.arange(0, B * T, T, device=x.device)
+        starts = torch.arange(B, device=x.device) * T
     else:
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     position = lengths[:, None] - kept + torch.arange(kept, device=x.device)
     from_x = (position >= 0)[..., None]
+    if B * T == 0:
+        x = x.new_zeros(1, 1, D) + x.sum()  # a row to point at, which nobody reads
+        B = T = 1
     rows = x.reshape(B * T, D)[(starts[:, None] + position).clamp(0, B * T - 1)]
     if tail is None:
         return rows.masked_fill(~from_x, 0)
@@ -226,7 +231,7 @@ def _contiguous(*tensors):
 
 
 def _check(x, weight, bias, tail, lengths, cu_seqlens, activation, impl):
-    check_full("x", x, 3, "[B, T, D]")
+    check_full("x", x, 3, "[B, T, D]", 2)
     B, T, D = x.shape
     check_full("weight", weight, 2, "[D, W]")
     check_tensor("weight", weight, (D, weight.shape[1]), "[D, W]", x.device)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sleep_ops.ops.dispatch import choose_rule_impl, on_device
+from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, on_device
 from sleep_ops.ops.gates import beta_scale, log_decay_gradient
 from sleep_ops.reference import (
     L2_NORM_EPS,
@@ -22,6 +22,7 @@ from sleep_ops.validation import (
     check_full,
     check_gates,
     check_heads,
+    check_no_tangents,
     check_scale,
     check_state,
     check_tensor,
@@ -54,8 +55,8 @@ def gated_delta_rule_step(
     inplace: write the new state into `state` and return that, for whoever alone holds it. ValueError where gradients
     are recorded, and for a state that is not contiguous or not of the new one's dtype.
     """
-    check_full("k", k, 3, "[B, H, K]")
-    check_full("v", v, 3, "[B, HV, V]")
+    check_full("k", k, 3, "[B, H, K]", 1)
+    check_full("v", v, 3, "[B, HV, V]", 1)
     batch, key_heads, key_dim = k.shape
     value_heads, value_dim = v.shape[1:]
     check_tensor("q", q, k.shape, "[B, H, K] of k", k.device, (k.dtype,))
@@ -71,12 +72,14 @@ def gated_delta_rule_step(
     check_gates(value_heads, k.device, A_log, dt_bias, use_beta_sigmoid, allow_neg_eigval)
     if inplace:
         _check_inplace(state, (q, k, v, g, beta, state, A_log, dt_bias), state_dtype(v, state))
-    impl = choose_rule_impl(impl, k)
+    impl = choose_rule_impl(impl, k) if batch else "torch"
+    if impl == "triton":
+        check_no_tangents("gated_delta_rule_step", q, k, v, g, beta, state, A_log, dt_bias)
     scale = key_dim**-0.5 if scale is None else float(scale)
     gates = {"A_log": A_log, "dt_bias": dt_bias}
     betas = {"use_beta_sigmoid": use_beta_sigmoid, "allow_neg_eigval": allow_neg_eigval}
     common = {"scale": scale, "rule": rule, "use_qk_l2norm": use_qk_l2norm}
-    with torch.autocast(device_type=k.device.type, enabled=False):
+    with full_precision(k):
         if impl == "triton" and inplace:
             return DeltaRuleOutput(_step_inplace(q, k, v, g, beta, state, **gates, **common, **betas), state)
         if impl == "triton":
