@@ -529,3 +529,27 @@ def test_layer_runs_without_tokens(batch, tokens):
     y, _ = layer(torch.zeros(batch, 1, 32) if batch == 0 else y, state=state, return_state=True)
     y.sum().backward()
     assert y.shape[0] == batch and not any(p.grad is None or p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "beta", "g", "least", "most"),
+    [
+        (torch.bfloat16, 1.0, 0.0, 0.005, 0.1),
+        (torch.bfloat16, 2.0, 0.0, 0.3, math.inf),
+        (torch.bfloat16, 2.0, -0.1, 0.0, 0.1),
+        (torch.float32, 2.0, 0.0, 0.0, 1e-4),
+    ],
+)
+def test_repeated_keys_err_as_the_docstring_says(dtype, beta, g, least, most):
+    """The median over seeds of the output's error, on inputs as rounded."""
+    errors = []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        q, v = (torch.randn(1, 256, 1, 64, generator=generator).to(dtype) for _ in range(2))
+        k = torch.randn(1, 1, 1, 64, generator=generator)
+        k = (k / k.norm()).to(dtype).expand(1, 256, 1, 64)
+        gates = torch.full((1, 256, 1), g), torch.full((1, 256, 1), beta)
+        truth = gated_delta_rule(*(x.double() for x in (q, k, v, *gates)), impl="reference").output
+        found = gated_delta_rule(q, k, v, *gates, impl="torch").output.double()
+        errors.append(((found - truth).norm() / truth.norm()).item())
+    assert least <= sorted(errors)[4] <= most

@@ -31,7 +31,8 @@ class SleepGDNLayer(ProjectingMixer):
         num_heads, head_dim: query and key heads (H) and their size (K).
         num_v_heads, head_v_dim: value heads (HV, a multiple of H) and their size (V); default H and K.
         conv_size: taps of the short convolution over q, k and v.
-        allow_neg_eigval: beta in (0, 2) instead of (0, 1).
+        allow_neg_eigval: beta in (0, 2) instead of (0, 1). In 16 bits keys that repeat with beta near 2 and next to no
+            decay are not computed well (see `gated_delta_rule`): state tracking of that kind wants float32 inputs.
         norm_eps: of the output norm.
         passes: replay passes over each window; 1 is plain Gated DeltaNet, math.inf replays to convergence.
         window: tokens per window, counted from the first token of each call; None makes every call one window.
