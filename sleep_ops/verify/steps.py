@@ -213,7 +213,7 @@ STEPS = (
         _emulated,
         needs=("checkout", "module pytest", "module triton"),
         weight=3,
-        least=300,
+        least=120,
         in_checkout=True,
     ),
 )
