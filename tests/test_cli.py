@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,29 @@ def test_train_eval_and_resume(tmp_path):
     assert losses(parts) != losses(out)
 
 
+def test_a_finished_run_goes_on_with_more_steps(tmp_path):
+    def trained(out, *more, code=0):
+        return run("train", "rule110", *SMALL, "--out", out, *more, code=code)
+
+    out, parts = tmp_path / "run", tmp_path / "parts"
+    trained(out, "--until", 4)
+    assert "train.steps: 6 -> 9" in trained(out, "--steps", 9, code=2)  # not before it is finished
+    trained(out)
+    first = losses(out)
+    assert "train.steps: 6 -> 5" in trained(out, "--steps", 5, code=2)
+    assert "train.lr_muon" in trained(out, "--steps", 9, "--lr-muon", "1e-3", code=2)
+    shutil.copytree(out, parts)
+    assert "going on from step 6" in (text := trained(out, "--steps", 9)) and "finished" in text
+    assert losses(out)[:6] == first and len(losses(out)) == 9
+    rates = [row["lr_muon"] for row in read_csv(out / "metrics.csv")]
+    train = load_run(out, device="cpu")[0].train
+    assert rates[6:] == [train.lr_muon * train.learning_rate_factor(step) for step in (6, 7, 8)]
+    trained(parts, "--steps", 9, "--until", 7)
+    trained(parts, "--steps", 9)
+    assert losses(parts) == losses(out)
+    assert "nothing to do" in trained(out, "--steps", 9)
+
+
 def test_every_model_setting_reaches_the_model(tmp_path):
     extra = "--layers gdn-attn-gdn --loop 1:2 --eviction sliding --sleep-on unlabelled --window 5 --head-dim 4".split()
     extra += "--trainable fast_weights --micro-batch 3".split()
@@ -120,6 +144,7 @@ def test_every_model_setting_reaches_the_model(tmp_path):
         (("--until", "0"), "until:"),
         (("--steps", "many"), "integer"),
         (("--no-such-option",), "no-such-option"),
+        (("--cuda-graph",), "cuda_graph:"),
     ],
     ids=" ".join,
 )
@@ -203,6 +228,99 @@ def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path):
     assert (tmp_path / "checkpoints" / "precious").read_text() == (tmp_path / "metrics.csv").read_text() == "mine"
     (tmp_path / "file").touch()
     assert "expected a folder" in run("train", "rule110", *SMALL, "--steps", 1, "--out", tmp_path / "file", code=2)
+
+
+def contents(folder):
+    """Every path under a folder, with what is in it: a file's bytes, where a link leads."""
+    paths = [p for p in sorted(folder.rglob("*")) if p.name != ".lock"]
+    return {p: p.readlink() if p.is_symlink() else p.read_bytes() if p.is_file() else None for p in paths}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "rule110", *SMALL),
+        ("demo", "--device", "cpu"),
+        ("recall",),
+        ("bench", "passes", "--device", "cpu"),
+        ("sweep", "fig2a", "--preset", "tiny", "--device", "cpu"),
+        ("verify", "--device", "cpu"),
+        ("data", "rule110"),
+        ("eval", "a-run"),
+    ],
+    ids=lambda command: command[0],
+)
+@pytest.mark.parametrize("place", ["file/below/it", "link/below", f"{'long' * 100}/below"], ids=lambda x: x[:4])
+def test_an_out_that_cannot_be_made_is_refused(tmp_path, monkeypatch, command, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    before = contents(tmp_path)
+    message = run(*command, "--out", place, code=2)
+    assert "out: expected a folder that can be written, got " in message and place[:4] in message
+    assert "Errno" not in message and contents(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sleep_ops.training.checkpoint.tempfile.mkdtemp", full)
+    assert "(No space left on device)" in run("train", "rule110", *SMALL, "--out", tmp_path / "run", code=2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run of 6 steps with checkpoints at 2 and 4, stopped there."""
+    out = tmp_path_factory.mktemp("begun") / "run"
+    run("train", "rule110", *SMALL, "--until", 4, "--out", out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("tensorboard", "a file"),
+        ("checkpoints", "a file"),
+        ("checkpoints", "a link to nothing"),
+        ("metrics.csv", "a folder"),
+        (".lock", "a folder"),
+        ("config.json", "a folder"),
+    ],
+)
+def test_a_run_folder_with_files_for_folders_is_refused(tmp_path, begun, name, kind):
+    out = tmp_path / "run"
+    shutil.copytree(begun, out)
+    path = out / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    {"a file": path.touch, "a folder": path.mkdir, "a link to nothing": lambda: path.symlink_to("nowhere")}[kind]()
+    before = contents(out)
+    message = run("train", "rule110", *SMALL, "--out", out, code=2)
+    assert f"{name}: expected" in message and f"in a run folder, got {kind}" in message and "Errno" not in message
+    assert contents(out) == before
+
+
+def test_a_newest_checkpoint_that_is_a_dangling_link_is_passed_over(tmp_path, begun):
+    out, newest = tmp_path / "run", tmp_path / "run/checkpoints/step-00000004"
+    shutil.copytree(begun, out)
+    newest.rename(tmp_path / "moved")
+    newest.symlink_to("nowhere")
+    message = run("train", "rule110", *SMALL, "--out", out)
+    assert "passed over" in message and "going on from step 2" in message and "finished" in message
+    assert newest.is_dir() and not newest.is_symlink()
+    shutil.rmtree(newest)
+    newest.symlink_to(tmp_path / "moved")  # a link to a whole one serves, and deleting it leaves that whole
+    run("train", "rule110", *SMALL, "--out", out, "--fresh")
+    assert (tmp_path / "moved/manifest.json").is_file()
+
+
+def test_eval_of_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    assert "file: expected a run folder, got a file" in run("eval", tmp_path / "file", code=2)
 
 
 def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path):

@@ -251,9 +251,8 @@ def trainer(out, device="cpu", **recipe):
 
 
 def graphed(out, **recipe):
-    run = trainer(out, cuda_graph=True, **recipe)
-    if run.graphs is None:
-        run.graphs = StepGraphs(run.model, contextlib.nullcontext)
+    run = trainer(out, **recipe)
+    run.graphs = StepGraphs(run.model, contextlib.nullcontext)
     return run
 
 
@@ -269,8 +268,8 @@ def test_a_graphed_run_is_the_eager_run(tmp_path, replayed):
     graphed(tmp_path / "graphed").fit()
     assert losses(tmp_path / "eager") == losses(tmp_path / "graphed")
     assert (tmp_path / "eager/eval.csv").read_text() == (tmp_path / "graphed/eval.csv").read_text()
-    trainer(tmp_path / "mixed", cuda_graph=True).fit(until=3)  # on the CPU the setting changes nothing
-    trainer(tmp_path / "mixed").fit()  # and a run goes on without it
+    graphed(tmp_path / "mixed").fit(until=3)
+    trainer(tmp_path / "mixed").fit()  # a run goes on without
     assert losses(tmp_path / "mixed") == losses(tmp_path / "eager")
 
 
@@ -288,6 +287,12 @@ def test_a_bad_step_spoils_no_buffer(tmp_path, replayed, monkeypatch):
     assert run.fit().skipped == 1
     assert [skipped for *_, skipped in losses(tmp_path)] == [0, 1, 1, 1, 1, 1]
     assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_a_graph_without_cuda_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cuda_graph: expected False without CUDA, got True on cpu"):
+        trainer(tmp_path / "run", cuda_graph=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_the_hybrid_is_graphed(tmp_path, monkeypatch):

@@ -192,7 +192,7 @@ def test_budgets_are_positive_and_finite(tmp_path, budget):
 def test_other_bad_settings(tmp_path):
     assert "device: expected auto, cpu" in invoke("--device", "tpu", "--out", tmp_path / "out", code=2)
     (tmp_path / "file").touch()
-    assert "out: expected a folder, got the file" in invoke("--out", tmp_path / "file", code=2)
+    assert "out: expected a folder that can be written, got a file" in invoke("--out", tmp_path / "file", code=2)
 
 
 def test_results_of_other_code_are_not_mixed_with_new_ones(tmp_path, monkeypatch):

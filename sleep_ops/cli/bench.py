@@ -248,10 +248,10 @@ def _measure(console: Console, benchmark, path: Path, seconds: float | None) -> 
     """The rows of a benchmark, written to `path` after every step: whole however the command ends."""
     from rich.progress import Progress
 
+    from sleep_ops.training.checkpoint import check_folder
     from sleep_ops.training.logs import write_csv
 
-    if path.parent.exists() and not path.parent.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {path.parent}")
+    check_folder("out", path.parent)
     if seconds is not None and not 0 < seconds < math.inf:
         raise ValueError(f"seconds: expected a number > 0, got {seconds}")
     rows, begin, done = [], time.monotonic(), 0

@@ -60,7 +60,10 @@ def refusals(console: Console):
         console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except (CheckpointError, TrainingDiverged, OSError, ImportError) as error:
-        console.print(f"[red]failed[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        told = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:  # without "[Errno 2]"
+            told = f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+        console.print(f"[red]failed[/red] {escape(told)}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 

@@ -35,6 +35,7 @@ def evaluate(
     with refusals(console):
         from sleep_ops.reader import reader_of
         from sleep_ops.training import load_run
+        from sleep_ops.training.checkpoint import check_file
         from sleep_ops.training.logs import write_csv
         from sleep_ops.training.trainer import autocast
 
@@ -43,8 +44,8 @@ def evaluate(
             raise ValueError(f"passes: expected integers >= 1, got {passes!r}")
         if samples < 1 or batch < 1 or seed < 0:
             raise ValueError(f"samples, batch, seed: expected >= 1, >= 1, >= 0, got {samples}, {batch}, {seed}")
-        if out is not None and out.is_dir():
-            raise ValueError(f"out: expected a CSV file, got the folder {out}")
+        if out is not None:
+            check_file("out", out, "CSV")
         config, task, model, step = load_run(run, device=device, warn=console.print)
         trained = reader_of(model).settings.passes
         chosen = (trained,) if chosen is None else chosen
@@ -103,6 +104,7 @@ def recall(
     console = Console()
     with refusals(console):
         from sleep_ops.recall import RecallExperiment, plot, table
+        from sleep_ops.training.checkpoint import check_folder
         from sleep_ops.training.logs import write_csv
 
         experiment = RecallExperiment(
@@ -117,8 +119,7 @@ def recall(
             seed=seed,
             device=device,
         )
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"out: expected a folder, got the file {out}")
+        check_folder("out", out)
         rows = experiment.run()
         write_csv(out / "recall.csv", rows)
         plot(rows, out / "recall.png")

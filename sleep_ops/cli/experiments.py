@@ -87,13 +87,14 @@ def plot(
     with refusals(console):
         from sleep_ops.experiments.figures import load_figure
         from sleep_ops.experiments.plot import plot as draw
+        from sleep_ops.training.checkpoint import check_file
 
         chosen, place = load_figure(figure, preset), out or Path("runs") / f"{figure}-{preset}"
         if chosen.kind == "throughput":
-            image = image or place / "train.png"
+            check_file("image", image := image or place / "train.png", "figure")
             _draw_throughput(place, image)
         else:
-            image = image or place / f"{figure}.png"
+            check_file("image", image := image or place / f"{figure}.png", "figure")
             draw(chosen, place, image)
     console.print(f"wrote {image}", soft_wrap=True)
 
@@ -133,10 +134,9 @@ def data(
                 console.print(built.render(*row), highlight=False, markup=False, soft_wrap=True)
                 console.rule()
             return
-        if out.is_dir():
-            raise ValueError(f"out: expected a JSONL file, got the folder {out}")
-        from sleep_ops.training.checkpoint import write_atomically
+        from sleep_ops.training.checkpoint import check_file, write_atomically
 
+        check_file("out", out, "JSONL")
         lines = [json.dumps(record, ensure_ascii=False) for record in records(built, seed, count, split)]
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, ("\n".join(lines) + "\n").encode())

@@ -48,7 +48,12 @@ _SETTINGS = [
     ("neg_eigval", bool, "model.allow_neg_eigval", "beta in (0, 2)."),
     ("init_std", float, "model.initializer_range", "Of the weights; (3 width) ** -0.5 by default."),
     ("activation_checkpointing", bool, "model.activation_checkpointing", "Recompute each (window, pass) backward."),
-    ("steps", int, "train.steps", "Optimiser steps."),
+    (
+        "steps",
+        int,
+        "train.steps",
+        "Optimiser steps; a finished run goes on with more, whose schedule is that of their new number.",
+    ),
     ("batch", int, "train.batch_size", "Sequences per step."),
     ("micro_batch", int, "train.micro_batch", "Sequences per forward and backward; a whole batch by default."),
     ("lr_muon", float, "train.lr_muon", "Peak learning rate of the weight matrices."),
@@ -74,7 +79,7 @@ _SETTINGS = [
     ("trainable", str, "train.trainable", "all, or fast_weights: the GDN mixers alone."),
     ("seed", int, "train.seed", "Random seed."),
     ("device", str, "train.device", "auto (CUDA where there is one), cpu, cuda or cuda:i."),
-    ("cuda_graph", bool, "train.cuda_graph", "Record a step once and launch it as one, on CUDA."),
+    ("cuda_graph", bool, "train.cuda_graph", "Record a step once and launch it as one; CUDA alone."),
     ("checkpoint_every", int, "train.checkpoint_every", "Steps between checkpoints (0: only the last)."),
     ("keep_checkpoints", int, "train.keep_checkpoints", "Newest checkpoints kept."),
     ("eval_every", int, "train.eval_every", "Steps between evaluations (0: only the last)."),
@@ -153,7 +158,7 @@ def train(task: str, given: dict[str, Any]) -> None:
         config = run_config(task, settings, given["baseline"])
         passes, steps = HybridConfig.from_dict(config.model).passes, config.train.steps
         label = f"{task} {given['baseline'] or f'N={passes}'}"
-        trainer = Trainer(config, out, resume=given["resume"], label=label, console=console)
+        trainer = Trainer(config, out, resume=given["resume"], extend=True, label=label, console=console)
         if trainer.step and trainer.step >= min(until or steps, steps):
             console.print(f"{out}: already at step {trainer.step}, nothing to do")
             return

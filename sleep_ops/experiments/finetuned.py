@@ -17,7 +17,7 @@ from sleep_ops.experiments.sweep import Results, check_changes, folder_name
 from sleep_ops.tasks import Text
 from sleep_ops.tasks.gsm_infinite.problem import Generator, write_jsonl
 from sleep_ops.training import TrainResult
-from sleep_ops.training.checkpoint import write_atomically
+from sleep_ops.training.checkpoint import check_folder, write_atomically
 from sleep_ops.training.config import TrainConfig, resolve_device
 from sleep_ops.training.finetune import RECIPE, FinetuneConfig, finetune
 from sleep_ops.training.parallel import World, local_device
@@ -97,6 +97,7 @@ def sweep_finetuned(
     """
     expect(figure.kind == "finetune", "figure", "one of fine-tuning", figure.name)
     check_changes(figure, changes)
+    check_folder("out", out)
     console, out, results = console or Console(), Path(out), Results(out, keep=resume)
     chosen = grouped(figure.set | (changes or {}))
     recipe = {name: value for name, value in chosen["train"].items() if name != "warm_steps"}

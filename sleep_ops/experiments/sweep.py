@@ -11,6 +11,7 @@ from sleep_ops.config import expect
 from sleep_ops.experiments.figures import Figure
 from sleep_ops.experiments.presets import preset, run_config, set_value
 from sleep_ops.training import RunConfig, Trainer, TrainResult
+from sleep_ops.training.checkpoint import check_folder
 from sleep_ops.training.logs import read_csv, write_csv
 from sleep_ops.training.trainer import EVAL_FILE
 
@@ -109,7 +110,7 @@ def sweep(
     expect(figure.kind == "train", "figure", "one of runs from scratch", figure.name)
     console, out = console or Console(), Path(out)
     runs = train_runs(figure, size, baselines=baselines, changes=changes)
-    expect(not out.exists() or out.is_dir(), "out", "a folder", str(out))
+    check_folder("out", out)
     results = Results(out, keep=resume)
     for number, (name, values, run) in enumerate(runs, 1):
         label = f"{figure.name} {number}/{len(runs)} {name}"

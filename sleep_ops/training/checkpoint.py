@@ -31,6 +31,43 @@ class CheckpointError(RuntimeError):
     """A checkpoint is missing, incomplete or damaged."""
 
 
+def kind(path: Path) -> str:
+    """What there is at `path`, in words; "" where there is nothing."""
+    if not os.path.lexists(path):
+        return ""
+    return "a folder" if path.is_dir() else "a file" if path.exists() else "a link to nothing"
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """ValueError, naming the setting `name`, unless files can be written in `folder`, which need not be there yet."""
+    folder = Path(folder)
+    expected, place = f"{name}: expected a folder that can be written", folder
+    try:
+        while not _there(place):
+            place = place.parent
+        if not place.is_dir():
+            below = "" if place == folder else f"{folder}, below "
+            raise ValueError(f"{expected}, got {below}{kind(place)}: {place}")
+        os.rmdir(tempfile.mkdtemp(dir=place, prefix=_PARTIAL))
+    except OSError as error:
+        raise ValueError(f"{expected}, got {folder} ({error.strerror})") from error
+
+
+def check_file(name: str, path: Path, form: str) -> None:
+    """ValueError, naming the setting `name`, unless a file of this form can be written at `path`."""
+    if kind(path) == "a folder":
+        raise ValueError(f"{name}: expected a {form} file, got the folder {path}")
+    check_folder(name, path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, a file or a link (not what it leads to), if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     step: int
@@ -66,8 +103,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
         for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
             _flush_to_disk(path)
         os.chmod(temporary, 0o755)
-        if final.exists():
-            shutil.rmtree(final)
+        remove(final)
         os.replace(temporary, final)
         _flush_to_disk(final.parent)
     except BaseException:
@@ -99,15 +135,15 @@ def save_checkpoint(
         (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     if keep is not None:
         for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            remove(old)
     return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders under `folder`, oldest first."""
+    """What has a checkpoint's name under `folder`, whole or not, oldest first."""
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), p) for p in folder.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))]
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
 
 
@@ -141,6 +177,17 @@ def load_newest(folder: Path, warn) -> Checkpoint | None:
     if found:
         raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints is whole")
     return None
+
+
+def _there(path: Path) -> bool:
+    """Whether there is anything at `path`, which is not followed; OSError where that can't be known."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path == path.parent:
+            raise
+        return False
+    return True
 
 
 def _fingerprint(path: Path) -> dict:

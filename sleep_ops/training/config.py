@@ -57,8 +57,8 @@ class TrainConfig:
     parallel              how several processes share the work: "ddp", each has the whole model; "fsdp", each keeps its
                           part of the parameters and of the optimisers' state between steps. batch_size is that of all
                           together, micro_batch that of one.
-    cuda_graph            on CUDA, launch a step's forward and backward as one recorded graph; the losses are the same.
-                          Batches of more than a few different loss masks go without, and so do endless passes.
+    cuda_graph            launch a step's forward and backward as one recorded graph, on CUDA alone; the losses are the
+                          same. Batches of more than a few different loss masks go without, and so do endless passes.
     """
 
     steps: int = 800
@@ -195,9 +195,13 @@ class RunConfig:
             if data["version"] != _VERSION:
                 raise ValueError(f"{path}: expected version {_VERSION}, got {data['version']!r}")
             return cls(data["task"], data["model"], TrainConfig(**data["train"]))
+        except NotADirectoryError as error:
+            raise ValueError(f"{folder}: expected a run folder, got a file") from error
         except FileNotFoundError as error:
             raise ValueError(f"{folder}: expected a run folder, but it has no {CONFIG_FILE}") from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except IsADirectoryError as error:
+            raise ValueError(f"{path}: expected a file in a run folder, got a folder") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: damaged run configuration ({error})") from error
 
     def differences(self, other: "RunConfig") -> list[str]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from sleep_ops.adapters.loading import model_type, remembered, save_model
 from sleep_ops.config import SleepSettings
 from sleep_ops.tasks import Task, build_task
-from sleep_ops.training.checkpoint import whole_folder
+from sleep_ops.training.checkpoint import check_folder, whole_folder
 from sleep_ops.training.config import CONFIG_FILE, RunConfig, TrainConfig, resolve_device
 from sleep_ops.training.parallel import World, local_device
 from sleep_ops.training.run import build_model, check_vocabulary, clear_run
@@ -111,6 +111,7 @@ def finetune(
 
     def begin() -> list[bool]:
         nonlocal model
+        check_folder("out", Path(out))
         for phase in phases:
             begun, source = (phase.out / CONFIG_FILE).exists(), Path(config.folder).resolve()
             if phase.export.resolve() == source or (phase.done and not begun):

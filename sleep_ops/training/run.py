@@ -1,8 +1,8 @@
 """A run's folder and its model: building it, finding it again, keeping others out."""
 
 import os
-import shutil
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 try:
@@ -18,11 +18,11 @@ from sleep_ops.layers.block import Block
 from sleep_ops.layers.mixer import GDNMixer
 from sleep_ops.model import HybridConfig, SleepHybridModel
 from sleep_ops.tasks import Task, build_task
-from sleep_ops.training.checkpoint import Checkpoint, load_newest
+from sleep_ops.training.checkpoint import Checkpoint, kind, load_newest, remove
 from sleep_ops.training.config import CONFIG_FILE, RunConfig, resolve_device
 
-METRICS_FILE, EVAL_FILE, CHECKPOINTS = "metrics.csv", "eval.csv", "checkpoints"
-OWN = (CHECKPOINTS, "tensorboard", METRICS_FILE, EVAL_FILE)  # what a run writes beside its configuration
+METRICS_FILE, EVAL_FILE, CHECKPOINTS, BOARD = "metrics.csv", "eval.csv", "checkpoints", "tensorboard"
+OWN = (CHECKPOINTS, BOARD, METRICS_FILE, EVAL_FILE)  # what a run writes beside its configuration
 
 
 def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
@@ -70,23 +70,32 @@ def load_run(folder: Path, *, device: str = "auto", warn=print) -> tuple[RunConf
     return config, build_task(config.task), model.to(resolve_device(device)).eval(), checkpoint.step
 
 
-def newest_checkpoint(config: RunConfig, folder: Path, warn) -> Checkpoint | None:
+def newest_checkpoint(config: RunConfig, folder: Path, warn, *, extend: bool = False) -> Checkpoint | None:
     """The newest whole checkpoint of `folder`, or None for a new run.
 
-    ValueError where the folder holds a run with other settings, or a run's files without one.
+    extend: a run that has taken all its steps may be given more.
+
+    ValueError where the folder holds a run with other settings, a run's files without one, or files for folders.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder, got a file")
     if not (folder / CONFIG_FILE).exists():
-        found = [name for name in OWN if (folder / name).exists()]
+        found = [name for name in OWN if kind(folder / name)]
         if found:
             raise ValueError(
                 f"{folder}: expected a run or a folder without {' or '.join(found)}, got no {CONFIG_FILE}; it cannot "
                 "be resumed. Choose another folder, or let them be deleted (resume=False, --fresh)."
             )
         return None
-    config.check_resumable(folder)
-    return load_newest(folder / CHECKPOINTS, warn)
+    steps = RunConfig.load(folder).train.steps
+    extended = extend and steps < config.train.steps
+    (replace(config, train=replace(config.train, steps=steps)) if extended else config).check_resumable(folder)
+    for names, expected in (((CHECKPOINTS, BOARD), "a folder"), ((METRICS_FILE, EVAL_FILE), "a file")):
+        for path in (folder / name for name in names):
+            if kind(path) not in ("", expected):
+                raise ValueError(f"{path}: expected {expected} in a run folder, got {kind(path)}")
+    checkpoint = load_newest(folder / CHECKPOINTS, warn)
+    if extended and (checkpoint is None or checkpoint.step < steps):
+        config.check_resumable(folder)
+    return checkpoint
 
 
 @contextmanager
@@ -95,7 +104,10 @@ def alone(folder: Path):
     if fcntl is None:
         yield
         return
-    with (folder / ".lock").open("w") as file:
+    lock = folder / ".lock"
+    if kind(lock) == "a folder":
+        raise ValueError(f"{lock}: expected a file in a run folder, got a folder")
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -106,11 +118,8 @@ def alone(folder: Path):
 def clear_run(folder: Path) -> None:
     """Delete a run's own files in `folder`, and nothing else."""
     with alone(folder):
-        for path in (folder / name for name in (CONFIG_FILE, *OWN)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        for name in (CONFIG_FILE, *OWN):
+            remove(folder / name)
 
 
 def autocast(precision: str, device: torch.device):

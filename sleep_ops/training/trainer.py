@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from sleep_ops.model import SleepHybridModel
 from sleep_ops.reader import SleepReader
 from sleep_ops.tasks import Batch, Task, build_task
-from sleep_ops.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
+from sleep_ops.training.checkpoint import Checkpoint, check_folder, checkpoint_path, load_checkpoint, save_checkpoint
 from sleep_ops.training.config import RunConfig, resolve_device
 from sleep_ops.training.graph import StepGraphs
 from sleep_ops.training.logs import ProgressBar, RunLog
 from sleep_ops.training.optim import build_optimizers, set_learning_rates
 from sleep_ops.training.parallel import Replicated, World, local_device
 from sleep_ops.training.run import (
+    BOARD,
     CHECKPOINTS,
     EVAL_FILE,
     METRICS_FILE,
@@ -63,6 +64,8 @@ class Trainer:
 
     resume  take up the newest whole checkpoint of `out`, if there is one; otherwise the run begins anew, and a run
             already there is deleted. ValueError where the folder holds a different run.
+    extend  take up a run that has taken all its steps with more of them too; the learning rates of those are the ones
+            that so many steps have there.
     model   the module to train, where it is not the one that `config.model` describes.
 
     Under `torchrun` every process makes a trainer with the same arguments and calls the same methods. All see the same
@@ -75,6 +78,7 @@ class Trainer:
         out: Path,
         *,
         resume: bool = True,
+        extend: bool = False,
         label: str = "train",
         model: nn.Module | None = None,
         task: Task | None = None,
@@ -83,12 +87,15 @@ class Trainer:
         self.config, self.out, self.label = config, Path(out), label
         t = config.train
         self.device = resolve_device(local_device(t.device))
+        if t.cuda_graph and self.device.type != "cuda":
+            raise ValueError(f"cuda_graph: expected False without CUDA, got True on {self.device}")
         self.world = World.join(self.device)
         if t.batch_size < self.world.size:
             raise ValueError(f"batch_size: expected at least {self.world.size}, one per process, got {t.batch_size}")
         self.console = (console or Console()) if self.world.main else Console(quiet=True)
         self.task = task or build_task(config.task)
-        checkpoint = self._newest() if resume else None
+        self.world.first(partial(check_folder, "out", self.out))
+        checkpoint = self._newest(extend) if resume else None
         model = model or build_model(config, weights=checkpoint is None)
         if checkpoint is not None:
             model.load_state_dict(checkpoint.model)
@@ -107,7 +114,7 @@ class Trainer:
             matrix_optimizer=self.layout.matrix_optimizer,
         )
         self.graphs: StepGraphs | None = None
-        if t.cuda_graph and self.device.type == "cuda":
+        if t.cuda_graph:
             if not isinstance(self.model, SleepHybridModel):
                 got = f"True with a {type(self.model).__name__}"
                 raise ValueError(f"cuda_graph: expected False, or a SleepHybridModel to train, got {got}")
@@ -139,7 +146,7 @@ class Trainer:
         """
         t = self.config.train
         last = t.steps if until is None else min(until, t.steps)
-        files = [self.out / name for name in (METRICS_FILE, EVAL_FILE, "tensorboard")]
+        files = [self.out / name for name in (METRICS_FILE, EVAL_FILE, BOARD)]
         evaluation = None
         with RunLog(*files, _COLUMNS, self.step, self.world.main) as log:
             # Nothing to do must not cost an evaluation, nor a thread.
@@ -351,13 +358,16 @@ class Trainer:
 
         return Sharded(model, self.world, self.device)
 
-    def _newest(self) -> Checkpoint | None:
+    def _newest(self, extend: bool) -> Checkpoint | None:
         """The checkpoint to go on from: the first process chooses it, and all read it."""
         found = None
 
+        def warn(text: str) -> None:
+            self.console.print(f"[yellow]{text}[/yellow]")
+
         def look() -> int | None:
             nonlocal found
-            found = newest_checkpoint(self.config, self.out, lambda x: self.console.print(f"[yellow]{x}[/yellow]"))
+            found = newest_checkpoint(self.config, self.out, warn, extend=extend)
             return None if found is None else found.step
 
         step = self.world.first(look)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from sleep_ops.bench.harness import environment
-from sleep_ops.training.checkpoint import write_atomically
+from sleep_ops.training.checkpoint import check_folder, write_atomically
 from sleep_ops.verify.steps import STEPS, Place, Step, missing
 
 STATE_FILE = "verify.json"
@@ -54,8 +54,7 @@ class Verification:
         self.place, self.steps = place, tuple(STEPS if steps is None else steps)
         self.settings = settings(place.device)
         self.outcomes: dict[str, Outcome] = {}
-        if place.out.exists() and not place.out.is_dir():
-            raise ValueError(f"out: expected a folder, got the file {place.out}")
+        check_folder("out", place.out)
         path = place.out / STATE_FILE
         if not resume:
             self._delete()
