@@ -146,8 +146,7 @@ def sleep_gated_delta_rule(
     2^-12 with float16, 2^-22 with float32, several times that for windows of a thousand tokens. N passes err by at most
     about N u while that is much less than 1, and by u / (1 - |P|) where decay makes |P| < 1. Beyond that nothing is
     promised: the rounded P may have a norm above 1, and then errors grow exponentially (seen with bfloat16 and
-    float16, beta = 2 and no decay, from N in the hundreds on). Long sleeps in 16 bits want some decay. On the CPU what is
-    below 1e-19 in a map, or 8e-31 in a state or gradient, counts as zero (float32).
+    float16, beta = 2 and no decay, from N in the hundreds on). Long sleeps in 16 bits want some decay.
 
     With math.inf values err by u / (1 - |P|) too, but gradients of g and beta by its square: in float32 by 10 % where
     1 - |P| is 1e-3. On a CPU entries of maps below 1e-19 and of states below 1e-30 (float32) count as zero.
