@@ -244,7 +244,7 @@ def test_every_step_is_in_the_report_and_its_modules_exist():
 
 def test_a_checkout_is_where_the_emulated_tests_are(monkeypatch, tmp_path):
     assert steps.checkout() == Path(__file__).parents[1]
-    monkeypatch.setattr(steps, "__file__", str(tmp_path / "sleep_ops" / "verify" / "steps.py"))
+    monkeypatch.setattr("sleep_ops.kernels.launches.__file__", str(tmp_path / "kernels" / "launches.py"))
     assert steps.checkout() is None
 
 

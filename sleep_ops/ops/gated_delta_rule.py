@@ -58,9 +58,9 @@ def gated_delta_rule(
         scale: factor on the outputs, K ** -0.5 when None.
         initial_state: [N, HV, K, V], zeros when None.
         cu_seqlens: int32 or int64 [num_seqs + 1], borders 0 ... T of the sequences packed into B = 1; one may be
-            empty. Values are checked only on the CPU and outside torch.compile. Packing
-            changes results by rounding alone, and in PyTorch costs about what the sequences cost alone; under
-            torch.compile, which can't read their lengths, as if each were T long.
+            empty. Values are checked only on the CPU and outside torch.compile. Packing changes results by rounding
+            alone, and in PyTorch costs about what the sequences cost alone; under torch.compile, which can't read their
+            lengths, as if each were T long.
         use_qk_l2norm: divide q and k by sqrt(sum x^2 + 1e-6) over K.
         impl: "auto" (Triton for CUDA tensors of up to 32 bits, PyTorch otherwise), "triton", "torch" (chunked, for
             every dtype), or "reference" (the token recurrence in float32/float64). float64 is not for Triton.

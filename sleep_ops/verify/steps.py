@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from sleep_ops.bench.tune import emulator
+
 
 @dataclass(frozen=True)
 class Place:
@@ -65,8 +67,8 @@ def missing(step: Step, place: Place) -> str:
 
 def checkout() -> Path | None:
     """The root of the checkout this package is in, if it has the tests that emulate kernels."""
-    root = Path(__file__).resolve().parents[2]
-    return root if (root / "tests" / "ptx").is_dir() else None
+    script = emulator()
+    return None if script is None else script.parents[2]
 
 
 def _module(name: str, *options: str) -> Callable[[Place, int], list[str]]:
