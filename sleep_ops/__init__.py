@@ -1,14 +1,33 @@
 """Sleep for language models: looped consolidation of fast weights before the attention cache is evicted."""
 
-from sleep_ops.affine import Transition, segment_transition
-from sleep_ops.config import HybridConfig
-from sleep_ops.layers.gdn import SleepGDNLayer
-from sleep_ops.layers.mixer import GDNState
-from sleep_ops.model import SleepHybridModel, SleepOutput
-from sleep_ops.ops.gated_delta_rule import DeltaRuleOutput, gated_delta_rule, sleep_gated_delta_rule
-from sleep_ops.ops.step import gated_delta_rule_step
-from sleep_ops.session import SleepSession
+from importlib import import_module
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from sleep_ops.affine import Transition, segment_transition
+    from sleep_ops.config import HybridConfig
+    from sleep_ops.layers.gdn import SleepGDNLayer
+    from sleep_ops.layers.mixer import GDNState
+    from sleep_ops.model import SleepHybridModel, SleepOutput
+    from sleep_ops.ops.gated_delta_rule import gated_delta_rule, sleep_gated_delta_rule
+    from sleep_ops.ops.step import gated_delta_rule_step
+    from sleep_ops.reference import DeltaRuleOutput
+    from sleep_ops.session import SleepSession
+
+_HOMES = {
+    "DeltaRuleOutput": "reference",
+    "GDNState": "layers.mixer",
+    "HybridConfig": "config",
+    "SleepGDNLayer": "layers.gdn",
+    "SleepHybridModel": "model",
+    "SleepOutput": "model",
+    "SleepSession": "session",
+    "Transition": "affine",
+    "gated_delta_rule": "ops.gated_delta_rule",
+    "gated_delta_rule_step": "ops.step",
+    "segment_transition": "affine",
+    "sleep_gated_delta_rule": "ops.gated_delta_rule",
+}
 __all__ = [
     "DeltaRuleOutput",
     "GDNState",
@@ -23,3 +42,15 @@ __all__ = [
     "segment_transition",
     "sleep_gated_delta_rule",
 ]
+
+
+def __getattr__(name: str):
+    """A public name, imported when it is first asked for: a command's help needs no PyTorch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -123,3 +123,19 @@ def test_the_reference_needs_no_triton():
     code += "for impl in ('reference', 'torch', 'auto'): out = gated_delta_rule(x, x, x, g, -g, impl=impl)\n"
     code += "print(out.output.shape[1])"
     assert run(code, ROOT) == "5"
+
+
+@pytest.mark.parametrize("command", ["", "bench passes", "finetune", "demo"])
+def test_help_needs_no_pytorch(command):
+    """But for `train TASK`, whose options are the task's."""
+    code = "import sys; sys.modules['torch'] = None\n"
+    code += f"from sleep_ops.cli import app; app([*{command.split()}, '--help'])"
+    assert "Usage" in run(code, ROOT)
+
+
+def test_public_names_are_those_of_the_package():
+    import sleep_ops
+
+    assert set(sleep_ops.__all__) <= set(dir(sleep_ops))
+    assert all(getattr(sleep_ops, name).__name__ == name for name in sleep_ops.__all__)
+    assert not hasattr(sleep_ops, "nothing")

@@ -3,6 +3,7 @@
 The commands are made from the tasks' own fields, so that a task's options and their help are its docstring's.
 """
 
+import functools
 import inspect
 import re
 from dataclasses import fields
@@ -25,9 +26,19 @@ from sleep_ops.cli.common import (
     refusals,
     run_console,
 )
-from sleep_ops.tasks import TASKS
 
-train_app = typer.Typer(help="Train a hybrid model on a task.", no_args_is_help=True)
+
+class TaskCommands(typer.core.TyperGroup):
+    """One command for each task with a preset, made when it is asked for: tasks need PyTorch, other help does not."""
+
+    def list_commands(self, ctx):
+        return list(task_commands())
+
+    def get_command(self, ctx, cmd_name):
+        return task_commands().get(cmd_name)
+
+
+train_app = typer.Typer(cls=TaskCommands, help="Train a hybrid model on a task.", no_args_is_help=True)
 
 # Option, type, field it sets, help; None leaves the preset's value. Task options come from the tasks themselves.
 _SETTINGS = [
@@ -136,7 +147,7 @@ def train(task: str, given: dict[str, Any]) -> None:
     with refusals(Console()):
         from sleep_ops.experiments.presets import preset, run_config, set_value
         from sleep_ops.model import HybridConfig
-        from sleep_ops.tasks import build_task
+        from sleep_ops.tasks import TASKS, build_task
         from sleep_ops.training import Trainer
 
         settings = preset(task, given["preset"])
@@ -187,12 +198,15 @@ def _command(name: str, task: type):
     return command
 
 
-def _has_preset(name: str) -> bool:
+@functools.cache
+def task_commands() -> dict:
+    """The commands by name."""
     from importlib.resources import files
 
-    return files("sleep_ops.experiments").joinpath("presets", f"{name}.toml").is_file()
+    from sleep_ops.tasks import TASKS
 
-
-for _name, _task in TASKS.items():
-    if _has_preset(_name):
-        train_app.command(_name.replace("_", "-"))(_command(_name, _task))
+    presets, app = files("sleep_ops.experiments") / "presets", typer.Typer()
+    for name, task in TASKS.items():
+        if (presets / f"{name}.toml").is_file():
+            app.command(name.replace("_", "-"))(_command(name, task))
+    return typer.main.get_command(app).commands
