@@ -4,28 +4,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sleep_ops.affine import Transition, segment_transition
-    from sleep_ops.config import HybridConfig
     from sleep_ops.layers.gdn import SleepGDNLayer
     from sleep_ops.layers.mixer import GDNState
-    from sleep_ops.model import SleepHybridModel, SleepOutput
+    from sleep_ops.model.config import HybridConfig
+    from sleep_ops.model.hybrid import SleepHybridModel, SleepOutput
+    from sleep_ops.model.session import SleepSession
+    from sleep_ops.ops.affine import Transition, segment_transition
     from sleep_ops.ops.gated_delta_rule import gated_delta_rule, sleep_gated_delta_rule
     from sleep_ops.ops.step import gated_delta_rule_step
     from sleep_ops.reference import DeltaRuleOutput
-    from sleep_ops.session import SleepSession
 
 _HOMES = {
     "DeltaRuleOutput": "reference",
     "GDNState": "layers.mixer",
-    "HybridConfig": "config",
+    "HybridConfig": "model.config",
     "SleepGDNLayer": "layers.gdn",
-    "SleepHybridModel": "model",
-    "SleepOutput": "model",
-    "SleepSession": "session",
-    "Transition": "affine",
+    "SleepHybridModel": "model.hybrid",
+    "SleepOutput": "model.hybrid",
+    "SleepSession": "model.session",
+    "Transition": "ops.affine",
     "gated_delta_rule": "ops.gated_delta_rule",
     "gated_delta_rule_step": "ops.step",
-    "segment_transition": "affine",
+    "segment_transition": "ops.affine",
     "sleep_gated_delta_rule": "ops.gated_delta_rule",
 }
 __all__ = [

@@ -1,10 +1,10 @@
-"""Rows of different lengths, packed to the left of one padded tensor.
+"""Rows of different lengths: packed to the left of one padded tensor, and where they stand in an input.
 
 A `[B, S, ...]` tensor holds `lengths[b]` real entries of row `b` at its left; what lies right of them is filler nobody
 reads. Lengths are host integers, so these helpers never wait for the device; equal lengths cost a plain slice or `cat`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -72,3 +72,99 @@ def left_align(mask: Tensor) -> tuple[Tensor, Lengths]:
     mask = mask.bool()
     index = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)
     return index, tuple(mask.sum(1).tolist())
+
+
+class Rows:
+    """Where each row's real tokens stand in the input.
+
+    lengths: real tokens of every row. index: int64 `[rows, max(lengths)]` into the flattened input, or None where the
+    input is already left-aligned and full.
+    """
+
+    def __init__(self, shape: tuple[int, int], lengths: Lengths, index: Tensor | None, device: torch.device):
+        self.shape, self.lengths, self.index, self.device = shape, lengths, index, device
+
+    @classmethod
+    def of(cls, input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> "Rows":
+        """Rows of input_ids `[B, T]`. Waits for the device once if there is a mask or cu_seqlens.
+
+        Raises ValueError for both at once, wrong shapes, cu_seqlens that do not ascend from 0 to T, or no real token.
+        """
+        batch, width = input_ids.shape
+        device = input_ids.device
+        if attention_mask is None and cu_seqlens is None:
+            return cls((batch, width), (width,) * batch, None, device)
+        if attention_mask is not None and cu_seqlens is not None:
+            raise ValueError("attention_mask: expected None with cu_seqlens, got both")
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask: expected shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+                )
+            order, lengths = left_align(attention_mask.to(device))
+            index = order + width * torch.arange(batch, device=device)[:, None]
+        else:
+            if batch != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype.is_floating_point:
+                got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)} with B = {batch}"
+                raise ValueError(f"cu_seqlens: expected integers [num_seqs + 1] with B = 1, got {got}")
+            bounds = cu_seqlens.tolist()
+            lengths = tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+            if bounds[0] != 0 or bounds[-1] != width or min(lengths) < 0:
+                raise ValueError(f"cu_seqlens: expected to ascend from 0 to {width}, got {bounds}")
+            column = torch.arange(max(lengths), device=device)
+            index = (tensor(bounds[:-1], device)[:, None] + column).clamp(max=width - 1)
+        if max(lengths) == 0:
+            raise ValueError("attention_mask: expected at least one real token, got none")
+        if attention_mask is not None and min(lengths) == width:
+            return cls((batch, width), lengths, None, device)
+        return cls((batch, width), lengths, index[:, : max(lengths)], device)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """x `[B, T]` -> left-aligned `[rows, max(lengths)]`, zero beyond the real entries."""
+        if self.index is None:
+            return x
+        return x.flatten()[self.index].masked_fill(~self.real(self.lengths, x.device), 0)
+
+    def real(self, lengths: Lengths, device: torch.device) -> Tensor:
+        """Mask `[rows, max(lengths)]` of the real entries; `[1, width]` where all are."""
+        column = torch.arange(max(lengths), device=device)
+        if uniform(lengths):
+            return (column < lengths[0])[None]
+        return column < tensor(lengths, device)[:, None]
+
+    def marks(self, mask: Tensor | None) -> tuple[Callable[[Lengths, Lengths], list[bool]], int]:
+        """(A host function of (starts, parts): which rows have a token marked in mask `[B, T]` there; how many are.)
+
+        Waits for the device once if the mask is on one.
+        """
+        if mask is None:
+            return lambda starts, parts: [False] * len(parts), 0
+        rows = self.pack(mask.to(self.device)).cpu() if self.index is not None else mask.cpu()
+        rows = rows.bool() & self.real(self.lengths, rows.device)
+        before = torch.nn.functional.pad(rows.cumsum(1), (1, 0)).tolist()
+
+        def marked(starts: Lengths, parts: Lengths) -> list[bool]:
+            return [row[s + n] > row[s] for row, s, n in zip(before, starts, parts, strict=True)]
+
+        return marked, sum(row[-1] for row in before)
+
+    def unpack(self, pieces: list[tuple[Lengths, Lengths, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
+        """(starts, parts, values `[rows, max(parts), D]`) of some stretches -> (values `[B, T', D]`, columns `[T']`).
+
+        A full batch gives the stretches one after another; padded or packed input all T columns, zero where there is no
+        value.
+        """
+        if not pieces:
+            return None, None
+        if self.index is None and all(uniform(s) and uniform(n) for s, n, _ in pieces):
+            columns = [torch.arange(s[0], s[0] + n[0], device=self.device) for s, n, _ in pieces]
+            return torch.cat([x for _, _, x in pieces], dim=1), torch.cat(columns)
+        size = self.shape[0] * self.shape[1]
+        where, values = [], []
+        for starts, parts, x in pieces:
+            keep = self.real(parts, x.device).expand(x.shape[:2])
+            index = self.index if self.index is not None else torch.arange(size, device=x.device).view(self.shape)
+            where.append(take(index, starts, parts)[keep])
+            values.append(x[keep])
+        flat = values[0].new_zeros(size, values[0].shape[-1]).index_copy(0, torch.cat(where), torch.cat(values))
+        return flat.view(*self.shape, -1), torch.arange(self.shape[1], device=self.device)

@@ -18,6 +18,12 @@ KERNEL_IMPLS = ("auto", "triton", "torch")  # of operators whose PyTorch form is
 OUTPUT_PASSES = ("first", "last")
 
 
+def expect(condition: bool, name: str, expected: str, got: object) -> None:
+    """ValueError in this project's words unless `condition`."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
 def check_tensor(
     name: str,
     x: object,

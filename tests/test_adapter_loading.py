@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from sleep_ops import SleepSession
 from sleep_ops.adapters.hf import from_pretrained
 from sleep_ops.adapters.jet_nemotron import JetNemotron, JetNemotronConfig
-from sleep_ops.adapters.loading import SleepingTransformer, load_model, load_tokenizer, save_model
+from sleep_ops.adapters.loading import SleepingTransformer, load_model, save_model
 from sleep_ops.adapters.ouro import Ouro, OuroConfig
-from sleep_ops.reader import reader_of
+from sleep_ops.model.sleeping import reader_of
+from sleep_ops.tokenizer import load_tokenizer
 
 SETTINGS = dict(window=8, passes=2, eviction="sliding")
 SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2)
@@ -213,7 +214,7 @@ def test_without_transformers_the_ports_work_and_the_extra_is_named(tmp_path):
     code = "import importlib.metadata as m, sys\nsys.modules['transformers'] = None\n"
     code += "def missing(name): raise m.PackageNotFoundError(name)\n"
     code += "m.version = missing\n"
-    code += "from sleep_ops.adapters.loading import load_model, load_tokenizer\n"
+    code += "from sleep_ops.adapters.loading import load_model\nfrom sleep_ops.tokenizer import load_tokenizer\n"
     code += "print(type(load_model('ouro', window=8)).__name__)\n"
     code += "for call in (lambda: load_model('qwen3_5', window=8), lambda: load_tokenizer('qwen3_5')):\n"
     code += "    try: call()\n    except ImportError as error: print(error)\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sleep_ops.affine import Transition, segment_transition
+from sleep_ops.ops.affine import Transition, segment_transition
 from sleep_ops.ops.gated_delta_rule import sleep_gated_delta_rule
 from sleep_ops.reference import sleep_gated_delta_rule_reference
 

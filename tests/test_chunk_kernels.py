@@ -20,7 +20,8 @@ from sleep_ops.kernels import chunk_grad, chunk_grad_split, chunk_prepare, chunk
 from sleep_ops.kernels.configs import chunk_config, scales_rows
 from sleep_ops.kernels.launches import LAUNCHES
 from sleep_ops.ops.chunk_torch import TorchPass
-from sleep_ops.ops.chunk_triton import TritonPass, _chunk_offsets, _num_chunks, _rows
+from sleep_ops.ops.chunk_triton import TritonPass, _chunk_offsets, _num_chunks
+from sleep_ops.ops.launching import as_rows
 from sleep_ops.reference import gated_delta_rule_reference
 
 GATED = next(case for case in CASES if case.id == "grouped-gated")
@@ -222,18 +223,18 @@ def test_only_wanted_gradients(device):
 def test_views_are_read_in_place(device):
     x = torch.zeros(2, 5, 24, device=device)
     for view, stride in ((x.unflatten(-1, (3, 8)), 24), (x[..., 8:].unflatten(-1, (2, 8)), 24)):
-        rows, row_stride = _rows(view)
+        rows, row_stride = as_rows(view)
         assert rows.data_ptr() == view.data_ptr() and row_stride == stride
     transposed = x.unflatten(-1, (3, 8)).transpose(1, 2)
-    assert _rows(transposed)[0].is_contiguous() and _rows(transposed)[1] == 40
-    assert _rows(x[:, 1:].unflatten(-1, (3, 8)))[1] == 24
+    assert as_rows(transposed)[0].is_contiguous() and as_rows(transposed)[1] == 40
+    assert as_rows(x[:, 1:].unflatten(-1, (3, 8)))[1] == 24
 
 
 def test_rows_too_far_apart_are_copied():
     """Offsets inside a chunk are 32 bits. On "meta", which has the strides and not the memory."""
     for stride, stays in ((2**24, True), (2**25, False), (2**40, False)):
         view = torch.empty_strided((1, 4, 2, 8), (0, stride, 8, 1), device="meta")
-        assert _rows(view)[1] == (stride if stays else 16)
+        assert as_rows(view)[1] == (stride if stays else 16)
 
 
 def test_chunk_bound_holds_every_packing():

@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import sleep_ops.cli
-from sleep_ops.demo import CPU, CUDA, Scale, choose_scale, run_demo
+from sleep_ops.experiments.demo import CPU, CUDA, Scale, choose_scale, run_demo
 from sleep_ops.experiments.presets import preset, run_config
 from sleep_ops.tasks import Rule110
 from sleep_ops.training import TrainConfig, load_run
@@ -190,7 +190,7 @@ def miniature(passes=(1, 2)):
 
 
 def test_demo(tmp_path, monkeypatch):
-    monkeypatch.setattr("sleep_ops.demo.FINAL_SAMPLES", 64)
+    monkeypatch.setattr("sleep_ops.experiments.demo.FINAL_SAMPLES", 64)
     console = Console(record=True, width=160, file=Path("/dev/null").open("w"))
     assert run_demo(miniature(), tmp_path, console=console) is None
     rows = read_csv(tmp_path / "demo.csv")

@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 from sleep_ops import SleepSession
 from sleep_ops.adapters.checkpoint import read_config
 from sleep_ops.adapters.hf import from_pretrained, sleepify
-from sleep_ops.adapters.loading import load_model, load_tokenizer
+from sleep_ops.adapters.loading import load_model
 from sleep_ops.adapters.ouro import Ouro
 from sleep_ops.cli import app
-from sleep_ops.reader import reader_of
+from sleep_ops.model.sleeping import reader_of
 from sleep_ops.tasks import Rule110
+from sleep_ops.tokenizer import load_tokenizer
 from sleep_ops.training import RunConfig, TrainConfig, Trainer, load_run
 from sleep_ops.training import finetune as module
 from sleep_ops.training.finetune import FinetuneConfig, finetune

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sleep_ops import HybridConfig, SleepHybridModel
-from sleep_ops.adapters.loading import load_tokenizer
 from sleep_ops.tasks import IGNORE_INDEX, Text, build_task
 from sleep_ops.tasks.gsm_infinite import Generator, GSMInfinite, count_tokens, evaluate, write_jsonl
 from sleep_ops.tasks.gsm_infinite.evaluator import Reading
@@ -23,6 +22,7 @@ from sleep_ops.tasks.gsm_infinite.problem import prompt_of, words
 from sleep_ops.tasks.gsm_infinite.structure import LIMIT, Quantity, Rule
 from sleep_ops.tasks.gsm_infinite.task import PAD, VOCABULARY, decode, encode
 from sleep_ops.tasks.gsm_infinite.worlds import MARKETS, SCHOOLS, WILDLIFE, WORLDS
+from sleep_ops.tokenizer import load_tokenizer
 
 SMALL = Generator(lengths=(350, 500))
 BY_NAME = {world.name: world for world in WORLDS}

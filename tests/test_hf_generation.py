@@ -11,8 +11,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from sleep_ops import SleepSession
 from sleep_ops.adapters.hf import generate, insert_fast_weights, sleepify
-from sleep_ops.adapters.loading import load_tokenizer
 from sleep_ops.layers.attention import AttentionState
+from sleep_ops.tokenizer import load_tokenizer
 
 CLOSE = dict(rtol=2e-4, atol=2e-5)
 GREEDY = dict(do_sample=False, max_new_tokens=25)

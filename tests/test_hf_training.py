@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 
 from sleep_ops import SleepSession
 from sleep_ops.adapters.hf import from_pretrained, insert_fast_weights, sleepify
-from sleep_ops.config import SleepSettings
+from sleep_ops.model.config import SleepSettings
 
 CLOSE = dict(rtol=1e-4, atol=1e-6)
 SMALL = dict(layer_types=["linear_attention", "full_attention", "linear_attention"], num_hidden_layers=3)

@@ -7,7 +7,7 @@ import torch
 from cases import slow_unless
 from torch.utils.checkpoint import checkpoint
 
-from sleep_ops.affine import segment_transition
+from sleep_ops.ops.affine import segment_transition
 from sleep_ops.ops.gated_delta_rule import delta_rule_state, gated_delta_rule, sleep_gated_delta_rule
 from sleep_ops.ops.gated_norm import gated_rms_norm
 from sleep_ops.ops.packed import SHORT, alike

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import sleep_ops.cli
 from sleep_ops import sleep_gated_delta_rule
-from sleep_ops.recall import RecallExperiment, plot, table
+from sleep_ops.experiments.recall import RecallExperiment, plot, table
 from sleep_ops.reference import sleep_gated_delta_rule_reference
 
 SMALL = {"key_dim": 16, "value_dim": 8, "codewords": 64, "memories": 4, "device": "cpu"}

@@ -127,7 +127,7 @@ def test_differentiable():
 def test_imports_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import sleep_ops.reference, sleep_ops.ops.gated_delta_rule, sleep_ops.ops.step, sleep_ops.affine"
+        "import sleep_ops.reference, sleep_ops.ops.gated_delta_rule, sleep_ops.ops.step, sleep_ops.ops.affine"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import sleep_ops.cli
-import sleep_ops.session
+import sleep_ops.model.session
 from sleep_ops import HybridConfig, SleepGDNLayer, SleepHybridModel, SleepSession, gated_delta_rule
 from sleep_ops.layers.attention import rotate
 from sleep_ops.layers.mixer import GDNWrites
@@ -443,7 +443,7 @@ def test_sessions_keep_to_their_kind(tmp_path):
     config = json.loads(header["config"])
     assert config.pop("sleep_kind") == "refine"
     header["config"] = json.dumps(config)
-    header["digest"] = sleep_ops.session._digest(tensors, header)
+    header["digest"] = sleep_ops.model.session._digest(tensors, header)
     save_file(tensors, tmp_path / "old", metadata=header)
     old, more = SleepSession.load(tmp_path / "old", refining), tokens(1, 6, seed=3)
     assert torch.equal(old.read(more), session.read(more))

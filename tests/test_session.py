@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from sleep_ops import HybridConfig, SleepHybridModel, SleepSession
 from sleep_ops.layers.mixer import GDNState
-from sleep_ops.sampling import sample
-from sleep_ops.session import _digest
+from sleep_ops.model.sampling import sample
+from sleep_ops.model.session import _digest
 
 VOCAB, WINDOW, LENGTH = 11, 5, 17
 OPTIONS = [

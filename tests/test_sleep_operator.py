@@ -7,8 +7,8 @@ import pytest
 import torch
 from cases import GATED, Case, check_two_times, make_inputs, relative_error, slow_unless
 
-from sleep_ops.affine import Transition, apply_power
 from sleep_ops.ops import gated_delta_rule as operators
+from sleep_ops.ops.affine import Transition, apply_power
 from sleep_ops.ops.gated_delta_rule import delta_rule_state, sleep_gated_delta_rule
 from sleep_ops.ops.windows import Windows
 from sleep_ops.reference import sleep_gated_delta_rule_reference

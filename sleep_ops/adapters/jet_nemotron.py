@@ -19,12 +19,12 @@ from torch import nn
 
 from sleep_ops.adapters.checkpoint import load_weights, read_config
 from sleep_ops.adapters.port import Port
-from sleep_ops.config import SleepSettings, expect
 from sleep_ops.layers.attention import Attention
 from sleep_ops.layers.block import Block, SwiGLU
 from sleep_ops.layers.jet import DynamicConvolution, JetBlock
 from sleep_ops.layers.mixer import GDNMixer
-from sleep_ops.validation import check_count, check_flags
+from sleep_ops.model.config import SleepSettings
+from sleep_ops.validation import check_count, check_flags, expect
 
 LAYER_TYPES = ("attn", "swa", "jet")
 

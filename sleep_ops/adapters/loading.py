@@ -15,17 +15,13 @@ from torch import Tensor, nn
 from sleep_ops.adapters.checkpoint import CONFIG_FILE, read_config
 from sleep_ops.adapters.jet_nemotron import JetNemotron, JetNemotronConfig
 from sleep_ops.adapters.ouro import Ouro, OuroConfig
-from sleep_ops.config import SleepSettings, expect
-from sleep_ops.reader import SleepOutput, SleepReader
-from sleep_ops.sleep import SleepState
+from sleep_ops.model.config import SleepSettings
+from sleep_ops.model.sleep import SleepState
+from sleep_ops.model.sleeping import SleepOutput, SleepReader
+from sleep_ops.tokenizer import TOKENIZER_FILES
+from sleep_ops.validation import expect
 
 PORTS = {"jet_nemotron": (JetNemotron, JetNemotronConfig), "ouro": (Ouro, OuroConfig)}
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
-_TOKENIZER_FILES = (
-    *_VOCABULARIES,
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
-)
 
 
 class SleepingTransformer(nn.Module):
@@ -122,28 +118,10 @@ def save_model(module: nn.Module, folder: str | os.PathLike, source: str | os.Pa
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in () if source is None else _TOKENIZER_FILES:
+    for pattern in () if source is None else TOKENIZER_FILES:
         for path in Path(source).glob(pattern):
             shutil.copyfile(path, folder / path.name)
     (module.model if isinstance(module, SleepingTransformer) else module).save_pretrained(folder)
-
-
-def load_tokenizer(folder: str | os.PathLike):
-    """The transformers tokenizer of a checkpoint folder.
-
-    ValueError for a folder without one, ImportError naming the extra where transformers is missing.
-    """
-    folder = Path(folder)
-    # transformers makes up an empty vocabulary where it finds none.
-    found = any(path for pattern in _VOCABULARIES for path in folder.glob(pattern))
-    expect(found, "tokenizer", f"a folder with one of {', '.join(_VOCABULARIES)}", str(folder))
-    try:
-        from transformers import AutoTokenizer, PreTrainedConfig
-    except ImportError as error:
-        raise ImportError("tokenizer: expected transformers (pip install 'sleep-ops[hf]'), found none") from error
-    # transformers refuses the ports' configurations, or asks whether to run the code that they name.
-    own = (folder / CONFIG_FILE).is_file() and read_config(folder).get("model_type") in PORTS
-    return AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig() if own else None, local_files_only=True)
 
 
 def remembered(folder: str | os.PathLike, setting: str) -> object:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from sleep_ops.adapters.checkpoint import load_weights, read_config
 from sleep_ops.adapters.port import Port
-from sleep_ops.config import SleepSettings, expect
 from sleep_ops.layers.attention import Attention, AttentionState, Segment
 from sleep_ops.layers.block import Block, SwiGLU
 from sleep_ops.layers.gdn import SleepGDNLayer
 from sleep_ops.layers.jet import JetBlock
-from sleep_ops.validation import check_choice, check_count, check_flags
+from sleep_ops.model.config import SleepSettings
+from sleep_ops.validation import check_choice, check_count, check_flags, expect
 
 MIXERS = {"jet": JetBlock, "gdn": SleepGDNLayer}
 NUM_INSERTED = 6  # as in the sleep paper, where Ouro has 24 layers

@@ -5,8 +5,8 @@ import os
 from torch import Tensor
 
 from sleep_ops.adapters.checkpoint import save_weights
-from sleep_ops.config import SleepSettings
-from sleep_ops.reader import SleepReader
+from sleep_ops.model.config import SleepSettings
+from sleep_ops.model.sleeping import SleepReader
 
 
 class Port(SleepReader):

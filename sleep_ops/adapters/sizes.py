@@ -19,7 +19,7 @@ from sleep_ops.adapters.checkpoint import CONFIG_FILE, read_config
 from sleep_ops.adapters.jet_nemotron import JetNemotron, JetNemotronConfig
 from sleep_ops.adapters.ouro import Ouro, OuroConfig
 from sleep_ops.layers.mixer import GDNState
-from sleep_ops.reader import SleepReader, reader_of
+from sleep_ops.model.sleeping import SleepReader, reader_of
 
 _WINDOW = 1  # neither size depends on it
 # Published sizes, as the ports' tests build them.

@@ -15,7 +15,7 @@ from sleep_ops import HybridConfig
 from sleep_ops.bench.providers import prepare_fla
 from sleep_ops.layers.attention import Attention, Segment
 from sleep_ops.layers.block import SwiGLU
-from sleep_ops.model import SleepOutput
+from sleep_ops.model.hybrid import SleepOutput
 
 
 def load_fla_hybrid(config: HybridConfig, device: torch.device) -> "FlaHybrid":

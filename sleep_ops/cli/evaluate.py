@@ -33,7 +33,7 @@ def evaluate(
     """Accuracy of a saved run on fresh sequences, of held-out strings if it has any, with any number of passes."""
     console = Console()
     with refusals(console):
-        from sleep_ops.reader import reader_of
+        from sleep_ops.model.sleeping import reader_of
         from sleep_ops.training import load_run
         from sleep_ops.training.checkpoint import check_file
         from sleep_ops.training.logs import write_csv
@@ -75,7 +75,7 @@ def demo(
     """
     console = Console()
     with refusals(console):
-        from sleep_ops.demo import choose_scale, run_demo
+        from sleep_ops.experiments.demo import choose_scale, run_demo
 
         chosen = None if passes is None else integers("passes", passes)
         scale = choose_scale(device, seed, chosen, steps)
@@ -103,7 +103,7 @@ def recall(
     """What replay does for a memory, without training: recall of key/value pairs after N passes over them."""
     console = Console()
     with refusals(console):
-        from sleep_ops.recall import RecallExperiment, plot, table
+        from sleep_ops.experiments.recall import RecallExperiment, plot, table
         from sleep_ops.training.checkpoint import check_folder
         from sleep_ops.training.logs import write_csv
 

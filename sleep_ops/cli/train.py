@@ -146,7 +146,7 @@ def train(task: str, given: dict[str, Any]) -> None:
     console = run_console()
     with refusals(Console()):
         from sleep_ops.experiments.presets import preset, run_config, set_value
-        from sleep_ops.model import HybridConfig
+        from sleep_ops.model.hybrid import HybridConfig
         from sleep_ops.tasks import TASKS, build_task
         from sleep_ops.training import Trainer
 

@@ -9,19 +9,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from sleep_ops.adapters.loading import load_tokenizer
 from sleep_ops.bench.harness import environment
-from sleep_ops.config import SleepSettings, expect
 from sleep_ops.experiments.figures import Figure
 from sleep_ops.experiments.sweep import Results, check_changes, folder_name
+from sleep_ops.model.config import SleepSettings
 from sleep_ops.tasks import Text
 from sleep_ops.tasks.gsm_infinite.problem import Generator, write_jsonl
+from sleep_ops.tokenizer import load_tokenizer
 from sleep_ops.training import TrainResult
 from sleep_ops.training.checkpoint import check_folder, write_atomically
 from sleep_ops.training.config import TrainConfig, resolve_device
 from sleep_ops.training.finetune import RECIPE, FinetuneConfig, finetune
 from sleep_ops.training.parallel import World, local_device
-from sleep_ops.validation import check_count
+from sleep_ops.validation import check_count, expect
 
 DATA = {"problems": 100000, "eval_problems": 2048, "lengths": [2000, 3300], "ops": [1, 8]}
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from rich.console import Console
 
 from sleep_ops.bench.harness import environment
-from sleep_ops.config import expect
 from sleep_ops.experiments.figures import Figure
 from sleep_ops.experiments.presets import preset, run_config, set_value
 from sleep_ops.training import RunConfig, Trainer, TrainResult
 from sleep_ops.training.checkpoint import check_folder
 from sleep_ops.training.logs import read_csv, write_csv
 from sleep_ops.training.trainer import EVAL_FILE
+from sleep_ops.validation import expect
 
 RESULTS_FILE, CURVES_FILE = "results.csv", "curves.csv"
 

@@ -20,29 +20,13 @@ from sleep_ops.kernels.chunk_grad import chunk_grad
 from sleep_ops.kernels.chunk_grad_split import chunk_grad_split
 from sleep_ops.kernels.chunk_scan import chunk_reverse, chunk_scan
 from sleep_ops.kernels.configs import ChunkConfig, architecture, chunk_config, scales_rows
-from sleep_ops.ops.dispatch import on_device
 from sleep_ops.ops.gates import beta_scale
+from sleep_ops.ops.launching import as_rows, on_device, or_empty
 from sleep_ops.validation import check_first_order
-
-MAX_ROW_STRIDE = 2**31 // 64 - 2**16  # of a chunk of 64 tokens, and a row's width
 
 
 def _config(k: Tensor, head_v_dim: int, longest: int) -> ChunkConfig:
     return chunk_config(k.shape[3], head_v_dim, longest, k.dtype, architecture(k.device))
-
-
-def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """x [B, T, heads, dim] as rows of contiguous heads a fixed number of elements apart, copied if it is not.
-
-    Or if they are so far apart that offsets inside a chunk overflow 32 bits.
-    """
-    B, T, heads, dim = x.shape
-    row_stride = x.stride(1) if T > 1 else x.stride(0)
-    dense = (dim == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == dim)
-    in_reach = row_stride <= MAX_ROW_STRIDE
-    if dense and in_reach and (B == 1 or x.stride(0) == T * row_stride):
-        return x, row_stride
-    return x.contiguous(), heads * dim
 
 
 def _num_chunks(k: Tensor, cu_seqlens: Tensor | None, chunk: int) -> int:
@@ -69,11 +53,6 @@ def _cleared(x: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
     return x.masked_fill_(behind.view(-1, *(1,) * (x.ndim - 2)), 0)
 
 
-def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    """Custom operators return tensors: an absent one is empty."""
-    return like.new_empty(0) if x is None else x
-
-
 @torch.library.custom_op("sleep_ops::chunk_prepare", mutates_args=())
 def _prepare(
     k: Tensor,
@@ -94,7 +73,7 @@ def _prepare(
     longest: tokens of the longest sequence, which with the head dims decides the chunk's length.
     """
     config = _config(k, head_v_dim, longest)
-    k, stride_k = _rows(k)
+    k, stride_k = as_rows(k)
     with on_device(k):
         G, beta, A = prepare_kernels.chunk_prepare(
             k,
@@ -111,7 +90,7 @@ def _prepare(
             beta_scale=beta_scale,
             config=config,
         )
-    return G, beta, _or_empty(A, k)
+    return G, beta, or_empty(A, k)
 
 
 @_prepare.register_fake
@@ -154,7 +133,7 @@ def _prepare_backward(
             chunk=chunk,
         )
     dg, dbeta = _cleared(dg, cu_seqlens), _cleared(dbeta, cu_seqlens)
-    return dg, dbeta, _or_empty(dA_log, g), _or_empty(d_dt_bias, g)
+    return dg, dbeta, or_empty(dA_log, g), or_empty(d_dt_bias, g)
 
 
 @_prepare_backward.register_fake
@@ -190,7 +169,7 @@ _prepare.register_autograd(_differentiate_prepared, setup_context=_save_prepared
 @torch.library.custom_op("sleep_ops::inverse_norms", mutates_args=())
 def _inverse_norms(x: Tensor) -> Tensor:
     """1 / sqrt(sum x^2 + 1e-6) of rows of x [B, T, H, K]: [B, T, H] float32. Its gradient is part of chunk_scan's."""
-    x, stride_x = _rows(x)
+    x, stride_x = as_rows(x)
     with on_device(x):
         return prepare_kernels.inverse_norms(x, stride_x)
 
@@ -222,8 +201,8 @@ def _scan(
 
     rq, rk: inverse norms, where rows of products are to be scaled by them.
     """
-    (k, stride_k), (v, stride_v) = _rows(k), _rows(v)
-    q, stride_q = (None, 0) if q is None else _rows(q)
+    (k, stride_k), (v, stride_v) = as_rows(k), as_rows(v)
+    q, stride_q = (None, 0) if q is None else as_rows(q)
     with on_device(k):
         output, final_state = chunk_scan(
             q,
@@ -242,7 +221,7 @@ def _scan(
             widened=widened,
             config=_config(k, v.shape[3], longest),
         )
-    return _or_empty(_cleared(output, cu_seqlens), v), final_state
+    return or_empty(_cleared(output, cu_seqlens), v), final_state
 
 
 @_scan.register_fake
@@ -276,8 +255,8 @@ def _scan_backward(
     """Gradients of q, k, v, G, beta and initial_state; an absent one is empty. Those of k, G and beta are A's too."""
     config = _config(k, v.shape[3], longest)
     num_chunks = _num_chunks(k, cu_seqlens, config.chunk)
-    (k, stride_k), (v, stride_v) = _rows(k), _rows(v)
-    q, stride_q = (None, 0) if d_output is None else _rows(q)
+    (k, stride_k), (v, stride_v) = as_rows(k), as_rows(v)
+    q, stride_q = (None, 0) if d_output is None else as_rows(q)
     strides = (stride_q, stride_k, stride_v)
     d_output = None if d_output is None else d_output.contiguous()
     common = {"scale": scale, "use_qk_l2norm": use_qk_l2norm, "config": config}
@@ -319,7 +298,7 @@ def _scan_backward(
             q, k, v, strides, G, beta, A, states, d_states, d_output, *packing, widened=widened, **common
         )
     dq, dk, dv = (_cleared(x, cu_seqlens) for x in (dq, dk, dv))
-    return _or_empty(dq, k), dk, dv, dG, dbeta, _or_empty(d_initial_state, k)
+    return or_empty(dq, k), dk, dv, dG, dbeta, or_empty(d_initial_state, k)
 
 
 @_scan_backward.register_fake

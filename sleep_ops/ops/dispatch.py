@@ -43,11 +43,6 @@ def choose_rule_impl(impl: str, k: Tensor) -> str:
     return impl
 
 
-def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Makes x's GPU the current one, on which Triton launches; nothing for CPU tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     """Switches autocast off on x's device, where there is one."""
     kind = x.device.type

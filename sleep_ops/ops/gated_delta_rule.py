@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sleep_ops.affine import NoFixedPoint, Transition, by_step, chain, replay
+from sleep_ops.ops.affine import NoFixedPoint, Transition, by_step, chain, replay
 from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, no_tokens, prepare_pass, run_pass
 from sleep_ops.ops.packed import longest_sequence
 from sleep_ops.ops.windows import Windows

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sleep_ops.affine import Transition, chain
+from sleep_ops.ops.affine import Transition, chain
 from sleep_ops.validation import check_first_order
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sleep_ops.ops.dispatch import choose_impl, on_device
+from sleep_ops.ops.dispatch import choose_impl
+from sleep_ops.ops.launching import on_device
 from sleep_ops.validation import (
     KERNEL_IMPLS,
     check_choice,

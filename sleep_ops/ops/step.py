@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, on_device
+from sleep_ops.ops.dispatch import choose_rule_impl, full_precision
 from sleep_ops.ops.gates import beta_scale, log_decay_gradient
+from sleep_ops.ops.launching import on_device
 from sleep_ops.reference import (
     L2_NORM_EPS,
     DeltaRuleOutput,

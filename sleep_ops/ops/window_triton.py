@@ -5,21 +5,20 @@ from torch import Tensor
 
 from sleep_ops.kernels.configs import architecture, window_config
 from sleep_ops.kernels.window import window_backward, window_forward
-from sleep_ops.ops.chunk_triton import _or_empty, _rows
-from sleep_ops.ops.dispatch import on_device
 from sleep_ops.ops.gates import beta_scale
+from sleep_ops.ops.launching import as_rows, on_device, or_empty
 from sleep_ops.validation import check_first_order
 
 
 def _gate_rows(x: Tensor) -> tuple[Tensor, int]:
     """g or beta [B, T, HV] as rows a fixed number of elements apart, copied if it is not."""
-    x, row_stride = _rows(x[..., None])
+    x, row_stride = as_rows(x[..., None])
     return x.squeeze(-1), row_stride
 
 
 def _read_in_place(q: Tensor | None, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[tuple, tuple]:
     """The tokens' tensors as the kernels read them, and their row strides."""
-    rows = [(None, 0) if x is None else _rows(x) for x in (q, k, v)] + [_gate_rows(x) for x in (g, beta)]
+    rows = [(None, 0) if x is None else as_rows(x) for x in (q, k, v)] + [_gate_rows(x) for x in (g, beta)]
     return tuple(zip(*rows, strict=True))
 
 
@@ -55,7 +54,7 @@ def _window(
             beta_scale=beta_scale,
             config=window_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)),
         )
-    return _or_empty(output, v), final_state
+    return or_empty(output, v), final_state
 
 
 @_window.register_fake
@@ -94,7 +93,7 @@ def _window_backward(
             beta_scale=beta_scale,
             config=window_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)),
         )
-    return tuple(_or_empty(x, k) for x in gradients)
+    return tuple(or_empty(x, k) for x in gradients)
 
 
 @_window_backward.register_fake

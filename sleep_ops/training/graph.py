@@ -11,7 +11,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from sleep_ops.model import SleepHybridModel
+from sleep_ops.model.hybrid import SleepHybridModel
 from sleep_ops.tasks import Batch
 
 MAX_GRAPHS = 3  # each keeps the memory of a whole step's activations

@@ -16,7 +16,7 @@ from torch import nn
 from sleep_ops.adapters.loading import load_model
 from sleep_ops.layers.block import Block
 from sleep_ops.layers.mixer import GDNMixer
-from sleep_ops.model import HybridConfig, SleepHybridModel
+from sleep_ops.model.hybrid import HybridConfig, SleepHybridModel
 from sleep_ops.tasks import Task, build_task
 from sleep_ops.training.checkpoint import Checkpoint, kind, load_newest, remove
 from sleep_ops.training.config import CONFIG_FILE, RunConfig, resolve_device

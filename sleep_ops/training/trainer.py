@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from sleep_ops.model import SleepHybridModel
-from sleep_ops.reader import SleepReader
+from sleep_ops.model.hybrid import SleepHybridModel
+from sleep_ops.model.sleeping import SleepReader
 from sleep_ops.tasks import Batch, Task, build_task
 from sleep_ops.training.checkpoint import Checkpoint, check_folder, checkpoint_path, load_checkpoint, save_checkpoint
 from sleep_ops.training.config import RunConfig, resolve_device

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sleep_ops.demo import choose_scale
+from sleep_ops.experiments.demo import choose_scale
 from sleep_ops.training import Trainer, resolve_device
 from sleep_ops.training.logs import read_csv, write_csv
 from sleep_ops.training.trainer import METRICS_FILE

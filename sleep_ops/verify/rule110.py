@@ -15,7 +15,7 @@ from statistics import fmean
 
 from rich.console import Console
 
-from sleep_ops.demo import choose_scale
+from sleep_ops.experiments.demo import choose_scale
 from sleep_ops.training import Trainer
 from sleep_ops.training.logs import read_csv, write_csv
 from sleep_ops.training.trainer import EVAL_FILE, METRICS_FILE

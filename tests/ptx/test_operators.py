@@ -13,7 +13,7 @@ from cases import GATED, Case, check_two_times
 from ptx.emulation import DTYPES, check_silent, check_two_times_torch, launch_table, on_gpu
 
 from sleep_ops import gated_delta_rule, sleep_gated_delta_rule
-from sleep_ops.affine import segment_transition
+from sleep_ops.ops.affine import segment_transition
 from sleep_ops.ops.gated_norm import gated_rms_norm
 from sleep_ops.ops.short_conv import short_convolution
 from sleep_ops.ops.step import gated_delta_rule_step

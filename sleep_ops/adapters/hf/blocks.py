@@ -8,11 +8,10 @@ from transformers import PreTrainedConfig
 
 from sleep_ops.adapters.hf.cache import LayerCache
 from sleep_ops.adapters.hf.sharded import gathered, joined
-from sleep_ops.config import expect
 from sleep_ops.layers.attention import AttentionState, Segment, narrower
 from sleep_ops.layers.block import BlockState
 from sleep_ops.layers.mixer import GDNMixer, GDNWrites
-from sleep_ops.validation import FLOAT_DTYPES
+from sleep_ops.validation import FLOAT_DTYPES, expect
 
 
 class LayerBlock:

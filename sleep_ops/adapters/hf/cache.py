@@ -11,11 +11,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sleep_ops import ragged
-from sleep_ops.config import expect
 from sleep_ops.layers.attention import AttentionState, Segment, narrower
 from sleep_ops.layers.block import BlockState
 from sleep_ops.layers.mixer import GDNMixer, GDNWrites
 from sleep_ops.ops.attention import causal_attention
+from sleep_ops.validation import expect
 
 ATTENTION = "sleep_ops"  # this project's attention among those of transformers
 

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from sleep_ops.config import expect
+from sleep_ops.validation import expect
 
 # Model types whose linear-attention mixer is the gated delta rule with one decay per head.
 HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "qwen3_next")

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from sleep_ops.adapters.hf import inputs
-from sleep_ops.config import expect
-from sleep_ops.sleep import SleepState
+from sleep_ops.model.sleep import SleepState
+from sleep_ops.validation import expect
 
 
 @dataclass

@@ -15,8 +15,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from sleep_ops.config import expect
-from sleep_ops.session import SleepSession
+from sleep_ops.model.session import SleepSession
+from sleep_ops.validation import expect
 
 
 def with_stop_strings(options: dict) -> dict:

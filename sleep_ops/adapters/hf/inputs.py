@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from sleep_ops.config import expect
-from sleep_ops.sleep import SleepState
+from sleep_ops.model.sleep import SleepState
+from sleep_ops.validation import expect
 
 _IGNORED = ("use_cache", "return_dict", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # What forward passes of transformers, and Liger's in their place, hand on to a backbone that has no use for it.

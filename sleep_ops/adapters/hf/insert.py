@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from sleep_ops.adapters.hf.blocks import compute_dtype
 from sleep_ops.adapters.hf.families import check_family
-from sleep_ops.config import expect
 from sleep_ops.layers.block import Block
 from sleep_ops.layers.gdn import SleepGDNLayer
+from sleep_ops.validation import expect
 
 
 def insert_fast_weights(

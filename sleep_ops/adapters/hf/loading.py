@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sleep_ops.adapters.checkpoint import CONFIG_FILE, listed, load_weights, read_config
 from sleep_ops.adapters.hf.insert import insert_fast_weights
 from sleep_ops.adapters.hf.sleepify import sleepify
-from sleep_ops.config import SleepSettings, expect
+from sleep_ops.model.config import SleepSettings
+from sleep_ops.validation import expect
 
 _PORTS = {
     "jet_nemotron": "sleep_ops.adapters.jet_nemotron.JetNemotron",

@@ -17,11 +17,10 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 from sleep_ops.adapters.hf.cache import LayerCache
 from sleep_ops.adapters.hf.states import cached_state, store_state
-from sleep_ops.config import expect
 from sleep_ops.layers.mixer import GDNMixer, GDNWrites
 from sleep_ops.ops.gated_norm import gated_rms_norm
 from sleep_ops.ops.short_conv import short_convolution
-from sleep_ops.validation import IMPLS, check_choice
+from sleep_ops.validation import IMPLS, check_choice, expect
 
 
 class _Mixer(GDNMixer):

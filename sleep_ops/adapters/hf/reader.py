@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from sleep_ops.adapters.hf.blocks import LayerBlock, compute_dtype
 from sleep_ops.adapters.hf.cache import ATTENTION
 from sleep_ops.adapters.hf.sharded import check_gathered, gathered
-from sleep_ops.config import SleepSettings, expect
 from sleep_ops.layers.attention import Segment
-from sleep_ops.reader import SleepReader
+from sleep_ops.model.config import SleepSettings
+from sleep_ops.model.sleeping import SleepReader
+from sleep_ops.validation import expect
 
 
 class HFReader(SleepReader):

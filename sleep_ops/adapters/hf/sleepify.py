@@ -13,7 +13,8 @@ from sleep_ops.adapters.hf.forward import Bound, attach
 from sleep_ops.adapters.hf.generation import generate, with_stop_strings
 from sleep_ops.adapters.hf.mixers import replace_mixers
 from sleep_ops.adapters.hf.reader import HFReader
-from sleep_ops.config import SleepSettings, expect
+from sleep_ops.model.config import SleepSettings
+from sleep_ops.validation import expect
 
 
 def sleepify(

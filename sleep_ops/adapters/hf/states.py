@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sleep_ops.config import expect
 from sleep_ops.layers.mixer import GDNMixer, GDNState
+from sleep_ops.validation import expect
 
 
 def cached_state(cache, mixer: GDNMixer) -> GDNState | None:

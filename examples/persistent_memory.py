@@ -1,6 +1,6 @@
 """A memory that outlives the program: read documents once, sleep, save what was learnt; load it later and ask.
 
-    python -m sleep_ops.examples.persistent_memory [--out FOLDER] [--seed S] [--steps N]
+    python examples/persistent_memory.py [--out FOLDER] [--seed S] [--steps N]
 
 A tiny hybrid learns to remember tables of names and numbers. It then reads some documents it has never seen and sleeps;
 the fast weights, and nothing else, are written to a file. A new session that never saw the documents loads the file and

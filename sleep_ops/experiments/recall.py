@@ -29,7 +29,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sleep_ops.affine import segment_transition
+from sleep_ops.ops.affine import segment_transition
 from sleep_ops.ops.gated_delta_rule import delta_rule_state
 from sleep_ops.training.config import resolve_device
 from sleep_ops.validation import check_count

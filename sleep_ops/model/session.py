@@ -14,10 +14,10 @@ from torch import Tensor
 
 from sleep_ops import ragged
 from sleep_ops.layers.mixer import GDNState, GDNWrites
+from sleep_ops.model.sampling import check_sampling, sample
+from sleep_ops.model.sleep import SleepState
+from sleep_ops.model.sleeping import SleepReader, reader_of
 from sleep_ops.ragged import Lengths
-from sleep_ops.reader import SleepReader, reader_of
-from sleep_ops.sampling import check_sampling, sample
-from sleep_ops.sleep import SleepState
 
 FORMAT = "sleep-ops session"
 VERSION = 2  # since 2, a state at the start of a window is left out where it is the present one

@@ -32,10 +32,6 @@ from sleep_ops.layers.block import Block, BlockState
 from sleep_ops.layers.mixer import GDNState, GDNWrites
 from sleep_ops.ragged import Lengths
 
-EVICTIONS = ("hard", "sliding")
-CONV_BOUNDARIES = ("snapshot", "zero")
-SLEEP_KINDS = ("refine", "replay")
-
 
 class SleepState(NamedTuple):
     """Everything a text leaves behind, for B rows. Tensors are never changed in place; the lengths are host integers.

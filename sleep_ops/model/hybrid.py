@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sleep_ops.config import HybridConfig
 from sleep_ops.layers.attention import Attention
 from sleep_ops.layers.block import Block
 from sleep_ops.layers.gdn import SleepGDNLayer
 from sleep_ops.layers.jet import DynamicConvolution, JetBlock
-from sleep_ops.reader import SleepOutput as SleepOutput
-from sleep_ops.reader import SleepReader
+from sleep_ops.model.config import HybridConfig
+from sleep_ops.model.sleeping import SleepOutput as SleepOutput
+from sleep_ops.model.sleeping import SleepReader
 
 
 class SleepHybridModel(SleepReader, nn.Module):

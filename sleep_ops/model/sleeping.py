@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sleep_ops import ragged
-from sleep_ops.config import SleepSettings, expect
-from sleep_ops.ragged import Lengths
-from sleep_ops.rows import Rows
-from sleep_ops.sleep import SleepStack, SleepState
-from sleep_ops.validation import check_choice
+from sleep_ops.model.config import SleepSettings
+from sleep_ops.model.sleep import SleepStack, SleepState
+from sleep_ops.ragged import Lengths, Rows
+from sleep_ops.validation import check_choice, expect
 
 
 class SleepOutput(NamedTuple):

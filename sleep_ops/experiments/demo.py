@@ -1,6 +1,6 @@
 """The demo: the same hybrid, the same data in the same order, with N = 1 and with more passes over evicted context.
 
-Before it, in a second, what passes do for one memory without any training (`sleep_ops.recall`).
+Before it, in a second, what passes do for one memory without any training (`sleep_ops.experiments.recall`).
 """
 
 import math
@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sleep_ops import recall
-from sleep_ops.model import HybridConfig
+from sleep_ops.experiments import recall
+from sleep_ops.model.hybrid import HybridConfig
 from sleep_ops.tasks import Rule110
 from sleep_ops.training import RunConfig, TrainConfig, Trainer, load_run, resolve_device
 from sleep_ops.training.logs import read_csv, write_csv

@@ -5,11 +5,13 @@ import math
 from dataclasses import dataclass
 
 from sleep_ops.ops.attention import BACKENDS
-from sleep_ops.sleep import CONV_BOUNDARIES, EVICTIONS, SLEEP_KINDS
-from sleep_ops.validation import IMPLS, RULES, check_choice, check_count, check_flags
+from sleep_ops.validation import IMPLS, RULES, check_choice, check_count, check_flags, expect
 
 LAYERS = ("attn", "swa", "gdn", "jet")
+SLEEP_KINDS = ("refine", "replay")
+EVICTIONS = ("hard", "sliding")
 SLEEP_ON = ("every", "unlabelled")
+CONV_BOUNDARIES = ("snapshot", "zero")
 _GDN_SIZES = ("gdn_num_heads", "gdn_num_v_heads", "gdn_head_dim", "gdn_head_v_dim")
 _CHOICES = {
     "sleep_kind": SLEEP_KINDS,
@@ -19,12 +21,6 @@ _CHOICES = {
     "attention_backend": BACKENDS,
     "impl": IMPLS,
 }
-
-
-def expect(condition: bool, name: str, expected: str, got: object) -> None:
-    """ValueError in this project's words unless `condition`."""
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
