@@ -4,7 +4,7 @@ A `[B, S, ...]` tensor holds `lengths[b]` real entries of row `b` at its left; w
 reads. Lengths are host integers, so these helpers never wait for the device; equal lengths cost a plain slice or `cat`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ def add(a: Sequence[int], b: Sequence[int]) -> Lengths:
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
+def subtract(a: Sequence[int], b: Sequence[int]) -> Lengths:
+    """Row by row difference."""
+    return tuple(x - y for x, y in zip(a, b, strict=True))
+
+
 def take(x: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """Entries `starts[b] : starts[b] + lengths[b]` of every row. x `[B, S, ...]` -> `[B, max(lengths), ...]`."""
     if max(lengths) == 0:
@@ -48,7 +53,7 @@ def take(x: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
 
 def take_last(x: Tensor, lengths: Sequence[int], keep: Sequence[int]) -> Tensor:
     """The last `keep[b]` of row b's `lengths[b]` entries. x `[B, S, ...]` -> `[B, max(keep), ...]`."""
-    return take(x, tuple(n - m for n, m in zip(lengths, keep, strict=True)), keep)
+    return take(x, subtract(lengths, keep), keep)
 
 
 def append(old: Tensor, old_lengths: Sequence[int], new: Tensor, new_lengths: Sequence[int]) -> Tensor:
@@ -108,7 +113,7 @@ class Rows:
                 got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)} with B = {batch}"
                 raise ValueError(f"cu_seqlens: expected integers [num_seqs + 1] with B = 1, got {got}")
             bounds = cu_seqlens.tolist()
-            lengths = tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+            lengths = subtract(bounds[1:], bounds[:-1])
             if bounds[0] != 0 or bounds[-1] != width or min(lengths) < 0:
                 raise ValueError(f"cu_seqlens: expected to ascend from 0 to {width}, got {bounds}")
             column = torch.arange(max(lengths), device=device)
@@ -132,21 +137,16 @@ class Rows:
             return (column < lengths[0])[None]
         return column < tensor(lengths, device)[:, None]
 
-    def marks(self, mask: Tensor | None) -> tuple[Callable[[Lengths, Lengths], list[bool]], int]:
-        """(A host function of (starts, parts): which rows have a token marked in mask `[B, T]` there; how many are.)
+    def counts(self, mask: Tensor | None) -> list[Sequence[int]]:
+        """Of each row: how many of its first t tokens are marked in mask `[B, T]`, for t = 0, ..., its length.
 
         Waits for the device once if the mask is on one.
         """
         if mask is None:
-            return lambda starts, parts: [False] * len(parts), 0
+            return [[0] * (n + 1) for n in self.lengths]
         rows = self.pack(mask.to(self.device)).cpu() if self.index is not None else mask.cpu()
         rows = rows.bool() & self.real(self.lengths, rows.device)
-        before = torch.nn.functional.pad(rows.cumsum(1), (1, 0)).tolist()
-
-        def marked(starts: Lengths, parts: Lengths) -> list[bool]:
-            return [row[s + n] > row[s] for row, s, n in zip(before, starts, parts, strict=True)]
-
-        return marked, sum(row[-1] for row in before)
+        return torch.nn.functional.pad(rows.cumsum(1), (1, 0)).tolist()
 
     def unpack(self, pieces: list[tuple[Lengths, Lengths, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
         """(starts, parts, values `[rows, max(parts), D]`) of some stretches -> (values `[B, T', D]`, columns `[T']`).

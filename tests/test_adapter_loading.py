@@ -15,7 +15,7 @@ from sleep_ops.adapters.hf import from_pretrained
 from sleep_ops.adapters.jet_nemotron import JetNemotron, JetNemotronConfig
 from sleep_ops.adapters.loading import SleepingTransformer, load_model, save_model
 from sleep_ops.adapters.ouro import Ouro, OuroConfig
-from sleep_ops.model.sleeping import reader_of
+from sleep_ops.model.sleeping import sleeping
 from sleep_ops.tokenizer import load_tokenizer
 
 SETTINGS = dict(window=8, passes=2, eviction="sliding")
@@ -87,7 +87,7 @@ def test_every_family_is_called_alike_and_comes_back_the_same(family, tmp_path):
 
     save_model(model, tmp_path / "saved")
     again = load_model(tmp_path / "saved")
-    settings = reader_of(again).settings
+    settings = sleeping(again).settings
     assert (settings.window, settings.passes, settings.eviction) == (8, 2, "sliding")
     with torch.no_grad():
         assert torch.equal(again(ids).logits, every.logits)

@@ -21,7 +21,7 @@ from sleep_ops.adapters.hf import from_pretrained, sleepify
 from sleep_ops.adapters.loading import load_model
 from sleep_ops.adapters.ouro import Ouro
 from sleep_ops.cli import app
-from sleep_ops.model.sleeping import reader_of
+from sleep_ops.model.sleeping import sleeping
 from sleep_ops.tasks import Rule110
 from sleep_ops.tokenizer import load_tokenizer
 from sleep_ops.training import RunConfig, TrainConfig, Trainer, load_run
@@ -76,8 +76,8 @@ def test_both_phases_of_every_family(family, folders, tmp_path):
         name for name in full if not torch.equal(full[name], warm[name])
     }
     warm_model, model = load_model(tmp_path / "warm/model"), load_model(tmp_path / "model")
-    assert [reader_of(m).settings.eviction for m in (warm_model, model)] == ["hard", "sliding"]
-    assert [reader_of(m).settings.passes for m in (warm_model, model)] == [2, 2]
+    assert [sleeping(m).settings.eviction for m in (warm_model, model)] == ["hard", "sliding"]
+    assert [sleeping(m).settings.passes for m in (warm_model, model)] == [2, 2]
     _, _, trained, step = load_run(tmp_path / "full", device="cpu")
     assert step == 3 and same(trained.state_dict(), full)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sleep_ops import HybridConfig, SleepHybridModel, SleepSession
+from sleep_ops.model.spans import Span
 
 VOCAB, L = 11, 5
 CLOSE = dict(rtol=1e-9, atol=1e-9)
@@ -50,8 +51,9 @@ def test_truncated_gradients_are_those_from_a_given_start(last, loop, eviction):
     by_hand = tiny(loop=loop, eviction=eviction)
     first, final = by_hand.stack.loop
     stack, state = by_hand.stack, by_hand.init_state(2)
-    lengths = (L, L)
-    _, state = stack.wake(by_hand.embed(ids[:, :L]), state, lengths, output=False, passes=4, asleep=(True, True))
+    both, neither = (True, True), (False, False)
+    span = Span((0, 0), (L, L), wanted=False, full=both, asleep=both, labelled=neither)
+    _, state = stack.wake(by_hand.embed(ids[:, :L]), state, span, passes=4)
     with torch.no_grad():  # passes 2..N-k, from the wake pass as it is
         early = stack.sleep(state, passes=4 - last, rows=(True, True)) if last < 3 else state
         hidden = refined(by_hand, state, 4 - last)

@@ -16,8 +16,8 @@ from sleep_ops.adapters.checkpoint import CONFIG_FILE, read_config
 from sleep_ops.adapters.jet_nemotron import JetNemotron, JetNemotronConfig
 from sleep_ops.adapters.ouro import Ouro, OuroConfig
 from sleep_ops.model.config import SleepSettings
-from sleep_ops.model.sleep import SleepState
-from sleep_ops.model.sleeping import SleepOutput, SleepReader
+from sleep_ops.model.sleeping import SleepingModel, SleepOutput
+from sleep_ops.model.state import SleepState
 from sleep_ops.tokenizer import TOKENIZER_FILES
 from sleep_ops.validation import expect
 
@@ -32,7 +32,7 @@ class SleepingTransformer(nn.Module):
         self.model = model
 
     @property
-    def sleep(self) -> SleepReader:
+    def sleep(self) -> SleepingModel:
         return self.model.sleep
 
     @property
@@ -53,7 +53,7 @@ class SleepingTransformer(nn.Module):
         all_logits: bool | None = None,
         return_state: bool = True,
     ) -> SleepOutput:
-        """See `SleepReader.forward`; the model itself is called, so hooks and wrappers around it work."""
+        """See `SleepingModel.forward`; the model itself is called, so hooks and wrappers around it work."""
         if all_logits is None:
             all_logits = labels is None and loss_mask is None
         out = self.model(

@@ -275,7 +275,7 @@ class Ouro(Port, nn.Module):
             blocks.insert(place + 1, layer)
         return blocks
 
-    def between_passes(self, h: Tensor, entry: Tensor | None) -> Tensor:
+    def feed(self, h: Tensor, loop_input: Tensor | None) -> Tensor:
         return self.model.norm(h)
 
     def step_logits(

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from sleep_ops.adapters.checkpoint import save_weights
 from sleep_ops.model.config import SleepSettings
-from sleep_ops.model.sleeping import SleepReader
+from sleep_ops.model.sleeping import SleepingModel
 
 
-class Port(SleepReader):
+class Port(SleepingModel):
     """A model with `config` (a `SleepSettings` with `to_checkpoint`), model.embed_tokens, model.norm and lm_head."""
 
     @property

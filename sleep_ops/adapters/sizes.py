@@ -19,7 +19,7 @@ from sleep_ops.adapters.checkpoint import CONFIG_FILE, read_config
 from sleep_ops.adapters.jet_nemotron import JetNemotron, JetNemotronConfig
 from sleep_ops.adapters.ouro import Ouro, OuroConfig
 from sleep_ops.layers.mixer import GDNState
-from sleep_ops.model.sleeping import SleepReader, reader_of
+from sleep_ops.model.sleeping import SleepingModel, sleeping
 
 _WINDOW = 1  # neither size depends on it
 # Published sizes, as the ports' tests build them.
@@ -61,7 +61,7 @@ class Sizes(NamedTuple):
 
 def sizes(model: torch.nn.Module, tokens: int) -> Sizes:
     """The sizes for a model that sleeps; it may be on the meta device."""
-    reader: SleepReader = reader_of(model)
+    reader: SleepingModel = sleeping(model)
     memory = cache = 0
     for block, state in zip(reader.sleep_blocks, reader.init_state(1).blocks, strict=True):
         if isinstance(state, GDNState):

@@ -33,7 +33,7 @@ def evaluate(
     """Accuracy of a saved run on fresh sequences, of held-out strings if it has any, with any number of passes."""
     console = Console()
     with refusals(console):
-        from sleep_ops.model.sleeping import reader_of
+        from sleep_ops.model.sleeping import sleeping
         from sleep_ops.training import load_run
         from sleep_ops.training.checkpoint import check_file
         from sleep_ops.training.logs import write_csv
@@ -47,7 +47,7 @@ def evaluate(
         if out is not None:
             check_file("out", out, "CSV")
         config, task, model, step = load_run(run, device=device, warn=console.print)
-        trained = reader_of(model).settings.passes
+        trained = sleeping(model).settings.passes
         chosen = (trained,) if chosen is None else chosen
         where = next(model.parameters()).device
         found = []

@@ -10,11 +10,11 @@ from sleep_ops.layers.block import Block
 from sleep_ops.layers.gdn import SleepGDNLayer
 from sleep_ops.layers.jet import DynamicConvolution, JetBlock
 from sleep_ops.model.config import HybridConfig
+from sleep_ops.model.sleeping import SleepingModel
 from sleep_ops.model.sleeping import SleepOutput as SleepOutput
-from sleep_ops.model.sleeping import SleepReader
 
 
-class SleepHybridModel(SleepReader, nn.Module):
+class SleepHybridModel(SleepingModel, nn.Module):
     """Attention and fast-weight blocks; every window sleeps N passes before it is evicted (arXiv 2605.26099)."""
 
     def __init__(self, config: HybridConfig):
@@ -58,14 +58,14 @@ class SleepHybridModel(SleepReader, nn.Module):
         return self.embed.weight
 
     @property
-    def keep_entry(self) -> bool:
+    def feed_from_input(self) -> bool:
         return self.config.loop_gate or self.config.reinject
 
-    def between_passes(self, h: Tensor, entry: Tensor | None) -> Tensor:
+    def feed(self, h: Tensor, loop_input: Tensor | None) -> Tensor:
         """What a refining pass is fed with; see `HybridConfig.loop_gate` and `reinject`."""
         if self.config.loop_gate:
-            h = entry + self.loop_gate.to(h.dtype) * (h - entry)
-        return h + entry if self.config.reinject else h
+            h = loop_input + self.loop_gate.to(h.dtype) * (h - loop_input)
+        return h + loop_input if self.config.reinject else h
 
     def predict(self, h: Tensor) -> Tensor:
         """Logits of block outputs. h `[..., hidden_size]` -> `[..., vocab_size]`."""

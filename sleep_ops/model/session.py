@@ -15,8 +15,9 @@ from torch import Tensor
 from sleep_ops import ragged
 from sleep_ops.layers.mixer import GDNState, GDNWrites
 from sleep_ops.model.sampling import check_sampling, sample
-from sleep_ops.model.sleep import SleepState
-from sleep_ops.model.sleeping import SleepReader, reader_of
+from sleep_ops.model.sleeping import SleepingModel, sleeping
+from sleep_ops.model.spans import marked
+from sleep_ops.model.state import SleepState
 from sleep_ops.ragged import Lengths
 
 FORMAT = "sleep-ops session"
@@ -32,8 +33,8 @@ class SleepSession:
     passes: N, instead of the model's own. Raises ValueError where the model can't take it.
     """
 
-    def __init__(self, model: SleepReader, passes: int | float | None = None):
-        self.model = reader_of(model)
+    def __init__(self, model: SleepingModel, passes: int | float | None = None):
+        self.model = sleeping(model)
         self._passes = self.model.settings.resolve_passes(passes)
         self.state: SleepState | None = None
         self.logits: Tensor | None = None
@@ -63,33 +64,22 @@ class SleepSession:
         state = self.model.init_state(len(lengths)) if self.state is None else self.state
         if len(state.seen) != len(lengths):
             raise ValueError(f"input_ids: expected {len(state.seen)} rows as before, got {len(lengths)}")
-        pieces: list = []
-        last = self.logits
-
-        def ends(starts: Lengths, parts: Lengths) -> list[bool]:
-            return [n > 0 and s + n == total for s, n, total in zip(starts, parts, lengths, strict=True)]
-
-        def emit(starts: Lengths, parts: Lengths, h: Tensor) -> None:
-            nonlocal last
+        last, pieces = self.logits, []
+        ends = [[0] * n + [1] for n in lengths]
+        wanted = [range(n + 1) for n in lengths] if all_logits else ends
+        reading = self.model.read(ids, lengths, state, passes=self.passes, wanted=wanted)
+        for span, h in reading:
             if all_logits:
-                pieces.append((starts, parts, self.model.predict(h)))
-            ending = ends(starts, parts)
+                pieces.append((span.starts, span.lengths, self.model.predict(h)))
+            ending = marked(ends, span.starts, span.lengths)
             if any(ending):
-                final = self.model.predict(ragged.take(h, tuple(max(n - 1, 0) for n in parts), (1,) * len(parts))[:, 0])
-                held = torch.zeros_like(final) if last is None else last
-                last = (
-                    final if all(ending) else torch.where(torch.tensor(ending, device=h.device)[:, None], final, held)
-                )
-
-        state = self.model.stack.read(
-            lambda starts, parts: self.model.embed(ragged.take(ids, starts, parts)),
-            lengths,
-            state,
-            passes=self.passes,
-            wants=lambda starts, parts: all_logits or any(ends(starts, parts)),
-            emit=emit,
-        )
-        self.state, self.logits = state, last
+                newest = tuple(max(n - 1, 0) for n in span.lengths)
+                final = self.model.predict(ragged.take(h, newest, (1,) * len(newest))[:, 0])
+                if not all(ending):
+                    before = torch.zeros_like(final) if last is None else last
+                    final = torch.where(torch.tensor(ending, device=h.device)[:, None], final, before)
+                last = final
+        self.state, self.logits = reading.state, last
         return rows.unpack(pieces)[0] if all_logits else last
 
     def step(self, token_ids: Tensor) -> Tensor:
@@ -217,14 +207,14 @@ class SleepSession:
             partial.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, model: SleepReader) -> "SleepSession":
+    def load(cls, path: str | os.PathLike, model: SleepingModel) -> "SleepSession":
         """Reads what `save` wrote, onto the model's device and no wider than its dtype.
 
         The configuration must be the model's; that its weights are those the session was read with is up to the caller.
         Raises FileNotFoundError, and ValueError for a file that is damaged, of another format or version, or of a model
         with another configuration or states of other shapes.
         """
-        model = reader_of(model)
+        model = sleeping(model)
         if not Path(path).exists():
             raise FileNotFoundError(f"path: expected a saved session, found nothing at {path}")
         try:
@@ -282,7 +272,7 @@ class SleepSession:
         return session
 
 
-def _forget_keys(state: SleepState, model: SleepReader) -> SleepState:
+def _forget_keys(state: SleepState, model: SleepingModel) -> SleepState:
     """The state of a text that has slept, without the keys and values kept from it."""
     empty = model.init_state(len(state.seen)).blocks
     blocks = (s if isinstance(s, GDNState) else e for s, e in zip(state.blocks, empty, strict=True))

@@ -2,7 +2,7 @@
 
 A window of at most L tokens is read *awake*: one pass, from which every prediction comes. When it is full it *sleeps*:
 N - 1 further passes over the window, each starting from the fast weights that the pass before left behind. Then the
-attention caches are evicted. Training, evaluation and sessions all go through `SleepStack.read`, so a text read at
+attention caches are evicted. Training, evaluation and sessions all go through one loop, `Reading`, so a text read at
 once, in chunks or token by token leaves the same state. There are two kinds of further pass.
 
 "refine" (Algorithm 1): the looped blocks run again, each time fed with the hidden states of the pass before, so what
@@ -18,9 +18,8 @@ is computed anew: attention caches, convolution tails and the other blocks stay 
 affine map of S, so the cost hardly grows with N, which may be infinite.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,134 +29,67 @@ from sleep_ops import ragged
 from sleep_ops.layers.attention import AttentionState, Segment
 from sleep_ops.layers.block import Block, BlockState
 from sleep_ops.layers.mixer import GDNState, GDNWrites
+from sleep_ops.model.config import SleepSettings
+from sleep_ops.model.spans import Span
+from sleep_ops.model.state import SleepState, each
 from sleep_ops.ragged import Lengths
 
 
-class SleepState(NamedTuple):
-    """Everything a text leaves behind, for B rows. Tensors are never changed in place; the lengths are host integers.
+class Reading:
+    """A text being read: iterating over it gives each span with the outputs of its first pass (None if not wanted).
 
-    blocks: each block's state: fast weights and convolution tail, or cached keys and values.
-    start: the GDN blocks' states when the live window began (None for attention, and where sleep replays).
-    hidden: `[B, live, hidden_size]`, what the looped blocks put out awake for the live window; None with one pass, and
-        where sleep replays. Where passes come back to it, what the loop was fed awake stands behind that in the last
-        axis.
-    writes: what the GDN blocks of the loop wrote in the live window, `[B, live, ...]` each, where sleep replays; None
-        with one pass, and for every other block.
-    seen: tokens read so far; live: those in the unfinished window; kept: keys kept from earlier windows.
-    labelled: whether the live window has had a loss token (counted for `sleep_on="unlabelled"` alone).
-    absent: places of the live window that stand empty, and make it full the sooner: left padding, where windows are cut
-        by position.
+    embed: int64 ids `[B, T]` -> `[B, T, hidden]`. ids: `[B, T]`, of which `spans` are spans. `state` is what has been
+    read leaves behind, and in the end what a continuation starts from. passes: N.
     """
 
-    blocks: tuple[BlockState, ...]
-    start: tuple[GDNState | None, ...]
-    hidden: Tensor | None
-    writes: tuple[GDNWrites | None, ...]
-    seen: Lengths
-    live: Lengths
-    kept: Lengths
-    labelled: tuple[bool, ...]
-    absent: Lengths
+    def __init__(
+        self,
+        stack: "SleepStack",
+        embed: Callable[[Tensor], Tensor],
+        ids: Tensor,
+        spans: Iterator[Span],
+        state: SleepState,
+        passes: int | float,
+    ):
+        self.stack, self.embed, self.ids, self.spans, self.state, self.passes = stack, embed, ids, spans, state, passes
 
-    def to(self, device=None, dtype: torch.dtype | None = None) -> "SleepState":
-        """The same state elsewhere, or in another dtype; fast weights stay float32, or float64 for dtype float64."""
-
-        def move(state: BlockState | GDNWrites | None) -> BlockState | GDNWrites | None:
-            if state is None:
-                return None
-            moved = type(state)(*(x.to(device=device, dtype=dtype) for x in state))
-            if isinstance(state, GDNState):
-                wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
-                moved = moved._replace(fast_weights=state.fast_weights.to(device=device, dtype=wide))
-            return moved
-
-        hidden = None if self.hidden is None else self.hidden.to(device=device, dtype=dtype)
-        blocks, start, writes = (tuple(map(move, part)) for part in (self.blocks, self.start, self.writes))
-        return self._replace(blocks=blocks, start=start, hidden=hidden, writes=writes)
-
-    def select(self, rows: Sequence[int]) -> "SleepState":
-        """The state of these rows, in this order; a row may come several times."""
-        index = ragged.tensor(rows, self.blocks[0][0].device)
-
-        def pick(part: tuple) -> tuple:
-            return tuple(s if s is None else type(s)(*(x.index_select(0, index) for x in s)) for s in part)
-
-        def chosen(values: tuple) -> tuple:
-            return tuple(values[b] for b in rows)
-
-        hidden = None if self.hidden is None else self.hidden.index_select(0, index)
-        blocks, start, writes = map(pick, (self.blocks, self.start, self.writes))
-        lengths = map(chosen, (self.seen, self.live, self.kept, self.labelled, self.absent))
-        return SleepState(blocks, start, hidden, writes, *lengths)
-
-    def detach(self) -> "SleepState":
-        """The same state, cut from the autograd graph (truncated backpropagation)."""
-        return self._each(Tensor.detach)
-
-    def recordable(self) -> "SleepState":
-        """The same state, with copies of what was made under inference_mode: autograd can't save those tensors."""
-        return self._each(lambda x: x.clone() if x.is_inference() else x)
-
-    def _each(self, function: Callable[[Tensor], Tensor]) -> "SleepState":
-        hidden = None if self.hidden is None else function(self.hidden)
-        blocks, start, writes = (_each(part, function) for part in (self.blocks, self.start, self.writes))
-        return self._replace(blocks=blocks, start=start, hidden=hidden, writes=writes)
-
-
-def _each(states: Sequence[tuple | None], function: Callable[[Tensor], Tensor]) -> tuple:
-    return tuple(s if s is None else type(s)(*map(function, s)) for s in states)
-
-
-def _select(rows: Sequence[bool], new: BlockState, old: BlockState) -> BlockState:
-    """`new` for the rows marked True, `old` for the others."""
-    if all(rows) or new is old:
-        return new
-    mask = ragged.tensor(rows, new[0].device)
-    return type(new)(*(torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, old, strict=True)))
-
-
-def _append(old: GDNWrites | None, old_lengths: Lengths, new: GDNWrites | None, lengths: Lengths) -> GDNWrites | None:
-    """Row by row, what was written before and then `new`; None where nothing is recorded."""
-    if old is None or new is None:
-        return new
-    pairs = zip(old, new, strict=True)
-    return GDNWrites(*(ragged.append(x.to(y.dtype), old_lengths, y, lengths) for x, y in pairs))
+    def __iter__(self) -> Iterator[tuple[Span, Tensor | None]]:
+        """Algorithm 1."""
+        stack, N = self.stack, self.passes
+        for span in self.spans:
+            h = self.embed(ragged.take(self.ids, span.starts, span.lengths))  # h <- Embed(c)
+            h, self.state = stack.wake(h, self.state, span, passes=N)  # pass 1: h, S <- Blocks(h, S)
+            yield span, h  # predictions and loss are made of this h alone
+            self.state = stack.sleep(self.state, passes=N, rows=span.asleep)  # passes 2..N: h, S <- Blocks(h, S)
+            self.state = stack.evict(self.state, rows=span.full)  # keys and values are forgotten, S is not
 
 
 class SleepStack:
     """The blocks of a model and the rules by which they wake, sleep and forget.
 
-    blocks: objects with the methods of `Block`. window: L tokens, or None for no eviction and no sleep. loop: first and
-    last looped block, both included. kind: of the further passes, "refine" or "replay". eviction: "hard" or "sliding".
-    conv_boundary: what convolution tail a refining pass starts from, "snapshot" (as when the window began) or "zero".
-    between: between(h, entry) is what a refining pass is fed with, of the looped blocks' outputs h and, with
-    keep_entry, what the loop was fed awake (else None); None feeds h. backprop_passes: gradients go through the last so
-    many passes of a sleep; what the first of them starts from is taken as given. None for all.
-    checkpointing: recompute every run of blocks in the backward pass instead of storing it; one unit per window and
-    pass. All replays of a block over a window are one unit, and what it replays is stored. random: blocks draw random
-    numbers (dropout), the same ones again when they are recomputed.
+    blocks: objects with the methods of `Block`; settings: the rules, see `SleepSettings`.
+    feed: feed(h, loop_input) is what a refining pass is fed with, of the looped blocks' outputs h and, with
+        feed_from_input, what the loop was fed awake (else None). None feeds h.
+    training: whether activations are checkpointed, where the settings say so. One unit is recomputed per window and
+        pass; all replays of a block over a window are one unit, and what it replays is stored.
+    random: blocks draw random numbers (dropout), the same ones again when they are recomputed.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block],
+        settings: SleepSettings,
         *,
-        window: int | None,
-        loop: tuple[int, int],
-        eviction: str,
-        kind: str = "refine",
-        conv_boundary: str = "snapshot",
-        between: Callable[[Tensor, Tensor | None], Tensor] | None = None,
-        keep_entry: bool = False,
-        backprop_passes: int | None = None,
-        checkpointing: bool = False,
+        feed: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+        feed_from_input: bool = False,
+        training: bool = False,
         random: bool = False,
     ):
-        self.blocks, self.window, self.loop, self.eviction = blocks, window, loop, eviction
-        self.kind, self.conv_boundary, self.between, self.keep_entry = kind, conv_boundary, between, keep_entry
-        self.backprop_passes = backprop_passes
-        self.checkpointing, self.random = checkpointing, random
-        looped = range(loop[0], loop[1] + 1) if kind == "replay" else ()
+        self.blocks, self.settings, self.window = blocks, settings, settings.window
+        self.feed, self.feed_from_input = feed, feed_from_input
+        self.checkpointing, self.random = settings.activation_checkpointing and training, random
+        self.loop = settings.resolve_loop(len(blocks))
+        looped = range(self.loop[0], self.loop[1] + 1) if settings.sleep_kind == "replay" else ()
         self.replayed = tuple(i for i in looped if blocks[i].fast_weights)
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> SleepState:
@@ -174,99 +106,48 @@ class SleepStack:
         if [type(s) for s in state.blocks] != kinds:
             raise ValueError(f"state: expected one of these blocks, got {[type(s).__name__ for s in state.blocks]}")
         if [s is None for s in state.start] != [s is None for s in self._starts(state.blocks)]:
-            raise ValueError(f"state: expected one of sleep_kind {self.kind!r}, got one of the other kind")
+            raise ValueError(
+                f"state: expected one of sleep_kind {self.settings.sleep_kind!r}, got one of the other kind"
+            )
         if len(state.seen) != batch_size:
             raise ValueError(f"state: expected {batch_size} rows, got {len(state.seen)}")
 
-    def read(
-        self,
-        embed: Callable[[Lengths, Lengths], Tensor],
-        lengths: Lengths,
-        state: SleepState,
-        *,
-        passes: int | float,
-        wants: Callable[[Lengths, Lengths], bool],
-        emit: Callable[[Lengths, Lengths, Tensor], None],
-        labelled: Callable[[Lengths, Lengths], Sequence[bool]] | None = None,
-        close: bool = True,
-    ) -> SleepState:
-        """Reads `lengths[b]` further tokens of every row, sleeping whenever a row's window is full.
-
-        The text is cut into segments, none of which crosses a window's end; of each, row b's part starts at `starts[b]`
-        and has `parts[b]` tokens. `embed(starts, parts)` gives its embeddings, left-aligned `[B, max(parts), hidden]`;
-        where `wants(starts, parts)`, `emit(starts, parts, h)` receives the first-pass outputs. With `labelled`, which
-        says what rows have a loss token there, windows that have one do not sleep. close=False ends with the last
-        output wanted: no later token is read, and no window sleeps that nothing wanted can see, such as a full one at
-        the end of the text.
-        """
-        starts = (0,) * len(lengths)
-        while starts != lengths:
-            left = tuple(n - s for n, s in zip(lengths, starts, strict=True))
-            if not close and not wants(starts, left):
-                break
-            parts = left
-            if self.window is not None:
-                filled = ragged.add(state.live, state.absent)
-                parts = tuple(min(n, self.window - m) for n, m in zip(left, filled, strict=True))
-            full = self._full(state, parts)
-            if labelled is not None:
-                marks = tuple(a or b for a, b in zip(state.labelled, labelled(starts, parts), strict=True))
-                state = state._replace(labelled=marks)
-            asleep = full if labelled is None else tuple(f and not m for f, m in zip(full, marks, strict=True))
-            end = ragged.add(starts, parts)
-            left = tuple(n - e for n, e in zip(lengths, end, strict=True))
-            seen = close or (end != lengths and wants(end, left))  # whether anything sees what this segment leaves
-            wanted = wants(starts, parts)
-            h, state = self.wake(embed(starts, parts), state, parts, output=wanted, passes=passes, asleep=asleep)
-            if wanted:
-                emit(starts, parts, h)
-            if seen and any(full):
-                if any(a and (close or n > 0) for a, n in zip(asleep, left, strict=True)):
-                    state = self.sleep(state, passes=passes, rows=asleep)
-                state = self.evict(state, rows=full)
-            starts = end
-        return state
-
     def wake(
-        self,
-        h: Tensor,
-        state: SleepState,
-        lengths: Lengths,
-        *,
-        output: bool,
-        passes: int | float,
-        asleep: Sequence[bool] = (),
+        self, h: Tensor, state: SleepState, span: Span, *, passes: int | float
     ) -> tuple[Tensor | None, SleepState]:
-        """The first pass over a segment that fits into the live window.
+        """The first pass over a span, which fits into the live window.
 
-        h `[B, T, hidden]` embeddings -> (outputs of the last block, or None if not wanted; the state after it).
-        `asleep` marks the rows that sleep right after it: what the sleep computes anew is left out.
+        h `[B, T, hidden]` embeddings -> (outputs of the last block, or None if not wanted; the state after it). What
+        the sleep right after it computes anew is left out.
         """
         if passes > 1:
             self._check_begun(state, passes)
+        lengths, output = span.lengths, span.wanted
         held = ragged.add(state.kept, state.live)
         live = ragged.add(state.live, lengths)
-        closed = all(self._full(state, lengths))
+        closed = all(span.full)
         segment = Segment(lengths, held, state.seen, self.window, h.device)
         blocks, hidden, begin = state.blocks, None, 0
-        refining = passes > 1 and self.kind == "refine"
+        refining = passes > 1 and self.settings.sleep_kind == "refine"
         if refining:
             first, begin = self.loop[0], self.loop[1] + 1
-            if self.keep_entry:
+            if self.feed_from_input:
                 h, blocks, _ = self._run(range(first), h, blocks, segment, output=True, closed=closed)
-            entry, rest = h, range(first if self.keep_entry else 0, begin)
+            loop_input, rest = h, range(first if self.feed_from_input else 0, begin)
             h, blocks, _ = self._run(rest, h, blocks, segment, output=True, closed=closed)
-            hidden = torch.cat([h, entry.to(h.dtype)], dim=-1) if self.keep_entry else h
+            hidden = torch.cat([h, loop_input.to(h.dtype)], dim=-1) if self.feed_from_input else h
             if state.hidden is not None:
                 hidden = ragged.append(state.hidden.to(h.dtype), state.live, hidden, lengths)
         writes = (None,) * len(self.blocks)
-        if output or not (refining and len(asleep) > 0 and all(asleep)):
+        if output or not (refining and all(span.asleep)):
             recorded = self.replayed if passes > 1 else ()
             rest = range(begin, len(self.blocks))
             h, blocks, new = self._run(rest, h, blocks, segment, output=output, closed=closed, recorded=recorded)
             writes = tuple(_append(old, state.live, w, lengths) for old, w in zip(state.writes, new, strict=True))
         seen = ragged.add(state.seen, lengths)
-        state = state._replace(blocks=blocks, hidden=hidden, writes=writes, seen=seen, live=live)
+        state = state._replace(
+            blocks=blocks, hidden=hidden, writes=writes, seen=seen, live=live, labelled=span.labelled
+        )
         return h if output else None, state
 
     def sleep(self, state: SleepState, *, passes: int | float, rows: Sequence[bool]) -> SleepState:
@@ -277,7 +158,11 @@ class SleepStack:
         if passes == 1 or not any(rows):
             return state
         self._check_begun(state, passes)
-        return self._replay(state, passes, rows) if self.kind == "replay" else self._refine(state, passes, rows)
+        return (
+            self._replay(state, passes, rows)
+            if self.settings.sleep_kind == "replay"
+            else self._refine(state, passes, rows)
+        )
 
     def _replay(self, state: SleepState, passes: int | float, rows: Sequence[bool]) -> SleepState:
         # Without the rows that stay awake: theirs need not converge, and would be for nothing.
@@ -303,22 +188,23 @@ class SleepStack:
         first, last = self.loop
         if not any(self._outlives(i, True) for i in range(first, len(self.blocks))):
             return state
-        h, entry = state.hidden.chunk(2, dim=-1) if self.keep_entry else (state.hidden, None)
+        h, loop_input = state.hidden.chunk(2, dim=-1) if self.feed_from_input else (state.hidden, None)
         blocks = list(state.blocks)
-        given = 0 if self.backprop_passes is None else passes - self.backprop_passes  # no gradient through these passes
-        begun = tuple(n - m for n, m in zip(state.seen, state.live, strict=True))
+        most = self.settings.backprop_passes
+        given = 0 if most is None else passes - most  # no gradient goes through so many passes
+        begun = ragged.subtract(state.seen, state.live)
         segment = Segment(state.live, state.kept, begun, self.window, h.device)
         after = range(last + 1, len(self.blocks))
         refine_after = any(self._outlives(i, True) for i in after)
         for n in range(2, passes + 1):
             if n == given + 1:
                 h = h.detach()
-                blocks[first : last + 1] = _each(blocks[first : last + 1], Tensor.detach)
+                blocks[first : last + 1] = each(blocks[first : last + 1], Tensor.detach)
             for i in range(first, last + 1):
                 blocks[i] = self._pass_start(i, blocks[i], state)
             output = n < passes or refine_after
             with torch.no_grad() if n <= given else nullcontext():
-                h = h if self.between is None else self.between(h, entry)
+                h = h if self.feed is None else self.feed(h, loop_input)
                 h, run, _ = self._run(range(first, last + 1), h, tuple(blocks), segment, output=output, closed=True)
             blocks = list(run)
         if refine_after:
@@ -333,8 +219,10 @@ class SleepStack:
 
     def evict(self, state: SleepState, *, rows: Sequence[bool]) -> SleepState:
         """Ends the live window of the rows marked True and forgets what the eviction rule says."""
+        if not any(rows):
+            return state
         held = ragged.add(state.kept, state.live)
-        limit = self.window - 1 if self.eviction == "sliding" else 0
+        limit = self.window - 1 if self.settings.eviction == "sliding" else 0
         kept = tuple(min(limit, n) if r else k for r, n, k in zip(rows, held, state.kept, strict=True))
         live = tuple(0 if r else n for r, n in zip(rows, state.live, strict=True))
         hold = ragged.add(kept, live)
@@ -398,33 +286,44 @@ class SleepStack:
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=self.random)
         return function(*arguments)
 
-    def _full(self, state: SleepState, lengths: Lengths) -> tuple[bool, ...]:
-        """Which rows' live windows are full after `lengths` further tokens."""
-        filled = zip(state.live, lengths, state.absent, strict=True)
-        return tuple(sum(parts) == self.window for parts in filled)
-
     def _check_begun(self, state: SleepState, passes: int | float) -> None:
         """Raises ValueError unless what further passes start from has been kept since the live window began."""
-        refine = self.kind == "refine"
+        refine = self.settings.sleep_kind == "refine"
         missing = state.hidden is None if refine else any(state.writes[i] is None for i in self.replayed)
         if missing and max(state.live) > 0:
             raise ValueError(f"passes: expected 1, with which the live window was begun, got {passes}")
 
     def _outlives(self, i: int, closed: bool) -> bool:
         """Whether later tokens see block i's state once this run is over (`closed`: the run ends the window)."""
-        return self.blocks[i].fast_weights or not closed or self.eviction == "sliding"
+        return self.blocks[i].fast_weights or not closed or self.settings.eviction == "sliding"
 
     def _pass_start(self, i: int, current: BlockState, state: SleepState) -> BlockState:
         """Block i's state at the start of a further pass: fast weights carried on, this window's keys forgotten."""
         if not self.blocks[i].fast_weights:
             return self._kept_keys(state.blocks[i], state)
         tail = state.start[i].conv_tail
-        return current._replace(conv_tail=tail if self.conv_boundary == "snapshot" else torch.zeros_like(tail))
+        return current._replace(conv_tail=tail if self.settings.conv_boundary == "snapshot" else torch.zeros_like(tail))
 
     def _kept_keys(self, cache: AttentionState, state: SleepState) -> AttentionState:
         return AttentionState(*(ragged.take(x, (0,) * len(state.kept), state.kept) for x in cache))
 
     def _starts(self, blocks: Sequence[BlockState]) -> tuple[GDNState | None, ...]:
         """Those of the states at the start of a window to which refining passes return."""
-        refine = self.kind == "refine"
+        refine = self.settings.sleep_kind == "refine"
         return tuple(s if refine and b.fast_weights else None for b, s in zip(self.blocks, blocks, strict=True))
+
+
+def _select(rows: Sequence[bool], new: BlockState, old: BlockState) -> BlockState:
+    """`new` for the rows marked True, `old` for the others."""
+    if all(rows) or new is old:
+        return new
+    mask = ragged.tensor(rows, new[0].device)
+    return type(new)(*(torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, old, strict=True)))
+
+
+def _append(old: GDNWrites | None, old_lengths: Lengths, new: GDNWrites | None, lengths: Lengths) -> GDNWrites | None:
+    """Row by row, what was written before and then `new`; None where nothing is recorded."""
+    if old is None or new is None:
+        return new
+    pairs = zip(old, new, strict=True)
+    return GDNWrites(*(ragged.append(x.to(y.dtype), old_lengths, y, lengths) for x, y in pairs))

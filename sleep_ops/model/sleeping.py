@@ -9,7 +9,9 @@ from torch import Tensor
 
 from sleep_ops import ragged
 from sleep_ops.model.config import SleepSettings
-from sleep_ops.model.sleep import SleepStack, SleepState
+from sleep_ops.model.sleep import Reading, SleepStack
+from sleep_ops.model.spans import Counts, Span, marked, spans
+from sleep_ops.model.state import SleepState
 from sleep_ops.ragged import Lengths, Rows
 from sleep_ops.validation import check_choice, expect
 
@@ -29,24 +31,25 @@ class SleepOutput(NamedTuple):
     positions: Tensor | None
 
 
-class Reading(NamedTuple):
+class Plan(NamedTuple):
     """A checked call: what the host decides by, and what the device computes from.
 
-    rows: where the tokens stand. ids: `[rows, max(lengths)]`. labels: int64 likewise, or None; counted: bool likewise,
-    the positions whose loss is taken. has_loss: a host function of (starts, parts), which rows have loss there;
-    loss_tokens: how many positions have. passes, state, all_logits, return_state: as in `SleepReader.forward`,
-    resolved. absent: places of each row's first window that padding takes up.
+    rows: where the tokens stand. ids: `[rows, max(lengths)]`.
+    labels: int64 likewise, or None; counted: bool likewise, the positions whose loss is taken.
+    loss: counts of the tokens with loss, see `spans`; loss_tokens: how many there are.
+    passes, state, all_logits, return_state: as in `SleepingModel.forward`, resolved.
+    padded: places of each row's first window that padding takes up.
     """
 
     rows: Rows
     ids: Tensor
     labels: Tensor | None
     counted: Tensor | None
-    has_loss: Callable[[Lengths, Lengths], list[bool]]
+    loss: Counts
     loss_tokens: int
     passes: int | float
     state: SleepState | None
-    absent: Lengths
+    padded: Lengths
     all_logits: bool
     return_state: bool
 
@@ -62,7 +65,7 @@ _FREE = (
 )
 
 
-class SleepReader:
+class SleepingModel:
     """What a model made of blocks gains by sleeping. A class that has it also has
 
     settings: its `SleepSettings`. sleep_blocks: the blocks, first one first, with the methods of `layers.block.Block`.
@@ -75,27 +78,37 @@ class SleepReader:
     vocab_size: int
     embedding_weight: Tensor
     training: bool
-    between_passes: Callable[[Tensor, Tensor | None], Tensor] | None = None  # see `SleepStack`
-    keep_entry = False
+    feed: Callable[[Tensor, Tensor | None], Tensor] | None = None  # see `SleepStack`
+    feed_from_input = False
     random_blocks = False  # whether blocks draw random numbers, as dropout does
 
     @property
     def stack(self) -> SleepStack:
         """The blocks with these settings' sleep rules."""
-        s = self.settings
         return SleepStack(
             self.sleep_blocks,
-            window=s.window,
-            loop=s.resolve_loop(len(self.sleep_blocks)),
-            eviction=s.eviction,
-            kind=s.sleep_kind,
-            conv_boundary=s.conv_boundary,
-            between=self.between_passes,
-            keep_entry=self.keep_entry,
-            backprop_passes=s.backprop_passes,
-            checkpointing=s.activation_checkpointing and self.training,
+            self.settings,
+            feed=self.feed,
+            feed_from_input=self.feed_from_input,
+            training=self.training,
             random=self.random_blocks,
         )
+
+    def read(
+        self,
+        ids: Tensor,
+        lengths: Lengths,
+        state: SleepState,
+        *,
+        passes: int | float,
+        wanted: Counts,
+        loss: Counts | None = None,
+        close: bool = True,
+    ) -> Reading:
+        """Algorithm 1 over ids `[rows, max(lengths)]` from `state`; the other arguments are those of `spans`."""
+        filled, window = ragged.add(state.live, state.absent), self.settings.window
+        cut = spans(lengths, window, filled=filled, labelled=state.labelled, wanted=wanted, loss=loss, close=close)
+        return Reading(self.stack, self.embed, ids, cut, state, passes)
 
     def init_state(self, batch_size: int) -> SleepState:
         """The state before the first token."""
@@ -158,7 +171,7 @@ class SleepReader:
         Raises ValueError naming the argument for wrong shapes, dtypes or values, for labels without a loss token, and
         for passes=math.inf where a window's replays don't converge.
         """
-        reading = self.plan(
+        plan = self.plan(
             input_ids,
             labels,
             loss_mask,
@@ -170,7 +183,7 @@ class SleepReader:
             all_logits=all_logits,
             return_state=return_state,
         )
-        return self.run(reading)
+        return self.run(plan)
 
     def plan(
         self,
@@ -186,7 +199,7 @@ class SleepReader:
         all_logits: bool | None = None,
         return_state: bool = True,
         may_lack_loss: bool = False,
-    ) -> Reading:
+    ) -> Plan:
         """The first half of a call, with the arguments and errors of `forward`.
 
         Checks, and works out all that the host must know. may_lack_loss: labels without a loss token are no error; it
@@ -196,9 +209,9 @@ class SleepReader:
         """
         rows, ids = self.rows(input_ids, attention_mask, cu_seqlens)
         check_choice("windows_by", windows_by, ("tokens", "positions"))
-        absent = (0,) * len(rows.lengths)
+        padded = (0,) * len(rows.lengths)
         if windows_by == "positions":
-            absent = self._absent(rows, attention_mask, cu_seqlens, state)
+            padded = self._padded(rows, attention_mask, cu_seqlens, state)
         self._check(tuple(input_ids.shape), labels, loss_mask)
         passes = self.settings.resolve_passes(passes)
         if state is not None:
@@ -210,7 +223,8 @@ class SleepReader:
         if labels is not None and (loss_mask is None or loss_mask.device == labels.device):
             real = labels != -100
             loss_mask = real if loss_mask is None else real & loss_mask.bool()
-        has_loss, loss_tokens = rows.marks(loss_mask)
+        loss = rows.counts(loss_mask)
+        loss_tokens = sum(row[-1] for row in loss)
         counted = None
         if labels is not None:
             expect(loss_tokens > 0 or may_lack_loss, "labels", "at least one loss token", "none")
@@ -220,11 +234,9 @@ class SleepReader:
                 expected = f"0 to {self.vocab_size - 1}, or -100"
                 expect(bool(valid.all()), "labels", expected, labels[~valid][:1].tolist())
             counted = rows.pack(ragged.send(loss_mask.bool(), ids.device))
-        return Reading(
-            rows, ids, labels, counted, has_loss, loss_tokens, passes, state, absent, all_logits, return_state
-        )
+        return Plan(rows, ids, labels, counted, loss, loss_tokens, passes, state, padded, all_logits, return_state)
 
-    def run(self, reading: Reading, predict: Callable[[Tensor], Tensor] | None = None) -> SleepOutput:
+    def run(self, plan: Plan, predict: Callable[[Tensor], Tensor] | None = None) -> SleepOutput:
         """The second half: the work, queued without waiting for the device (but to check math.inf passes).
 
         predict: what makes the output's `logits` of the last block's outputs, instead of this model's own.
@@ -232,39 +244,32 @@ class SleepReader:
         Where all rows are full, in phase and alike in which of their windows sleep, nothing is copied from the host
         either, so a CUDA graph can capture this and its backward.
         """
-        rows, ids = reading.rows, reading.ids
-        targets = None if reading.labels is None else reading.labels.masked_fill(~reading.counted, -100)
-        state = reading.state
+        rows, state, loss = plan.rows, plan.state, None
         if state is None:
-            state = self.init_state(len(rows.lengths))._replace(absent=reading.absent)
-        pieces, losses = [], []
+            state = self.init_state(len(rows.lengths))._replace(absent=plan.padded)
         predict = self.predict if predict is None else predict
-
-        def emit(starts: Lengths, parts: Lengths, h: Tensor) -> None:
-            logits = predict(h)
-            pieces.append((starts, parts, logits))
-            if targets is not None and any(reading.has_loss(starts, parts)):
-                target = ragged.take(targets, starts, parts)
-                if not ragged.uniform(parts):
-                    target = target.masked_fill(~rows.real(parts, h.device), -100)
-                exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                losses.append(F.cross_entropy(exact.flatten(0, 1), target.flatten(), reduction="sum"))
-
-        state = self.stack.read(
-            lambda starts, parts: self.embed(ragged.take(ids, starts, parts)),
+        reading = self.read(
+            plan.ids,
             rows.lengths,
             state,
-            passes=reading.passes,
-            wants=lambda starts, parts: reading.all_logits or any(reading.has_loss(starts, parts)),
-            emit=emit,
-            labelled=reading.has_loss if self.settings.sleep_on == "unlabelled" else None,
-            close=reading.return_state,
+            passes=plan.passes,
+            wanted=[range(n + 1) for n in rows.lengths] if plan.all_logits else plan.loss,
+            loss=plan.loss if self.settings.sleep_on == "unlabelled" else None,
+            close=plan.return_state,
         )
+        pieces, losses = [], []
+        for span, h in reading:
+            if span.wanted:
+                logits = predict(h)
+                pieces.append((span.starts, span.lengths, logits))
+                if plan.labels is not None and any(marked(plan.loss, span.starts, span.lengths)):
+                    losses.append(_loss(plan, span, logits))
         logits, positions = rows.unpack(pieces)
-        loss = None if targets is None else sum(losses) / reading.loss_tokens
-        return SleepOutput(logits, loss, state if reading.return_state else None, positions)
+        if plan.labels is not None:
+            loss = sum(losses) / plan.loss_tokens
+        return SleepOutput(logits, loss, reading.state if plan.return_state else None, positions)
 
-    def _absent(self, rows: Rows, mask: Tensor | None, cu_seqlens: Tensor | None, state: SleepState | None) -> Lengths:
+    def _padded(self, rows: Rows, mask: Tensor | None, cu_seqlens: Tensor | None, state: SleepState | None) -> Lengths:
         """How many columns of the window in which each row's first real token stands are padding."""
         expect(cu_seqlens is None, "cu_seqlens", "None with windows_by 'positions'", "a tensor")
         expect(state is None, "state", "None with windows_by 'positions'", "a state")
@@ -289,13 +294,22 @@ class SleepReader:
             expect(labels.device == device, "labels", f"a tensor on {device}", str(labels.device))
 
 
+def _loss(plan: Plan, span: Span, logits: Tensor) -> Tensor:
+    """The span's cross-entropy, summed over its tokens with loss; logits `[rows, max(span.lengths), vocab_size]`."""
+    targets, counted = (ragged.take(x, span.starts, span.lengths) for x in (plan.labels, plan.counted))
+    if not ragged.uniform(span.lengths):
+        counted = counted & plan.rows.real(span.lengths, logits.device)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(exact.flatten(0, 1), targets.masked_fill(~counted, -100).flatten(), reduction="sum")
+
+
 def _readable(x: Tensor) -> bool:
     """Whether the host can look at values without waiting for a device or leaving a compiled graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def reader_of(model: object) -> SleepReader:
+def sleeping(model: object) -> SleepingModel:
     """The model itself, or what `sleepify` gave a model of another library. ValueError for one that does not sleep."""
-    reader = model if isinstance(model, SleepReader) else getattr(model, "sleep", None)
-    expect(isinstance(reader, SleepReader), "model", "one that sleeps (see sleepify)", type(model).__name__)
+    reader = model if isinstance(model, SleepingModel) else getattr(model, "sleep", None)
+    expect(isinstance(reader, SleepingModel), "model", "one that sleeps (see sleepify)", type(model).__name__)
     return reader

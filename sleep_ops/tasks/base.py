@@ -17,7 +17,7 @@ class Batch(NamedTuple):
     loss_mask       bool [B, T]; where the loss is taken. Always on the CPU: which windows sleep is decided from it, and
                     a copy on the device would have to be waited for.
     attention_mask  bool [B, T], which tokens are real; None where all are.
-    windows_by      "tokens" or "positions": what fills a window, see `SleepReader.forward`.
+    windows_by      "tokens" or "positions": what fills a window, see `SleepingModel.forward`.
     """
 
     input_ids: torch.Tensor

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from sleep_ops.adapters.hf import inputs
-from sleep_ops.model.sleep import SleepState
+from sleep_ops.model.state import SleepState
 from sleep_ops.validation import expect
 
 
@@ -110,7 +110,7 @@ def forward(
     targets = inputs.shifted(labels, shift_labels, input_ids)
     if all_logits is None:
         all_logits = targets is None or not self.training or isinstance(logits_to_keep, Tensor) or logits_to_keep > 0
-    reading = self.sleep.plan(
+    plan = self.sleep.plan(
         input_ids,
         targets,
         loss_mask,
@@ -123,11 +123,11 @@ def forward(
         return_state=return_state,
         may_lack_loss=num_items_in_batch is not None,
     )
-    nothing = targets is not None and reading.loss_tokens == 0
+    nothing = targets is not None and plan.loss_tokens == 0
     if nothing:
         all_logits = True
-        reading = reading._replace(labels=None, counted=None, all_logits=True)
-    read = self.sleep.run(reading)
+        plan = plan._replace(labels=None, counted=None, all_logits=True)
+    read = self.sleep.run(plan)
     loss = read.loss
     if nothing:
         # One of several batches that count together may have no label; its gradients are zeros, which other ranks wait
@@ -135,7 +135,7 @@ def forward(
         loss = torch.zeros_like(read.logits, dtype=torch.float32).mul(read.logits).sum()
         loss = loss if self.training else loss / num_items_in_batch
     elif loss is not None and num_items_in_batch is not None:
-        loss = loss * reading.loss_tokens / num_items_in_batch
+        loss = loss * plan.loss_tokens / num_items_in_batch
     logits, positions = read.logits, read.positions
     if all_logits:
         kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
@@ -181,7 +181,7 @@ def backbone_forward(
     told = loss_mask is not None or self.sleep.settings.sleep_on == "every"
     where = "a mask of the loss tokens (zeros for none) where the backbone is called by itself and sleep_on is"
     expect(told, "loss_mask", f"{where} 'unlabelled'; or call the model, with labels", None)
-    reading = self.sleep.plan(
+    plan = self.sleep.plan(
         input_ids,
         None,
         loss_mask,
@@ -193,6 +193,6 @@ def backbone_forward(
         all_logits=True,
         return_state=return_state,
     )
-    read = self.sleep.run(reading, predict=self.model.norm)
+    read = self.sleep.run(plan, predict=self.model.norm)
     output = SleepBackboneOutput(last_hidden_state=read.logits, state=read.state)
     return output.to_tuple() if return_dict is False else output

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from sleep_ops.model.sleep import SleepState
+from sleep_ops.model.state import SleepState
 from sleep_ops.validation import expect
 
 _IGNORED = ("use_cache", "return_dict", "cu_seq_lens_k", "max_length_q", "max_length_k")

@@ -1,4 +1,4 @@
-"""What `SleepReader` asks of a model, answered for a transformers causal language model."""
+"""What `SleepingModel` asks of a model, answered for a transformers causal language model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,11 +12,11 @@ from sleep_ops.adapters.hf.cache import ATTENTION
 from sleep_ops.adapters.hf.sharded import check_gathered, gathered
 from sleep_ops.layers.attention import Segment
 from sleep_ops.model.config import SleepSettings
-from sleep_ops.model.sleeping import SleepReader
+from sleep_ops.model.sleeping import SleepingModel
 from sleep_ops.validation import expect
 
 
-class HFReader(SleepReader):
+class HFReader(SleepingModel):
     """Reads texts with the parts of `model`: its embedding, layers, final norm and head.
 
     The blocks are the model's layers, each followed by the fast-weight block inserted after it, if there is one. They

@@ -1,0 +1,79 @@
+"""How a text is cut into spans, none of which crosses the end of a window: integers on the host, no tensors."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeAlias
+
+from sleep_ops import ragged
+from sleep_ops.ragged import Lengths
+
+Counts: TypeAlias = Sequence[Sequence[int]]  # of each row: how many of its first t tokens are marked, for t = 0, ..., n
+
+
+class Span(NamedTuple):
+    """A stretch of all rows: of row b, `lengths[b]` tokens from `starts[b]` on.
+
+    wanted: whether anything asks for its outputs.
+    full: the rows whose window ends with it, and is evicted.
+    asleep: those of them that sleep before that.
+    labelled: the rows whose window has had a token with loss, this span included.
+    """
+
+    starts: Lengths
+    lengths: Lengths
+    wanted: bool
+    full: tuple[bool, ...]
+    asleep: tuple[bool, ...]
+    labelled: tuple[bool, ...]
+
+
+def marked(counts: Counts, starts: Lengths, lengths: Lengths) -> list[bool]:
+    """Of each row: whether any of its `lengths[b]` tokens from `starts[b]` on is marked."""
+    return [row[s + n] > row[s] for row, s, n in zip(counts, starts, lengths, strict=True)]
+
+
+def spans(
+    lengths: Lengths,
+    window: int | None,
+    *,
+    filled: Lengths,
+    labelled: Sequence[bool],
+    wanted: Counts,
+    loss: Counts | None = None,
+    close: bool = True,
+) -> Iterator[Span]:
+    """The spans of a text of `lengths[b]` tokens a row, in order.
+
+    window: L tokens, None for no end. filled: places of each row's live window that are taken already.
+    wanted: counts of the tokens whose outputs are asked for.
+    loss: counts of those with loss, where windows that have one do not sleep; None where every full window sleeps.
+    labelled: rows whose live window has had one before.
+    close: False ends with the last output wanted. No later token is read, and no window is evicted, or sleeps, that
+    nothing wanted comes after.
+    """
+    starts = (0,) * len(lengths)
+    while starts != lengths:
+        left = ragged.subtract(lengths, starts)
+        if not close and not any(marked(wanted, starts, left)):
+            return
+        parts = left if window is None else tuple(min(n, window - m) for n, m in zip(left, filled, strict=True))
+        end, filled = ragged.add(starts, parts), ragged.add(filled, parts)
+        full = tuple(n == window for n in filled)
+        asleep = full
+        if loss is not None:
+            labelled = tuple(a or b for a, b in zip(labelled, marked(loss, starts, parts), strict=True))
+            asleep = tuple(f and not m for f, m in zip(full, labelled, strict=True))
+        left = ragged.subtract(lengths, end)
+        followed = close or any(marked(wanted, end, left))
+        awaited = followed and any(a and (close or n > 0) for a, n in zip(asleep, left, strict=True))
+        nobody = (False,) * len(lengths)
+        yield Span(
+            starts,
+            parts,
+            any(marked(wanted, starts, parts)),
+            full if followed else nobody,
+            asleep if awaited else nobody,
+            tuple(labelled),
+        )
+        filled = tuple(0 if f else n for f, n in zip(full, filled, strict=True))
+        labelled = tuple(m and not f for f, m in zip(full, labelled, strict=True))
+        starts = end
