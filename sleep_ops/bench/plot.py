@@ -103,7 +103,7 @@ def _plot_lines(
     horizontal: tuple[str, str],
     line: str,
 ) -> None:
-    """A row of panels per value of `group`, a line per value of `line`, on logarithmic axes.
+    """A row of panels per value of `group`, a line per value of `line`, on logarithmic axes where there is anything.
 
     horizontal: column and label of the x axis. Bands are the 20th to 80th percentile of the times.
     """
@@ -126,8 +126,10 @@ def _plot_lines(
                 if panel.column == "ms_median":
                     low, high = ([row[key] for row in found] for key in TIMES[1:])
                     axes.fill_between(x, low, high, color=colours[one], alpha=0.2, linewidth=0)
-            axes.set(xlabel=label, title=panel.title, yscale="log")
-            axes.set_xscale("log", base=2)
+            axes.set(xlabel=label, title=panel.title)
+            if any((line.get_ydata() > 0).any() for line in axes.lines):
+                axes.set_xscale("log", base=2)
+                axes.set_yscale("log")
             axes.grid(alpha=0.3, which="both")
             axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
