@@ -11,6 +11,8 @@ import argparse
 import random
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -173,23 +175,35 @@ def fault(seed: int) -> str:
     return ""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def search(draw: Callable[[int], dict], fault: Callable[[int], str], about: str, entries: Sequence[str] = ()) -> None:
+    """The command line of a fuzz: cases of fault(seed), one seed after another; a fault is printed with draw(seed).
+
+    entries: what `draw` gives as "entry", of which --only chooses one.
+    """
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--first", type=int, default=0)
+    if entries:
+        parser.add_argument("--only", choices=entries)
     given = parser.parse_args()
-    begin, seed, faults = time.process_time(), given.first, 0
+    only = getattr(given, "only", None)
+    begin, seed, cases, faults = time.process_time(), given.first, Counter(), 0
     while time.process_time() - begin < given.seconds:
-        try:
-            why = fault(seed)
-        except Exception as error:  # whatever it is, it is a fault
-            why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        if why:
-            faults += 1
-            print(f"seed {seed}: {why}\n    {draw(seed)}", flush=True)
+        case = draw(seed)
+        entry = case.get("entry", "all")
+        if only is None or entry == only:
+            try:
+                why = fault(seed)
+            except Exception as error:  # whatever it is, it is a fault
+                why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            cases[entry] += 1
+            if why:
+                faults += 1
+                print(f"seed {seed}: {why}\n    {case}", flush=True)
         seed += 1
-    print(f"{seed - given.first} cases from seed {given.first} on, {faults} faults")
+    parts = f" ({', '.join(f'{n} {name}' for name, n in sorted(cases.items()))})" if entries else ""
+    print(f"{cases.total()} cases{parts} from seed {given.first} to {seed - 1}, {faults} faults")
 
 
 if __name__ == "__main__":
-    main()
+    search(draw, fault, __doc__.splitlines()[0])
