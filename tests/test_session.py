@@ -337,3 +337,20 @@ def test_bad_input_names_the_argument_and_changes_nothing(name, call):
     with pytest.raises(ValueError, match=f"^{name}:"):
         call(session)
     assert session.state is before
+
+
+@pytest.mark.parametrize("layers", (("gdn",), ("attn", "gdn")), ids=str)
+def test_a_selected_row_sleeps_as_it_does_alone(layers):
+    """Though others of its batch had read more."""
+    model = tiny(layers=layers, passes=2)
+    ids = tokens(2, 3)
+    both, alone = SleepSession(model), SleepSession(model)
+    both.read(ids, torch.tensor([[1, 1, 1], [1, 0, 0]]))
+    alone.read(ids[1:, :1])
+    one = both.select([1])
+    for session in (one, alone):
+        session.sleep()
+    for mine, own in zip(one.state.blocks, alone.state.blocks, strict=True):
+        for a, b in zip(mine, own, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(one.read(ids[:1]), alone.read(ids[:1]), rtol=1e-9, atol=1e-9)

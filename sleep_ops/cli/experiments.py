@@ -1,6 +1,5 @@
 """The paper's figures and the tasks' data: `sleep-ops sweep`, `plot` and `data`."""
 
-import csv
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -90,6 +89,8 @@ def plot(
         from sleep_ops.training.checkpoint import check_file
 
         chosen, place = load_figure(figure, preset), out or Path("runs") / f"{figure}-{preset}"
+        if image is not None and not image.suffix:
+            raise ValueError(f"image: expected a name that ends in .png, .pdf or .svg, got {image}")
         if chosen.kind == "throughput":
             check_file("image", image := image or place / "train.png", "figure")
             _draw_throughput(place, image)
@@ -184,12 +185,13 @@ def _throughput(console: Console, figure, changes: dict, out: Path) -> None:
 def _draw_throughput(place: Path, image: Path) -> None:
     """Draws again what `bench train` measured."""
     from sleep_ops.bench.plot import plot_training
+    from sleep_ops.training.logs import read_table
 
     table = place / "train.csv"
     if not table.is_file():
         raise ValueError(f"out: expected the folder of a sweep, with train.csv, got {str(place)!r}")
-    with table.open(newline="") as file:
-        rows = [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    needed = ("preset", "provider", "mode", "checkpointing", "window", "passes", "tokens_per_second", "peak_mib")
+    rows = [{name: _number(text) for name, text in row.items()} for row in read_table(table, *needed)]
     image.parent.mkdir(parents=True, exist_ok=True)
     plot_training(rows, image)
 

@@ -123,7 +123,12 @@ def _parameters(task: type) -> list[inspect.Parameter]:
         made.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
 
     add("preset", str, "paper, small or tiny: what the other options leave open.", RUN, "paper")
-    add("baseline", str | None, "In place of N passes: depth, loop, repeat, state or full (see docs/command-line.md).", RUN)
+    add(
+        "baseline",
+        str | None,
+        "Instead of N passes: depth, loop, repeat, state or full (docs/command-line.md).",
+        RUN,
+    )
     add("passes", str | None, "Passes per sleep, N; 1 is the ordinary hybrid, inf is for replay.", MODEL)
     hints, help = get_type_hints(task), task_help(task)
     own = {name for name, *_ in _SETTINGS}

@@ -29,9 +29,10 @@ _LABELS = {
 
 def plot(figure: Figure, out: Path, path: Path) -> None:
     """Draws `figure` from the sweep in the folder `out` into the image `path`. ValueError for a table of another's."""
-    rows = read_results(out)
-    found = {row["figure"] for row in rows}
+    found = {row["figure"] for row in read_results(out)}
     expect(found == {figure.name}, "out", f"the sweep of {figure.name}", ", ".join(sorted(found)))
+    values = () if figure.x == "level" else (figure.x, figure.metric)
+    rows = read_results(out, *dict.fromkeys((*figure.grid, *figure.series, *values)))
     curves = figure.kind == "train"
     image, axes = plt.subplots(1, 1 + curves, figsize=(6.4 * (1 + curves), 4.4), squeeze=False, layout="constrained")
     _against_x(axes[0, 0], figure, rows)
@@ -84,7 +85,7 @@ def _against_x(axes, figure: Figure, rows: list[dict[str, str]]) -> None:
 
 def _against_tokens(axes, figure: Figure, rows: list[dict[str, str]], out: Path) -> None:
     for row in rows:
-        curve = read_csv(out / row["run"] / EVAL_FILE)
+        curve = read_csv(out / row["run"] / EVAL_FILE, "tokens", figure.metric)
         x, y = ([point[key] for point in curve] for key in ("tokens", figure.metric))
         axes.plot(x, y, label=_label(figure, row, tuple(figure.grid)))
     run = RunConfig.load(out / rows[-1]["run"])

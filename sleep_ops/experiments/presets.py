@@ -29,8 +29,8 @@ def read_toml(*path: str) -> dict:
     *folders, name = path
     place = files("sleep_ops.experiments").joinpath(*folders)
     file = place.joinpath(f"{name}.toml")
-    if not file.is_file():
-        found = sorted(f.name.removesuffix(".toml") for f in place.iterdir() if f.name.endswith(".toml"))
+    found = sorted(f.name.removesuffix(".toml") for f in place.iterdir() if f.name.endswith(".toml"))
+    if name not in found:
         raise ValueError(f"{folders[-1].removesuffix('s')}: expected one of {tuple(found)}, got {name!r}")
     return tomllib.loads(file.read_text(encoding="utf-8"))
 

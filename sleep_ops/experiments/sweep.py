@@ -1,6 +1,5 @@
 """`sleep-ops sweep`: the runs of a figure, one after another, each taken up where it stands; and their table."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,19 +10,18 @@ from sleep_ops.experiments.figures import Figure
 from sleep_ops.experiments.presets import preset, run_config, set_value
 from sleep_ops.training import RunConfig, Trainer, TrainResult
 from sleep_ops.training.checkpoint import check_folder
-from sleep_ops.training.logs import read_csv, write_csv
+from sleep_ops.training.logs import read_csv, read_table, write_csv
 from sleep_ops.training.trainer import EVAL_FILE
 from sleep_ops.validation import expect
 
 RESULTS_FILE, CURVES_FILE = "results.csv", "curves.csv"
 
 
-def read_results(out: Path) -> list[dict[str, str]]:
-    """The rows of a sweep's table. ValueError where there is none."""
+def read_results(out: Path, *columns: str) -> list[dict[str, str]]:
+    """The rows of a sweep's table. ValueError where there is none, or none with these columns."""
     path = Path(out) / RESULTS_FILE
     expect(path.is_file(), "out", f"the folder of a sweep, with {RESULTS_FILE}", str(out))
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_table(path, "figure", "preset", "run", *columns)
 
 
 class Results:

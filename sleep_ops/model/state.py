@@ -57,17 +57,21 @@ class SleepState(NamedTuple):
     def select(self, rows: Sequence[int]) -> "SleepState":
         """The state of these rows, in this order; a row may come several times."""
         index = ragged.tensor(rows, self.blocks[0][0].device)
+        seen, live, kept, labelled, absent = (
+            tuple(values[b] for b in rows) for values in (self.seen, self.live, self.kept, self.labelled, self.absent)
+        )
+        held = ragged.add(kept, live)
 
-        def pick(part: tuple) -> tuple:
-            return tuple(s if s is None else type(s)(*(x.index_select(0, index) for x in s)) for s in part)
+        def pick(x: Tensor, width: int | None = None) -> Tensor:
+            return x.index_select(0, index)[:, :width]  # no wider than the longest of these rows
 
-        def chosen(values: tuple) -> tuple:
-            return tuple(values[b] for b in rows)
+        def picked(s: tuple | None, width: int | None = None) -> tuple | None:
+            return s if s is None else type(s)(*(pick(x, width) for x in s))
 
-        hidden = None if self.hidden is None else self.hidden.index_select(0, index)
-        blocks, start, writes = map(pick, (self.blocks, self.start, self.writes))
-        lengths = map(chosen, (self.seen, self.live, self.kept, self.labelled, self.absent))
-        return SleepState(blocks, start, hidden, writes, *lengths)
+        blocks = tuple(picked(s, None if isinstance(s, GDNState) else max(held)) for s in self.blocks)
+        hidden = None if self.hidden is None or max(live) == 0 else pick(self.hidden, max(live))
+        writes = tuple(None if max(live) == 0 else picked(w, max(live)) for w in self.writes)
+        return SleepState(blocks, tuple(map(picked, self.start)), hidden, writes, seen, live, kept, labelled, absent)
 
     def detach(self) -> "SleepState":
         """The same state, cut from the autograd graph (truncated backpropagation)."""

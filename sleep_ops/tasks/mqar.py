@@ -41,7 +41,8 @@ class MQAR:
     metric: ClassVar[str] = "per_label"
 
     def __post_init__(self):
-        check_integers(self, num_pairs=1, num_queries=1, window=1, vocab_size=2 * self.num_pairs)
+        check_integers(self, num_pairs=1, num_queries=1, window=1)
+        check_integers(self, vocab_size=2 * self.num_pairs)
         if self.num_queries > self.num_pairs:
             raise ValueError(f"num_queries: expected at most num_pairs = {self.num_pairs}, got {self.num_queries}")
         if self.context % self.window:

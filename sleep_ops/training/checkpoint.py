@@ -158,9 +158,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 raise CheckpointError(f"{path / name}: damaged (it is not what the manifest describes)")
         model = load_file(path / MODEL_FILE)
         state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
-    except (OSError, json.JSONDecodeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+        return Checkpoint(int(manifest["step"]), model, state)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: incomplete or damaged ({error})") from error
-    return Checkpoint(int(manifest["step"]), model, state)
 
 
 def load_newest(folder: Path, warn) -> Checkpoint | None:

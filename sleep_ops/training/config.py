@@ -11,7 +11,7 @@ import torch
 from sleep_ops.model.config import HybridConfig
 from sleep_ops.tasks import TASKS
 from sleep_ops.training.checkpoint import write_atomically
-from sleep_ops.validation import check_choice, check_count, check_flags
+from sleep_ops.validation import check_choice, check_count, check_flags, expect
 
 PRECISIONS = ("auto", "bf16", "float32")
 TRAINABLE = ("all", "fast_weights")
@@ -194,6 +194,10 @@ class RunConfig:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["version"] != _VERSION:
                 raise ValueError(f"{path}: expected version {_VERSION}, got {data['version']!r}")
+            for part in ("task", "model"):
+                expect(isinstance(data[part], dict), f"{path}: {part}", "an object", data[part])
+            name = data["task"].get("name")
+            expect(isinstance(name, str), f"{path}: task.name", "a string", name)
             return cls(data["task"], data["model"], TrainConfig(**data["train"]))
         except NotADirectoryError as error:
             raise ValueError(f"{folder}: expected a run folder, got a file") from error

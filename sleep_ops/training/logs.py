@@ -30,6 +30,8 @@ class CsvLog:
         if step and path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
+                if "step" not in (reader.fieldnames or []):
+                    raise ValueError(f"{path}: expected a log with a column step, got {reader.fieldnames}")
                 rows = [row for row in reader if None not in row.values() and int(row["step"]) <= step]
         text = io.StringIO()
         # A column that an older run did not have stays unknown.
@@ -51,10 +53,28 @@ class CsvLog:
         self._file.close()
 
 
-def read_csv(path: Path) -> list[dict[str, float]]:
-    """Rows of a log, as numbers."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
+    """Rows of a CSV file. ValueError, naming it, for one without these columns or without a row."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows, found = list(reader), reader.fieldnames or []
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: expected a CSV file, got one that can't be read ({error})") from error
+    missing = [name for name in columns if name not in found]
+    whole = rows and all(None not in row and None not in row.values() for row in rows)
+    if missing or not whole:
+        got = f"without {', '.join(missing)}" if missing else "with incomplete rows" if rows else "without a row"
+        raise ValueError(f"{path}: expected a table with {', '.join(columns) or 'rows'}, got one {got}")
+    return rows
+
+
+def read_csv(path: Path, *columns: str) -> list[dict[str, float]]:
+    """Rows of a log, as numbers; the errors are those of `read_table`."""
+    try:
+        return [{key: float(value) for key, value in row.items()} for row in read_table(path, *columns)]
+    except TypeError as error:
+        raise ValueError(f"{path}: expected a table of numbers") from error
 
 
 def tensorboard_writer(folder: Path, step: int):

@@ -19,7 +19,8 @@ def split_parameters(model: nn.Module) -> tuple[dict, dict]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in _HEAD_NAMES
     } - embedded
-    muon, adamw = {}, {}
+    muon: dict[str, nn.Parameter] = {}
+    adamw: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (muon if id(parameter) in matrices else adamw)[name] = parameter
