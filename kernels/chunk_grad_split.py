@@ -2,445 +2,321 @@
 
 Notation of chunk_grad.py. Per chunk, all in k's dtype but the parts of dG and dbeta:
 
-    values     U' = e^{G_C - G} U, dY, ds = dP scale e^{G_i - G_j}, dl = dL e^{G_i - G_j}, parts of dG and dbeta
+    values     e^{G_C - G} U, dY, ds, dl, parts of dG and dbeta
     queries    dQ = scale e^G dO S0^T + ds K, a part of dG
-    keys       dK = U' dS1^T - e^G dY S0^T + ds^T Q + (beta dl + (beta dl)^T) K, and the sums of the parts
+    keys       dK = ds^T Q + (e^{G_C - G} U) dS1^T - e^G dY S0^T + (dKK + dKK^T) K, and the sums of the parts
 
-Over the tiles of values the first one carries [C, C] sums, the others one of [C, K]. The terms of dG in P and M are
+Over the tiles of values the first one carries [C, C] sums, the others one of [C, K]. The terms of dG in QK and M are
 formed from ds and dl as rounded for the products with K and Q, so that rows still cancel columns.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sleep_ops.kernels.arguments import (
+    Chunk,
+    Cotangents,
+    Gradients,
+    Packing,
+    Prepared,
+    Tokens,
+    load_columns,
+    load_G,
+    load_G_C,
+    load_gate,
+    load_keys,
+    load_queries,
+    load_square,
+    load_values,
+    make_dims,
+    store_columns,
+    store_gate,
+    store_square,
+)
 from sleep_ops.kernels.chunk_grad import store_key_gradient
-from sleep_ops.kernels.configs import ChunkConfig, block_size
+from sleep_ops.kernels.configs import ChunkConfig
 from sleep_ops.kernels.primitives import (
     LN2,
     decay,
-    load_decay,
-    load_key_tile,
-    load_rows,
     load_tile,
     locate_chunk,
     pair_decay,
     pair_decay_transposed,
     state_columns,
-    store_tile,
 )
+
+
+class Values(NamedTuple):
+    """What chunk_grad_values_kernel writes.
+
+    U_decayed: [rows, HV, width], e^{G_C - G} U.
+    dY: [rows, HV, width].
+    ds: [rows, HV, C], None without a cotangent of the output.
+    dl: [rows, HV, C], None for the Hebbian rule.
+    dG, dbeta: [rows, HV], parts of the cotangents of G, base 2, and of the active beta.
+    """
+
+    U_decayed: Any
+    dY: Any
+    ds: Any
+    dl: Any
+    dG: Any
+    dbeta: Any
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs"])
 def chunk_grad_values_kernel(
-    q,
-    k,
-    v,
-    G,
-    beta,
-    A,
-    states,
-    d_states,
-    d_output,
-    U_end,
-    dY,
-    ds,
-    dl,
-    dG_part,
-    dbeta_part,
-    cu_seqlens,
-    chunk_offsets,
-    scale,
-    T,
-    num_seqs,
-    stride_q,
-    stride_k,
-    stride_v,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    USE_L2NORM: tl.constexpr,
-    WIDENED: tl.constexpr,
+    tokens, prepared, packing, states, cotangents, values, scale, T, num_seqs, dims: tl.constexpr
 ):
-    """What one chunk and value head needs no [C, K] sums for; A and dl are None for the Hebbian rule.
-
-    Reads what chunk_grad_kernel reads. Writes U_end (U') and dY [rows, HV, state columns], ds, dl [rows, HV, C], and
-    dG_part (base 2), dbeta_part [rows, HV]. Without d_output neither q nor ds is touched. WIDENED: states are [P | R].
+    """What one chunk and value head needs no [C, K] sums for; reads what chunk_grad_kernel reads, writes values.
 
     Grid (chunks, HV). Mirrors the backward of `one_pass` of sleep_ops/reference.py.
     """
-    W: tl.constexpr = K + V if WIDENED else V
-    NV: tl.constexpr = tl.cdiv(V, BV) + (tl.cdiv(K, BV) if WIDENED else 0)
+    d_output = cotangents.output
     i_c = tl.program_id(0)
     i_hv = tl.program_id(1)
-    i_h = i_hv // (HV // H)
-    start, num_rows = locate_chunk(i_c, cu_seqlens, chunk_offsets, T, num_seqs, C)
+    start, num_rows = locate_chunk(i_c, packing, T, num_seqs, dims.C)
     if num_rows <= 0:
         return
-    o_i = tl.arange(0, C)
-    o_k = tl.arange(0, BK)
-    o_gate = start * HV + i_hv
-    b_G = load_decay(G + o_gate, o_i, HV, num_rows)
-    G_C = tl.load(G + o_gate + (num_rows - 1) * HV)
-    b_beta = load_rows(beta + o_gate, o_i, HV, num_rows)
+    chunk = Chunk(start, num_rows, i_hv // (dims.HV // dims.H), i_hv)
+    o_i = tl.arange(0, dims.C)
+    o_k = tl.arange(0, dims.BK)
+    b_G = load_G(prepared, chunk, dims)
+    G_C = load_G_C(prepared, chunk, dims)
+    b_beta = load_gate(prepared.beta, chunk, dims)
     b_e = decay(b_G)
     b_end = decay(G_C - b_G)
-    b_k = load_key_tile(k + start * stride_k + i_h * K, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
+    b_k = load_keys(tokens, chunk, dims)
     dtype = b_k.dtype
-    G_DTYPE: tl.constexpr = G.dtype.element_ty
-    b_dG = tl.zeros([C], G_DTYPE)
-    b_dbeta = tl.zeros([C], G_DTYPE)
+    G_DTYPE: tl.constexpr = prepared.G.dtype.element_ty
+    b_dG = tl.full([dims.C], 0.0, G_DTYPE)
+    b_dbeta = tl.full([dims.C], 0.0, G_DTYPE)
     dG_C = tl.full([], 0.0, G_DTYPE)
-    if A is not None:
-        b_A = load_tile(A + o_gate * C, o_i, o_i, HV * C, num_rows, C)
+    if prepared.A is not None:
+        b_A = load_square(prepared.A, chunk, dims)
         b_AT = tl.trans(b_A)
-        b_dL = tl.zeros([C, C], tl.float32)
+        b_dL = tl.full([dims.C, dims.C], 0.0, tl.float32)
     if d_output is not None:
-        b_q = load_key_tile(q + start * stride_q + i_h * K, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
-        b_PT = scale * pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
-        b_PT = (b_PT * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")).to(dtype)
-        b_dP = tl.zeros([C, C], tl.float32)
+        b_q = load_queries(tokens, chunk, dims)
+        b_QKT = scale * pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
+        b_QKT = (b_QKT * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")).to(dtype)  # QK^T  [C, C]
+        b_dQK = tl.full([dims.C, dims.C], 0.0, tl.float32)
 
-    for i_v in range(0, NV):
-        o_v, num_cols, column0, has_values = state_columns(i_v, K, V, BV, WIDENED)
-        o_state = (i_c.to(tl.int64) * HV + i_hv) * K * W + column0
-        o_cols = o_gate * W + column0
-        value_rows = tl.where(has_values, num_rows, 0)
-        b_Y = load_tile(v + start * stride_v + i_hv * V, o_i, o_v, stride_v, value_rows, V).to(tl.float32)
-        if A is None:
+    for i_v in range(0, dims.tiles):
+        o_v, num_cols, column0, has_values = state_columns(i_v, dims)
+        o_state = (i_c.to(tl.int64) * dims.HV + i_hv) * dims.K * dims.width + column0
+        b_Y = load_values(tokens, chunk, o_v, tl.where(has_values, num_rows, 0), dims)
+        if prepared.A is None:
             b_U = b_beta[:, None] * b_Y
         else:
-            b_S = load_tile(states + o_state, o_k, o_v, W, K, num_cols)
-            b_read = b_e[:, None] * tl.dot(b_k, b_S, input_precision="ieee")
+            b_S = load_tile(states + o_state, o_k, o_v, dims.width, dims.K, num_cols)
+            b_read = b_e[:, None] * tl.dot(b_k, b_S, input_precision="ieee")  # K S0  [C, BV]
             b_Y -= b_read
-            b_U = tl.dot(b_A, (b_beta[:, None] * b_Y).to(dtype), input_precision="ieee")
-        store_tile(U_end + o_cols, b_end[:, None] * b_U, o_i, o_v, HV * W, num_rows, num_cols)
+            b_U = tl.dot(b_A, (b_beta[:, None] * b_Y).to(dtype), input_precision="ieee")  # A (beta Y)  [C, BV]
+        store_columns(values.U_decayed + column0, b_end[:, None] * b_U, chunk, o_v, dims.width, num_cols, dims)
         b_UT = tl.trans(b_U.to(dtype))
 
-        b_dS = load_tile(d_states + o_state, o_k, o_v, W, K, num_cols)
-        b_dU = b_end[:, None] * tl.dot(b_k, b_dS, input_precision="ieee")
+        b_dS = load_tile(cotangents.state + o_state, o_k, o_v, dims.width, dims.K, num_cols)
+        b_dU = b_end[:, None] * tl.dot(b_k, b_dS, input_precision="ieee")  # K dS1  [C, BV]
         b_written = tl.sum((b_U * b_dU).to(G_DTYPE), 1)
         b_written = tl.where(o_i < num_rows - 1, b_written, 0.0)  # as in chunk_grad.py
         b_dG -= b_written
-        b_S = load_tile(states + o_state, o_k, o_v, W, K, num_cols)  # again: fewer registers than keeping it
+        b_S = load_tile(states + o_state, o_k, o_v, dims.width, dims.K, num_cols)  # again: fewer registers
         dG_C += tl.sum(b_written) + decay(G_C) * tl.sum((b_S.to(tl.float32) * b_dS).to(G_DTYPE))
         if d_output is not None:
-            b_dO = load_tile(d_output + o_gate * V, o_i, o_v, HV * V, num_rows, V).to(dtype)
-            b_dP += tl.dot(b_dO, b_UT, input_precision="ieee")
-            b_dU += tl.dot(b_PT, b_dO, input_precision="ieee")
+            b_dO = load_columns(d_output, chunk, o_v, dims.V, dims.V, dims).to(dtype)
+            b_dQK += tl.dot(b_dO, b_UT, input_precision="ieee")  # dO U^T  [C, C]
+            b_dU += tl.dot(b_QKT, b_dO, input_precision="ieee")  # QK^T dO  [C, BV]
         b_dX = b_dU
-        if A is not None:
-            b_dX = tl.dot(b_AT, b_dU.to(dtype), input_precision="ieee")
-            b_dL += tl.dot((-b_dX).to(dtype), b_UT, input_precision="ieee")
+        if prepared.A is not None:
+            b_dX = tl.dot(b_AT, b_dU.to(dtype), input_precision="ieee")  # A^T dU  [C, BV]
+            b_dL += tl.dot((-b_dX).to(dtype), b_UT, input_precision="ieee")  # -dX U^T  [C, C]
             b_dG -= tl.sum((b_beta[:, None] * b_dX * b_read).to(G_DTYPE), 1)
         b_dbeta += tl.sum((b_dX * b_Y).to(G_DTYPE), 1)
-        store_tile(dY + o_cols, b_beta[:, None] * b_dX, o_i, o_v, HV * W, num_rows, num_cols)
+        store_columns(values.dY + column0, b_beta[:, None] * b_dX, chunk, o_v, dims.width, num_cols, dims)
 
     if d_output is not None:
-        b_dP *= scale * pair_decay(b_G, o_i[:, None] >= o_i[None, :])
-        store_tile(ds + o_gate * C, b_dP, o_i, o_i, HV * C, num_rows, C)
-    if A is not None:
+        b_dQK *= scale * pair_decay(b_G, o_i[:, None] >= o_i[None, :])
+        store_square(values.ds, b_dQK, chunk, dims)
+    if prepared.A is not None:
         b_dL *= pair_decay(b_G, o_i[:, None] > o_i[None, :])
-        store_tile(dl + o_gate * C, b_dL, o_i, o_i, HV * C, num_rows, C)
+        store_square(values.dl, b_dL, chunk, dims)
     b_dG += tl.where(o_i == num_rows - 1, dG_C, 0.0)
-    tl.store(dG_part + o_gate + o_i * HV, b_dG, mask=o_i < num_rows)
-    tl.store(dbeta_part + o_gate + o_i * HV, b_dbeta, mask=o_i < num_rows)
+    store_gate(values.dG, b_dG, chunk, dims)
+    store_gate(values.dbeta, b_dbeta, chunk, dims)
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs"])
 def chunk_grad_queries_kernel(
-    q,
-    k,
-    G,
-    states,
-    d_output,
-    ds,
-    dq,
-    dG_part,
-    cu_seqlens,
-    chunk_offsets,
-    scale,
-    T,
-    num_seqs,
-    stride_q,
-    stride_k,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    USE_L2NORM: tl.constexpr,
+    tokens, prepared, packing, states, d_output, ds, dq, dG, scale, T, num_seqs, dims: tl.constexpr
 ):
-    """dq [rows, H, K] of one chunk and query head, summed over its value heads, and through P and Q S0 their dG.
+    """dq [rows, H, K] of one chunk and query head, summed over its value heads, and through QK and Q S0 their dG.
 
-    Reads states [chunks, HV, K, V] and ds of chunk_grad_values_kernel. Writes dG_part [rows, HV], base 2.
+    Reads q, k, G, and
+        states [chunks, HV, K, V],
+        d_output [rows, HV, V],
+        ds of chunk_grad_values_kernel.
+    Writes
+        dq [rows, H, K],
+        dG [rows, HV], a part of it, base 2.
 
     Grid (chunks, H). Mirrors the backward of `one_pass` of sleep_ops/reference.py.
     """
     i_c = tl.program_id(0)
     i_h = tl.program_id(1)
-    start, num_rows = locate_chunk(i_c, cu_seqlens, chunk_offsets, T, num_seqs, C)
+    start, num_rows = locate_chunk(i_c, packing, T, num_seqs, dims.C)
     if num_rows <= 0:
         return
-    o_i = tl.arange(0, C)
-    o_k = tl.arange(0, BK)
-    p_q = q + start * stride_q + i_h * K
-    p_k = k + start * stride_k + i_h * K
-    b_dq = tl.zeros([C, BK], tl.float32)
-    G_DTYPE: tl.constexpr = G.dtype.element_ty
+    o_i = tl.arange(0, dims.C)
+    o_k = tl.arange(0, dims.BK)
+    b_dq = tl.full([dims.C, dims.BK], 0.0, tl.float32)
+    G_DTYPE: tl.constexpr = prepared.G.dtype.element_ty
 
-    for i_hv in range(i_h * (HV // H), (i_h + 1) * (HV // H)):
-        o_gate = start * HV + i_hv
-        p_S = states + (i_c.to(tl.int64) * HV + i_hv) * K * V
-        b_e = scale * decay(load_decay(G + o_gate, o_i, HV, num_rows))
-        b_q = load_key_tile(p_q, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
+    for i_hv in range(i_h * (dims.HV // dims.H), (i_h + 1) * (dims.HV // dims.H)):
+        chunk = Chunk(start, num_rows, i_h, i_hv)
+        p_S = states + (i_c.to(tl.int64) * dims.HV + i_hv) * dims.K * dims.V
+        b_e = scale * decay(load_G(prepared, chunk, dims))
+        b_q = load_queries(tokens, chunk, dims)
         if G_DTYPE == tl.float64:  # as in chunk_grad.py
             b_dq_others = b_dq
-            b_dq = tl.zeros([C, BK], tl.float32)
-            b_dG = tl.zeros([C], G_DTYPE)
+            b_dq = tl.full([dims.C, dims.BK], 0.0, tl.float32)
+            b_dG = tl.full([dims.C], 0.0, G_DTYPE)
         else:
             b_dG = -tl.sum(b_q * b_dq, 1)
-        for i_v in range(0, tl.cdiv(V, BV)):
-            o_v = i_v * BV + tl.arange(0, BV)
-            b_dO = load_tile(d_output + o_gate * V, o_i, o_v, HV * V, num_rows, V)
-            b_dQ = (b_e[:, None] * b_dO.to(tl.float32)).to(b_q.dtype)
-            b_S = load_tile(p_S, o_k, o_v, V, K, V)
-            b_dq += tl.dot(b_dQ, tl.trans(b_S), input_precision="ieee")
-        b_q = load_key_tile(p_q, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
+        for i_v in range(0, dims.tiles):
+            o_v = i_v * dims.BV + tl.arange(0, dims.BV)
+            b_dO = load_columns(d_output, chunk, o_v, dims.V, dims.V, dims)
+            b_dqS = (b_e[:, None] * b_dO.to(tl.float32)).to(b_q.dtype)
+            b_S = load_tile(p_S, o_k, o_v, dims.V, dims.K, dims.V)
+            b_dq += tl.dot(b_dqS, tl.trans(b_S), input_precision="ieee")  # scale e^G dO S0^T  [C, BK]
+        b_q = load_queries(tokens, chunk, dims)
         b_dG += tl.sum((b_q * b_dq).to(G_DTYPE), 1)
 
-        b_k = load_key_tile(p_k, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
-        b_ds = load_tile(ds + o_gate * C, o_i, o_i, HV * C, num_rows, C)
-        b_dq += tl.dot(b_ds, b_k, input_precision="ieee")
+        b_k = load_keys(tokens, chunk, dims)
+        b_ds = load_square(ds, chunk, dims)
+        b_dq += tl.dot(b_ds, b_k, input_precision="ieee")  # ds K  [C, BK]
         if G_DTYPE == tl.float64:
             b_dq += b_dq_others
-        b_dPP = (b_ds * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")).to(G_DTYPE)
-        b_dPP = tl.where(o_i[:, None] > o_i[None, :], b_dPP, 0.0)  # as in chunk_grad.py
-        b_dG += tl.sum(b_dPP, 1) - tl.sum(b_dPP, 0)
-        tl.store(dG_part + o_gate + o_i * HV, b_dG, mask=o_i < num_rows)
+        b_dQKQK = (b_ds * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")).to(G_DTYPE)  # Q K^T  [C, C]
+        b_dQKQK = tl.where(o_i[:, None] > o_i[None, :], b_dQKQK, 0.0)  # as in chunk_grad.py
+        b_dG += tl.sum(b_dQKQK, 1) - tl.sum(b_dQKQK, 0)
+        store_gate(dG, b_dG, chunk, dims)
 
-    store_key_gradient(dq + (start * H + i_h) * K, b_dq, p_q, o_i, o_k, H * K, stride_q, num_rows, K, USE_L2NORM)
+    store_key_gradient(dq, b_dq, tokens.q, tokens.stride_q, Chunk(start, num_rows, i_h, None), dims)
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs"])
 def chunk_grad_keys_kernel(
-    q,
-    k,
-    G,
-    beta,
-    states,
-    d_states,
-    U_end,
-    dY,
-    ds,
-    dl,
-    dG_values,
-    dG_queries,
-    dbeta_values,
-    dk,
-    dG,
-    dbeta,
-    cu_seqlens,
-    chunk_offsets,
-    T,
-    num_seqs,
-    stride_q,
-    stride_k,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    USE_L2NORM: tl.constexpr,
+    tokens, prepared, packing, states, d_states, values, dG_queries, gradients, T, num_seqs, dims: tl.constexpr
 ):
     """dk [rows, H, K] of one chunk and key head, summed over its value heads, and their dG (natural) and dbeta.
 
-    Reads what the other two wrote: ds and dG_queries are None without d_output, dl for the Hebbian rule. V is the
-    number of the states' columns, which may be widened ones.
+    Reads q, k, G, beta, and
+        states, d_states [chunks, HV, K, V], where V is the states' width,
+        values of chunk_grad_values_kernel,
+        dG_queries [rows, HV], the part of chunk_grad_queries_kernel, which without ds is not read.
+    Writes gradients of k, G and the active beta.
 
     Grid (chunks, H). Mirrors the backward of `one_pass` of sleep_ops/reference.py.
     """
     i_c = tl.program_id(0)
     i_h = tl.program_id(1)
-    start, num_rows = locate_chunk(i_c, cu_seqlens, chunk_offsets, T, num_seqs, C)
+    start, num_rows = locate_chunk(i_c, packing, T, num_seqs, dims.C)
     if num_rows <= 0:
         return
-    o_i = tl.arange(0, C)
-    o_k = tl.arange(0, BK)
-    m_i = o_i < num_rows
-    p_k = k + start * stride_k + i_h * K
-    G_DTYPE: tl.constexpr = G.dtype.element_ty
-    b_dk = tl.zeros([C, BK], tl.float32)
+    o_i = tl.arange(0, dims.C)
+    o_k = tl.arange(0, dims.BK)
+    G_DTYPE: tl.constexpr = prepared.G.dtype.element_ty
+    b_dk = tl.full([dims.C, dims.BK], 0.0, tl.float32)
 
-    for i_hv in range(i_h * (HV // H), (i_h + 1) * (HV // H)):
-        o_gate = start * HV + i_hv
-        o_state = (i_c.to(tl.int64) * HV + i_hv) * K * V
-        b_e = decay(load_decay(G + o_gate, o_i, HV, num_rows))
-        for i_v in range(0, tl.cdiv(V, BV)):
-            o_v = i_v * BV + tl.arange(0, BV)
-            b_U = load_tile(U_end + o_gate * V, o_i, o_v, HV * V, num_rows, V)
-            b_dS = load_tile(d_states + o_state, o_k, o_v, V, K, V)
-            b_dk += tl.dot(b_U, tl.trans(b_dS), input_precision="ieee")
-            if dl is not None:
-                b_dY = load_tile(dY + o_gate * V, o_i, o_v, HV * V, num_rows, V)
+    for i_hv in range(i_h * (dims.HV // dims.H), (i_h + 1) * (dims.HV // dims.H)):
+        chunk = Chunk(start, num_rows, i_h, i_hv)
+        o_state = (i_c.to(tl.int64) * dims.HV + i_hv) * dims.K * dims.V
+        b_e = decay(load_G(prepared, chunk, dims))
+        for i_v in range(0, dims.tiles):
+            o_v = i_v * dims.BV + tl.arange(0, dims.BV)
+            b_U = load_columns(values.U_decayed, chunk, o_v, dims.V, dims.V, dims)
+            b_dS = load_tile(d_states + o_state, o_k, o_v, dims.V, dims.K, dims.V)
+            b_dk += tl.dot(b_U, tl.trans(b_dS), input_precision="ieee")  # (e^{G_C - G} U) dS1^T  [C, BK]
+            if values.dl is not None:
+                b_dY = load_columns(values.dY, chunk, o_v, dims.V, dims.V, dims)
                 b_dkS = (-b_e[:, None] * b_dY.to(tl.float32)).to(b_U.dtype)
-                b_S = load_tile(states + o_state, o_k, o_v, V, K, V)
-                b_dk += tl.dot(b_dkS, tl.trans(b_S), input_precision="ieee")
+                b_S = load_tile(states + o_state, o_k, o_v, dims.V, dims.K, dims.V)
+                b_dk += tl.dot(b_dkS, tl.trans(b_S), input_precision="ieee")  # -e^G dY S0^T  [C, BK]
 
-        if ds is not None:
-            b_q = load_key_tile(q + start * stride_q + i_h * K, o_i, o_k, stride_q, num_rows, K, USE_L2NORM)
-            b_ds = load_tile(ds + o_gate * C, o_i, o_i, HV * C, num_rows, C)
-            b_dk += tl.dot(tl.trans(b_ds), b_q, input_precision="ieee")
-        b_dG = tl.zeros([C], G_DTYPE)
-        b_dbeta = tl.zeros([C], G_DTYPE)
-        if dl is not None:
-            b_k = load_key_tile(p_k, o_i, o_k, stride_k, num_rows, K, USE_L2NORM)
-            b_beta = load_rows(beta + o_gate, o_i, HV, num_rows)
-            b_dl = load_tile(dl + o_gate * C, o_i, o_i, HV * C, num_rows, C)
-            b_dLM = (b_dl * tl.dot(b_k, tl.trans(b_k), input_precision="ieee")).to(G_DTYPE)
+        if values.ds is not None:
+            b_q = load_queries(tokens, chunk, dims)
+            b_ds = load_square(values.ds, chunk, dims)
+            b_dk += tl.dot(tl.trans(b_ds), b_q, input_precision="ieee")  # ds^T Q  [C, BK]
+        b_dG = tl.full([dims.C], 0.0, G_DTYPE)
+        b_dbeta = tl.full([dims.C], 0.0, G_DTYPE)
+        if values.dl is not None:
+            b_k = load_keys(tokens, chunk, dims)
+            b_beta = load_gate(prepared.beta, chunk, dims)
+            b_dl = load_square(values.dl, chunk, dims)
+            b_dLM = (b_dl * tl.dot(b_k, tl.trans(b_k), input_precision="ieee")).to(G_DTYPE)  # K K^T  [C, C]
             b_dbeta = tl.sum(b_dLM, 1)
             b_dLM *= b_beta[:, None]
             b_dG = tl.sum(b_dLM, 1) - tl.sum(b_dLM, 0)
             # Loaded again, transposed: fewer registers than turning the tile.
-            p_dlT = dl + o_gate * C + o_i[None, :] * (HV * C) + o_i[:, None]
-            b_dlT = tl.load(p_dlT, mask=m_i[None, :], other=0.0)
-            b_W = b_beta[:, None] * b_dl.to(tl.float32) + b_beta[None, :] * b_dlT.to(tl.float32)
-            b_dk += tl.dot(b_W.to(b_k.dtype), b_k, input_precision="ieee")
-        b_dG += load_rows(dG_values + o_gate, o_i, HV, num_rows)
-        b_dbeta += load_rows(dbeta_values + o_gate, o_i, HV, num_rows)
-        if ds is not None:
-            b_dG += load_rows(dG_queries + o_gate, o_i, HV, num_rows)
-        tl.store(dG + o_gate + o_i * HV, b_dG * LN2, mask=m_i)
-        tl.store(dbeta + o_gate + o_i * HV, b_dbeta, mask=m_i)
+            p_dlT = values.dl + (start * dims.HV + i_hv) * dims.C + o_i[None, :] * (dims.HV * dims.C) + o_i[:, None]
+            b_dlT = tl.load(p_dlT, mask=(o_i < num_rows)[None, :], other=0.0)
+            b_dKK = b_beta[:, None] * b_dl.to(tl.float32) + b_beta[None, :] * b_dlT.to(tl.float32)  # dKK + dKK^T
+            b_dk += tl.dot(b_dKK.to(b_k.dtype), b_k, input_precision="ieee")  # (dKK + dKK^T) K  [C, BK]
+        b_dG += load_gate(values.dG, chunk, dims)
+        b_dbeta += load_gate(values.dbeta, chunk, dims)
+        if values.ds is not None:
+            b_dG += load_gate(dG_queries, chunk, dims)
+        store_gate(gradients.g, b_dG * LN2, chunk, dims)
+        store_gate(gradients.beta, b_dbeta, chunk, dims)
 
-    store_key_gradient(dk + (start * H + i_h) * K, b_dk, p_k, o_i, o_k, H * K, stride_k, num_rows, K, USE_L2NORM)
+    store_key_gradient(gradients.k, b_dk, tokens.k, tokens.stride_k, Chunk(start, num_rows, i_h, None), dims)
 
 
 def chunk_grad_split(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    row_strides: tuple[int, int, int],
-    G: Tensor,
-    beta: Tensor,
-    A: Tensor | None,
+    tokens: Tokens,
+    prepared: Prepared,
+    packing: Packing,
     states: Tensor,
-    d_states: Tensor,
-    d_output: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_offsets: Tensor | None,
+    cotangents: Cotangents,
     *,
     scale: float,
     use_qk_l2norm: bool,
     config: ChunkConfig,
     widened: bool = False,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """`chunk_grad`'s arguments and results; all three kernels take config.grad."""
-    B, T, H, K = k.shape
-    HV, V = v.shape[2:]
+    B, T, H, K = tokens.k.shape
+    HV, V = tokens.v.shape[2:]
     num_chunks, width = states.shape[0], states.shape[3]
-    U_end, dY = (torch.empty(B, T, HV, width, dtype=k.dtype, device=k.device) for _ in range(2))
+    dtype, device = tokens.k.dtype, tokens.k.device
+    U_decayed, dY = (torch.empty(B, T, HV, width, dtype=dtype, device=device) for _ in range(2))
     ds, dl = (
-        None if missing else torch.empty(B, T, HV, config.chunk, dtype=k.dtype, device=k.device)
-        for missing in (d_output is None, A is None)
+        None if missing else torch.empty(B, T, HV, config.chunk, dtype=dtype, device=device)
+        for missing in (cotangents.output is None, prepared.A is None)
     )
-    dG_values, dG_queries, dG = (torch.empty_like(G) for _ in range(3))
-    dbeta_values, dbeta = (torch.empty(B, T, HV, dtype=torch.float32, device=k.device) for _ in range(2))
-    dk = torch.empty(B, T, H, K, dtype=k.dtype, device=k.device)
-    dq = None if d_output is None else torch.empty_like(dk)
-    packing = (cu_seqlens, chunk_offsets)
-    num_seqs = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    stride_q, stride_k, stride_v = row_strides
-    options = {
-        "H": H,
-        "HV": HV,
-        "K": K,
-        "C": config.chunk,
-        "BK": block_size(K),
-        "BV": config.grad.block_v,
-        "USE_L2NORM": use_qk_l2norm,
-        "num_warps": config.grad.warps,
-        "num_stages": config.grad.stages,
-    }
+    dG_values, dG_queries, dG = (torch.empty_like(prepared.G) for _ in range(3))
+    dbeta_values, dbeta = (torch.empty_like(prepared.beta) for _ in range(2))
+    values = Values(U_decayed, dY, ds, dl, dG_values, dbeta_values)
+    dk = torch.empty(B, T, H, K, dtype=dtype, device=device)
+    dq = None if cotangents.output is None else torch.empty_like(dk)
+    gradients = Gradients(dq, dk, None, dG, dbeta)
+    inputs = (tokens, prepared, packing, states)
+    length = (T, packing.num_seqs)
+    shape = (config.chunk, config.grad.block_v, use_qk_l2norm)
+    options = {"num_warps": config.grad.warps, "num_stages": config.grad.stages}
     chunk_grad_values_kernel[(num_chunks, HV)](
-        q,
-        k,
-        v,
-        G,
-        beta,
-        A,
-        states,
-        d_states,
-        d_output,
-        U_end,
-        dY,
-        ds,
-        dl,
-        dG_values,
-        dbeta_values,
-        *packing,
-        scale,
-        T,
-        num_seqs,
-        stride_q,
-        stride_k,
-        stride_v,
-        V=V,
-        WIDENED=widened,
-        **options,
+        *inputs, cotangents, values, scale, *length, make_dims(H, HV, K, V, *shape, widened), **options
     )
-    if d_output is not None:
+    if dq is not None:
         chunk_grad_queries_kernel[(num_chunks, H)](
-            q,
-            k,
-            G,
-            states,
-            d_output,
-            ds,
-            dq,
-            dG_queries,
-            *packing,
-            scale,
-            T,
-            num_seqs,
-            stride_q,
-            stride_k,
-            V=V,
-            **options,
+            *inputs, cotangents.output, ds, dq, dG_queries, scale, *length, make_dims(H, HV, K, V, *shape), **options
         )
     chunk_grad_keys_kernel[(num_chunks, H)](
-        q,
-        k,
-        G,
-        beta,
-        states,
-        d_states,
-        U_end,
-        dY,
-        ds,
-        dl,
-        dG_values,
-        dG_queries,
-        dbeta_values,
-        dk,
-        dG,
-        dbeta,
-        *packing,
-        T,
-        num_seqs,
-        stride_q,
-        stride_k,
-        V=width,
-        **options,
+        *inputs, cotangents.state, values, dG_queries, gradients, *length, make_dims(H, HV, K, width, *shape), **options
     )
-    dv = dY[..., K:].contiguous() if widened else dY
-    return dq, dk, dv, dG, dbeta
+    return gradients._replace(v=dY[..., K:].contiguous() if widened else dY)

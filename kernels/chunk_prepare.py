@@ -9,16 +9,29 @@ Backwards only the gates are at home here: g_i is the sum of what reaches G_i, .
 through A is chunk_grad's.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sleep_ops.kernels.arguments import (
+    Chunk,
+    Gates,
+    Packing,
+    Prepared,
+    Tokens,
+    load_gate,
+    load_keys,
+    make_dims,
+    store_gate,
+    store_square,
+)
 from sleep_ops.kernels.configs import ChunkConfig, block_size
 from sleep_ops.kernels.primitives import (
     LOG2E,
     inverse_norm,
-    load_key_tile,
     load_rows,
     load_tile,
     locate_chunk,
@@ -44,8 +57,8 @@ def left_blocks(b_L, level, C: tl.constexpr):
 @triton.jit
 def double_blocks(b_A, b_L, level, C: tl.constexpr, PRECISION: tl.constexpr):
     """Inverses of the diagonal blocks of size 2^(level + 1), from b_A, those of half the size."""
-    b_XA = tl.dot(left_blocks(b_L, level, C), b_A, input_precision=PRECISION)
-    return b_A - tl.dot(b_A, b_XA, input_precision=PRECISION)
+    b_XA = tl.dot(left_blocks(b_L, level, C), b_A, input_precision=PRECISION)  # X A  [C, C]
+    return b_A - tl.dot(b_A, b_XA, input_precision=PRECISION)  # A - A X A  [C, C]
 
 
 @triton.jit
@@ -68,38 +81,41 @@ def unit_lower_inverse(b_L, C: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def activate_gates(
-    p_g,
-    p_beta,
-    A_log,
-    dt_bias,
-    i_hv,
-    o_i,
-    stride_g,
-    stride_beta,
-    num_rows,
-    BETA_SCALE: tl.constexpr,
-    G_DTYPE: tl.constexpr,
-):
-    """Base-2 log decay summed over a chunk's rows, and active beta; past the last row the sum stays and beta is 0."""
-    m_i = o_i < num_rows
-    b_g = load_rows(p_g, o_i, stride_g, num_rows).to(tl.float32)
-    if A_log is not None:
-        b_rate = tl.exp(tl.load(A_log + i_hv).to(tl.float32))
-        b_g = -b_rate * softplus(b_g + tl.load(dt_bias + i_hv).to(tl.float32))
+def load_gate_input(x, stride, chunk, dims: tl.constexpr):
+    """g or beta of a chunk's rows [C], float32, zero after the last one; `stride` as in Gates."""
+    if stride is None:
+        b_x = load_gate(x, chunk, dims)
+    else:
+        b_x = load_rows(x + chunk.start * stride + chunk.i_hv, tl.arange(0, dims.C), stride, chunk.num_rows)
+    return b_x.to(tl.float32)
+
+
+@triton.jit
+def activate_gates(gates, chunk, dtype: tl.constexpr, BETA_SCALE: tl.constexpr, dims: tl.constexpr):
+    """Base-2 log decay summed over a chunk's rows, and active beta; past the last row the sum stays and beta is 0.
+
+    dtype: that of q, k and v, which decides that of the sum, see decay_dtype.
+    """
+    G_DTYPE: tl.constexpr = tl.float64 if dtype == tl.float32 else tl.float32
+    m_i = tl.arange(0, dims.C) < chunk.num_rows
+    b_g = load_gate_input(gates.g, gates.stride_g, chunk, dims)
+    if gates.A_log is not None:
+        b_rate = tl.exp(tl.load(gates.A_log + chunk.i_hv).to(tl.float32))
+        b_g = -b_rate * softplus(b_g + tl.load(gates.dt_bias + chunk.i_hv).to(tl.float32))
     b_g = tl.where(b_g < LOWEST_LOG_DECAY, LOWEST_LOG_DECAY, b_g)
     b_G = tl.cumsum(tl.where(m_i, b_g, 0.0).to(G_DTYPE), 0) * LOG2E
-    b_beta = load_rows(p_beta, o_i, stride_beta, num_rows).to(tl.float32)
+    b_beta = load_gate_input(gates.beta, gates.stride_beta, chunk, dims)
     if BETA_SCALE > 0:
         b_beta = tl.where(m_i, BETA_SCALE * tl.sigmoid(b_beta), 0.0)
     return b_G, b_beta
 
 
 @triton.jit
-def delta_rule_inverse(b_k, b_G, b_beta, C: tl.constexpr, PRECISION: tl.constexpr):
-    """A = L^{-1} of a chunk, float32."""
+def delta_rule_inverse(b_k, b_G, b_beta, C: tl.constexpr):
+    """A = L^{-1} of a chunk [C, C], float32."""
+    PRECISION: tl.constexpr = "ieee" if b_k.dtype == tl.float32 else "tf32x3"
     o_i = tl.arange(0, C)
-    b_kk = tl.dot(b_k, tl.trans(b_k), input_precision="ieee")
+    b_kk = tl.dot(b_k, tl.trans(b_k), input_precision="ieee")  # K K^T  [C, C]
     b_L = b_beta[:, None] * b_kk * pair_decay(b_G, o_i[:, None] > o_i[None, :])
     return unit_lower_inverse(b_L, C, PRECISION)
 
@@ -118,59 +134,29 @@ def log_decay_gradient(b_dg, b_x, b_rate):
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs"])
-def chunk_prepare_kernel(
-    k,
-    g,
-    beta,
-    A_log,
-    dt_bias,
-    G,
-    beta_out,
-    A,
-    cu_seqlens,
-    chunk_offsets,
-    T,
-    num_seqs,
-    stride_k,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BETA_SCALE: tl.constexpr,
-    USE_L2NORM: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def chunk_prepare_kernel(tokens, gates, prepared, packing, T, num_seqs, BETA_SCALE: tl.constexpr, dims: tl.constexpr):
     """Gates and inverse of one chunk and value head.
 
-    g: log decay, or with A_log and dt_bias the gate's input a, of which -exp(A_log) softplus(a + dt_bias) is the decay.
-    beta: write strength, or with BETA_SCALE > 0 the logit of BETA_SCALE * sigmoid(beta).
-    Writes G [rows, HV], the base-2 log decay summed from the chunk's start to each token, float32 or float64, beta_out
-    [rows, HV] float32, and for the delta rule A = L^{-1} [rows, HV, C] in A's dtype, by float32 arithmetic.
+    Reads
+        g and beta; with BETA_SCALE > 0 beta is the logit of BETA_SCALE * sigmoid(beta),
+        k, where A is wanted.
+    Writes
+        G and the active beta,
+        A = L^{-1}, by float32 arithmetic; None for the Hebbian rule.
 
     Grid (chunks, HV). Mirrors `log_decay`, `write_strength` and `l2_normalise` of sleep_ops/reference.py.
     """
-    i_c = tl.program_id(0)
     i_hv = tl.program_id(1)
-    start, num_rows = locate_chunk(i_c, cu_seqlens, chunk_offsets, T, num_seqs, C)
+    start, num_rows = locate_chunk(tl.program_id(0), packing, T, num_seqs, dims.C)
     if num_rows <= 0:
         return
-    o_i = tl.arange(0, C)
-    m_i = o_i < num_rows
-    o_gate = start * HV + i_hv
-
-    G_dtype = G.dtype.element_ty
-    b_G, b_beta = activate_gates(
-        g + o_gate, beta + o_gate, A_log, dt_bias, i_hv, o_i, HV, HV, num_rows, BETA_SCALE, G_dtype
-    )
-    tl.store(G + o_gate + o_i * HV, b_G, mask=m_i)
-    tl.store(beta_out + o_gate + o_i * HV, b_beta, mask=m_i)
-
-    if A is not None:
-        p_k = k + start * stride_k + i_hv // (HV // H) * K
-        b_k = load_key_tile(p_k, o_i, tl.arange(0, BK), stride_k, num_rows, K, USE_L2NORM)
-        b_A = delta_rule_inverse(b_k, b_G, b_beta, C, PRECISION)
-        store_tile(A + o_gate * C, b_A, o_i, o_i, HV * C, num_rows, C)
+    chunk = Chunk(start, num_rows, i_hv // (dims.HV // dims.H), i_hv)
+    b_G, b_beta = activate_gates(gates, chunk, tokens.k.dtype.element_ty, BETA_SCALE, dims)
+    store_gate(prepared.G, b_G, chunk, dims)
+    store_gate(prepared.beta, b_beta, chunk, dims)
+    if prepared.A is not None:
+        b_k = load_keys(tokens, chunk, dims)
+        store_square(prepared.A, delta_rule_inverse(b_k, b_G, b_beta, dims.C), chunk, dims)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -187,63 +173,59 @@ def inverse_norm_kernel(x, r, num_rows, stride, H: tl.constexpr, K: tl.constexpr
     tl.store(r + start * H + i_h + o_r * H, b_r, mask=o_r < left)
 
 
+class GateDims(NamedTuple):
+    """What gate_backward_kernel is compiled for: value heads, tokens of a chunk, heads of a program, scale of beta."""
+
+    HV: int
+    C: int
+    BH: int
+    BETA_SCALE: float
+
+
 @triton.jit(do_not_specialize=["T", "num_seqs"])
-def gate_backward_kernel(
-    dG,
-    dbeta_out,
-    g,
-    beta_out,
-    A_log,
-    dt_bias,
-    dg,
-    dbeta,
-    partial,
-    cu_seqlens,
-    chunk_offsets,
-    T,
-    num_seqs,
-    HV: tl.constexpr,
-    C: tl.constexpr,
-    BH: tl.constexpr,
-    BETA_SCALE: tl.constexpr,
-):
+def gate_backward_kernel(gates, active, dG, d_active, dg, dbeta, partial, packing, T, num_seqs, dims: tl.constexpr):
     """Cotangents of one chunk's gate inputs, for BH value heads, from those of G (base 2) and of the active beta.
 
         dg_i = log2(e) sum_{j >= i} dG_j        with A_log: da = -exp(A_log) sigmoid(a + dt_bias) dg
-        dbeta = dbeta_out, and with BETA_SCALE > 0 times beta_out (1 - beta_out / BETA_SCALE)
+        dbeta = d_active, and with BETA_SCALE > 0 times active (1 - active / BETA_SCALE)
 
-    A decay below LOWEST_LOG_DECAY gets none. Reads dG [rows, HV] in G's dtype, dbeta_out, beta_out [rows, HV] float32
-    and g, the gate input. Writes dg, dbeta [rows, HV] and with A_log
-    the chunk's part of the cotangents of A_log and dt_bias, partial [chunks, 2, HV] float32 (zero past the last chunk).
+    A decay below LOWEST_LOG_DECAY gets none.
+    Reads g, A_log and dt_bias of the gates, and
+        active [rows, HV] float32, the active beta,
+        dG [rows, HV] in G's dtype, d_active [rows, HV] float32, the cotangents of G and of the active beta.
+    Writes
+        dg, dbeta [rows, HV],
+        partial [chunks, 2, HV] float32, with A_log: the chunk's part of the cotangents of A_log and dt_bias (zero past
+        the last chunk).
 
     Grid (chunks, tiles of heads). Mirrors the backward of `log_decay` and `write_strength` of sleep_ops/reference.py.
     """
     i_c = tl.program_id(0)
-    start, num_rows = locate_chunk(i_c, cu_seqlens, chunk_offsets, T, num_seqs, C)
-    o_i = tl.arange(0, C)
-    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
-    o_gate = start * HV
+    start, num_rows = locate_chunk(i_c, packing, T, num_seqs, dims.C)
+    o_i = tl.arange(0, dims.C)
+    o_h = tl.program_id(1) * dims.BH + tl.arange(0, dims.BH)
+    o_gate = start * dims.HV
 
-    b_dG = load_tile(dG + o_gate, o_i, o_h, HV, num_rows, HV)
+    b_dG = load_tile(dG + o_gate, o_i, o_h, dims.HV, num_rows, dims.HV)
     b_dg = (tl.cumsum(b_dG, 0, reverse=True) * LOG2E).to(tl.float32)
-    b_x = load_tile(g + o_gate, o_i, o_h, HV, num_rows, HV).to(tl.float32)
-    if A_log is None:
+    b_x = load_tile(gates.g + o_gate, o_i, o_h, dims.HV, num_rows, dims.HV).to(tl.float32)
+    if gates.A_log is None:
         b_dg = decay_gradient(b_dg, b_x)
     else:
-        m_h = o_h < HV
-        b_rate = tl.exp(tl.load(A_log + o_h, mask=m_h, other=0.0).to(tl.float32))
-        b_x += tl.load(dt_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+        m_h = o_h < dims.HV
+        b_rate = tl.exp(tl.load(gates.A_log + o_h, mask=m_h, other=0.0).to(tl.float32))
+        b_x += tl.load(gates.dt_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
         b_dg, b_drate = log_decay_gradient(b_dg, b_x, b_rate[None, :])
-        p_partial = partial + i_c.to(tl.int64) * 2 * HV
+        p_partial = partial + i_c.to(tl.int64) * 2 * dims.HV
         tl.store(p_partial + o_h, tl.sum(b_drate, 0), mask=m_h)
-        tl.store(p_partial + HV + o_h, tl.sum(b_dg, 0), mask=m_h)
-    store_tile(dg + o_gate, b_dg, o_i, o_h, HV, num_rows, HV)
+        tl.store(p_partial + dims.HV + o_h, tl.sum(b_dg, 0), mask=m_h)
+    store_tile(dg + o_gate, b_dg, o_i, o_h, dims.HV, num_rows, dims.HV)
 
-    b_dbeta = load_tile(dbeta_out + o_gate, o_i, o_h, HV, num_rows, HV)
-    if BETA_SCALE > 0:
-        b_beta = load_tile(beta_out + o_gate, o_i, o_h, HV, num_rows, HV)
-        b_dbeta *= b_beta * (1.0 - b_beta / BETA_SCALE)
-    store_tile(dbeta + o_gate, b_dbeta, o_i, o_h, HV, num_rows, HV)
+    b_dbeta = load_tile(d_active + o_gate, o_i, o_h, dims.HV, num_rows, dims.HV)
+    if dims.BETA_SCALE > 0:
+        b_beta = load_tile(active + o_gate, o_i, o_h, dims.HV, num_rows, dims.HV)
+        b_dbeta *= b_beta * (1.0 - b_beta / dims.BETA_SCALE)
+    store_tile(dbeta + o_gate, b_dbeta, o_i, o_h, dims.HV, num_rows, dims.HV)
 
 
 def decay_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -253,57 +235,32 @@ def decay_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunk_prepare(
-    k: Tensor,
-    row_stride: int,
-    g: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_offsets: Tensor | None,
+    tokens: Tokens,
+    gates: Gates,
+    packing: Packing,
     *,
     num_chunks: int,
     rule: str,
     use_qk_l2norm: bool,
     beta_scale: float,
     config: ChunkConfig,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """G [B, T, HV] in decay_dtype(k.dtype), activated beta, float32, and A [B, T, HV, C] in k's dtype (or None).
+) -> Prepared:
+    """G in decay_dtype(k.dtype), active beta and A in k's dtype (None for the Hebbian rule).
 
-    k [B, T, H, K] with rows of contiguous heads, `row_stride` elements apart; g, beta [B, T, HV] contiguous;
-    chunk_offsets int64 [num_seqs + 1], the number of chunks before each packed sequence.
+    Of the tokens k is enough.
     """
-    B, T, H, K = k.shape
-    HV = g.shape[2]
-    G = torch.empty(B, T, HV, dtype=decay_dtype(k.dtype), device=k.device)
-    beta_out = torch.empty(B, T, HV, dtype=torch.float32, device=k.device)
-    A = torch.empty(B, T, HV, config.chunk, dtype=k.dtype, device=k.device) if rule == "delta" else None
-    chunk_prepare_kernel[(num_chunks, HV)](
-        k,
-        g,
-        beta,
-        A_log,
-        dt_bias,
-        G,
-        beta_out,
-        A,
-        cu_seqlens,
-        chunk_offsets,
-        T,
-        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        row_stride,
-        H=H,
-        HV=HV,
-        K=K,
-        C=config.chunk,
-        BK=block_size(K),
-        BETA_SCALE=beta_scale,
-        USE_L2NORM=use_qk_l2norm,
-        PRECISION="ieee" if k.dtype == torch.float32 else "tf32x3",
-        num_warps=config.prepare.warps,
-        num_stages=config.prepare.stages,
+    B, T, H, K = tokens.k.shape
+    HV, device = gates.g.shape[2], tokens.k.device
+    prepared = Prepared(
+        torch.empty(B, T, HV, dtype=decay_dtype(tokens.k.dtype), device=device),
+        torch.empty(B, T, HV, dtype=torch.float32, device=device),
+        torch.empty(B, T, HV, config.chunk, dtype=tokens.k.dtype, device=device) if rule == "delta" else None,
     )
-    return G, beta_out, A
+    dims = make_dims(H, HV, K, 0, config.chunk, config.prepare.block_v, use_qk_l2norm)
+    chunk_prepare_kernel[(num_chunks, HV)](
+        tokens, gates, prepared, packing, T, packing.num_seqs, beta_scale, dims, **config.prepare.options
+    )
+    return prepared
 
 
 def inverse_norms(x: Tensor, row_stride: int) -> Tensor:
@@ -316,51 +273,30 @@ def inverse_norms(x: Tensor, row_stride: int) -> Tensor:
 
 
 def gate_backward(
+    gates: Gates,
+    active: Tensor,
     dG: Tensor,
-    dbeta_out: Tensor,
-    g: Tensor,
-    beta_out: Tensor,
-    beta_dtype: torch.dtype,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_offsets: Tensor | None,
+    d_active: Tensor,
+    packing: Packing,
     *,
     num_chunks: int,
+    beta_dtype: torch.dtype,
     beta_scale: float,
     chunk: int,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Cotangents of chunk_prepare's g, beta, A_log and dt_bias, in their dtypes, from those of its G and active beta.
+) -> Gates:
+    """Cotangents of chunk_prepare's gates, in their dtypes, from those of its G and active beta; all contiguous.
 
-    dG, dbeta_out and beta_out are [B, T, HV], the first in G's dtype, g is the gate input; all contiguous.
+    Of the gates beta, whose dtype is beta_dtype, is not needed, but the active one [B, T, HV].
     """
-    B, T, HV = g.shape
-    dg = torch.empty_like(g)
-    dbeta = torch.empty(B, T, HV, dtype=beta_dtype, device=g.device)
-    partial = None
-    if A_log is not None:
-        partial = torch.empty(num_chunks, 2, HV, dtype=torch.float32, device=g.device)
-    block_h = min(GATE_BLOCK_H, triton.next_power_of_2(HV))
-    gate_backward_kernel[(num_chunks, triton.cdiv(HV, block_h))](
-        dG,
-        dbeta_out,
-        g,
-        beta_out,
-        A_log,
-        dt_bias,
-        dg,
-        dbeta,
-        partial,
-        cu_seqlens,
-        chunk_offsets,
-        T,
-        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        HV=HV,
-        C=chunk,
-        BH=block_h,
-        BETA_SCALE=beta_scale,
-        num_warps=4,
+    B, T, HV = gates.g.shape
+    A_log, dt_bias, device = gates.A_log, gates.dt_bias, active.device
+    dg = torch.empty_like(gates.g)
+    dbeta = torch.empty(B, T, HV, dtype=beta_dtype, device=device)
+    partial = None if A_log is None else torch.empty(num_chunks, 2, HV, dtype=torch.float32, device=device)
+    dims = GateDims(HV, chunk, min(GATE_BLOCK_H, triton.next_power_of_2(HV)), beta_scale)
+    gate_backward_kernel[(num_chunks, triton.cdiv(HV, dims.BH))](
+        gates, active, dG, d_active, dg, dbeta, partial, packing, T, packing.num_seqs, dims, num_warps=4
     )
     if A_log is None:
-        return dg, dbeta, None, None
-    return dg, dbeta, partial[:, 0].sum(0).to(A_log.dtype), partial[:, 1].sum(0).to(dt_bias.dtype)
+        return Gates(dg, dbeta)
+    return Gates(dg, dbeta, partial[:, 0].sum(0).to(A_log.dtype), partial[:, 1].sum(0).to(dt_bias.dtype))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from sleep_ops.kernels.launches import LAUNCHES, WINDOW_LAUNCHES
+from sleep_ops.kernels.launches import LAUNCHES, SINGLE_CHUNK_LAUNCHES
 
 
 class Launch(NamedTuple):
@@ -22,6 +22,11 @@ class Launch(NamedTuple):
     block_v: int
     warps: int
     stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As Triton takes them."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 class ChunkConfig(NamedTuple):
@@ -34,8 +39,8 @@ class ChunkConfig(NamedTuple):
     grad: Launch
 
 
-class WindowConfig(NamedTuple):
-    """Chunk length in tokens, which holds the whole window, and the launch of both kernels of window.py."""
+class SingleChunkConfig(NamedTuple):
+    """Chunk length in tokens, which holds the whole sequence, and the launch of both kernels of single_chunk.py."""
 
     chunk: int
     launch: Launch
@@ -97,20 +102,22 @@ def scales_rows(config: ChunkConfig, dtype: torch.dtype, arch: str | None = None
     return config.chunk == 64 and dtype != torch.float16 and arch in (None, "sm90", "sm100", "sm103")
 
 
-def window_config(K: int, V: int, T: int, dtype: torch.dtype, arch: str | None = None) -> WindowConfig | None:
+def single_chunk_config(
+    K: int, V: int, T: int, dtype: torch.dtype, arch: str | None = None
+) -> SingleChunkConfig | None:
     """Settings of the one-launch kernels for sequences of T tokens; None for those too long for them.
 
     Up to 32 tokens, in float32 or with K > 128 up to 16. One chunk of 64 spills up to 3 kilobytes a thread, and on
     sm_100 compiles to a trap at K = V = 128; one of 32 in float32 spills 1.6. Where a tile of 64 columns is the whole
     state (K = V = 64) next to nothing spills on sm_90 and sm_100; elsewhere it spills more than one of 32.
     """
-    longest, (block_v, warps, stages) = launch_row(K, V, dtype, arch, WINDOW_LAUNCHES)
+    longest, (block_v, warps, stages) = launch_row(K, V, dtype, arch, SINGLE_CHUNK_LAUNCHES)
     if T > longest:
         return None
     chunk = 16
     while chunk < T:
         chunk *= 2
-    return WindowConfig(chunk, Launch(min(block_v, block_size(V)), warps, stages))
+    return SingleChunkConfig(chunk, Launch(min(block_v, block_size(V)), warps, stages))
 
 
 def num_segments(

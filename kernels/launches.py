@@ -6,7 +6,7 @@ Key: width of q, k and v; tile of K; tile of V (powers of two); architecture. No
 row that fits is taken: both tiles before K's alone before none, and for each the architecture's own before any's.
 
 A launch is (columns of the value tile, warps, pipeline stages). Rows of LAUNCHES: tokens of a chunk, and the launches
-of the kernels prepare, scan, reverse and grad. Rows of WINDOW_LAUNCHES: the most tokens for which one launch does
+of the kernels prepare, scan, reverse and grad. Rows of SINGLE_CHUNK_LAUNCHES: the most tokens for which one launch does
 everything, and that launch.
 """
 
@@ -16,7 +16,7 @@ LAUNCHES = {
     ("16-bit", 256, None, None): (16, (16, 4, 1), (16, 4, 2), (16, 4, 2), (16, 4, 1)),
 }
 
-WINDOW_LAUNCHES = {
+SINGLE_CHUNK_LAUNCHES = {
     ("float32", None, None, None): (16, (16, 4, 1)),
     ("16-bit", None, None, None): (32, (32, 4, 1)),
     ("16-bit", 64, 64, None): (32, (64, 4, 1)),

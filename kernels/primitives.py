@@ -14,68 +14,68 @@ L2_NORM_EPS = tl.constexpr(1e-6)
 
 
 @triton.jit
-def sequence_bounds(i_n, cu_seqlens, T):
+def sequence_bounds(i_n, packing, T):
     """First token row (int64) and length (int32) of sequence i_n."""
-    if cu_seqlens is None:
+    if packing.cu_seqlens is None:
         start = i_n.to(tl.int64) * T
         length = T
     else:
-        start = tl.load(cu_seqlens + i_n).to(tl.int64)
-        length = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - start).to(tl.int32)
+        start = tl.load(packing.cu_seqlens + i_n).to(tl.int64)
+        length = (tl.load(packing.cu_seqlens + i_n + 1).to(tl.int64) - start).to(tl.int32)
     return start, length
 
 
 @triton.jit
-def first_chunk(i_n, chunk_offsets, T, C: tl.constexpr):
+def first_chunk(i_n, packing, T, C: tl.constexpr):
     """Number of chunks (int64) before sequence i_n."""
-    if chunk_offsets is None:
+    if packing.chunk_offsets is None:
         first = i_n.to(tl.int64) * tl.cdiv(T, C)
     else:
-        first = tl.load(chunk_offsets + i_n).to(tl.int64)
+        first = tl.load(packing.chunk_offsets + i_n).to(tl.int64)
     return first
 
 
 @triton.jit
-def locate_chunk(i_c, cu_seqlens, chunk_offsets, T, num_seqs, C: tl.constexpr):
+def locate_chunk(i_c, packing, T, num_seqs, C: tl.constexpr):
     """First token row of chunk i_c (int64) and its number of tokens; none (<= 0) for a chunk past the last one.
 
     The sequence is the last one with chunk_offsets[n] <= i_c, found by bisection, so empty sequences are skipped.
     """
-    if cu_seqlens is None:
+    if packing.cu_seqlens is None:
         num_chunks = tl.cdiv(T, C)
         i_n = i_c // num_chunks
         i_t = i_c % num_chunks
-        start, length = sequence_bounds(i_n, cu_seqlens, T)
+        start, length = sequence_bounds(i_n, packing, T)
     else:
         low = i_c * 0
         high = low + num_seqs
         while high - low > 1:
             middle = (low + high) // 2
-            past = tl.load(chunk_offsets + middle) > i_c
+            past = tl.load(packing.chunk_offsets + middle) > i_c
             low = tl.where(past, low, middle)
             high = tl.where(past, middle, high)
-        i_t = i_c - tl.load(chunk_offsets + low).to(tl.int32)
-        start, length = sequence_bounds(low, cu_seqlens, T)
+        i_t = i_c - tl.load(packing.chunk_offsets + low).to(tl.int32)
+        start, length = sequence_bounds(low, packing, T)
     return start + i_t * C, tl.minimum(length - i_t * C, C)
 
 
 @triton.jit
-def state_columns(i_v, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WIDENED: tl.constexpr):
+def state_columns(i_v, dims: tl.constexpr):
     """Tile i_v of a state's columns: their numbers, how many there are, where they start, and whether they hold values.
 
     A widened state [K, K + V] is [P | R]: tiles of the K columns of P, which no value is written to, then those of R.
     """
-    o_v = tl.arange(0, BV)
-    if WIDENED:
-        i_r = i_v - tl.cdiv(K, BV)
+    o_v = tl.arange(0, dims.BV)
+    if dims.WIDENED:
+        i_r = i_v - tl.cdiv(dims.K, dims.BV)
         has_values = i_r >= 0
-        o_v += tl.where(has_values, i_r, i_v) * BV
-        num_cols = tl.where(has_values, V, K)
-        column0 = tl.where(has_values, K, 0)
+        o_v += tl.where(has_values, i_r, i_v) * dims.BV
+        num_cols = tl.where(has_values, dims.V, dims.K)
+        column0 = tl.where(has_values, dims.K, 0)
     else:
         has_values = i_v >= 0
-        o_v += i_v * BV
-        num_cols = V
+        o_v += i_v * dims.BV
+        num_cols = dims.V
         column0 = 0
     return o_v, num_cols, column0, has_values
 
@@ -149,16 +149,6 @@ def load_key_tile(p, o_r, o_c, stride, num_rows, num_cols, USE_L2NORM: tl.conste
     if USE_L2NORM:
         b_x = (b_x.to(tl.float32) * inverse_norm(b_x)[:, None]).to(b_x.dtype)
     return b_x
-
-
-@triton.jit
-def row_scales(r, o_row, o_r, stride, num_rows):
-    """Factors r[o_row + o_r * stride] of a tile's rows, zero from num_rows on; ones where r is None."""
-    if r is None:
-        b_r = tl.full(o_r.shape, 1.0, tl.float32)
-    else:
-        b_r = load_rows(r + o_row, o_r, stride, num_rows)
-    return b_r
 
 
 @triton.jit

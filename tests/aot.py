@@ -21,25 +21,27 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sleep_ops.kernels import gated_norm, short_conv, step, window
+from sleep_ops.kernels import gated_norm, short_conv, single_chunk, step
+from sleep_ops.kernels.arguments import Cotangents, Gates, Gradients, Packing, Prepared, Tokens, make_dims
 from sleep_ops.kernels.chunk_grad import chunk_grad_kernel
 from sleep_ops.kernels.chunk_grad_split import (
+    Values,
     chunk_grad_keys_kernel,
     chunk_grad_queries_kernel,
     chunk_grad_values_kernel,
 )
 from sleep_ops.kernels.chunk_prepare import (
     NORM_ROWS,
+    GateDims,
     chunk_prepare_kernel,
     gate_backward_kernel,
     inverse_norm_kernel,
 )
 from sleep_ops.kernels.chunk_scan import chunk_reverse_kernel, chunk_scan_kernel
-from sleep_ops.kernels.configs import block_size, chunk_config, scales_rows, window_config
+from sleep_ops.kernels.configs import block_size, chunk_config, scales_rows, single_chunk_config
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # bytes of a multiprocessor
@@ -48,7 +50,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Case(NamedTuple):
-    """A kernel with its arguments: a Triton type for a run-time one ("*bf16", "i32"), a value for a constant."""
+    """A kernel with its arguments: a Triton type for a run-time one ("*bf16", "i32"), a value for a constant.
+
+    Or a named tuple of them.
+    """
 
     name: str
     kernel: Any
@@ -58,19 +63,27 @@ class Case(NamedTuple):
     archs: tuple[int, ...] = (80, 90, 100)
 
 
-def _chunk_arguments(dtype: str, packed: bool) -> dict[str, Any]:
-    data = ("q", "k", "v", "A", "output", "states", "d_states", "d_output", "dq", "dk", "dv", "U_end", "dY", "ds", "dl")
-    wide = ("beta_out", "initial_state", "final_state", "d_final_state", "d_initial_state", "dbeta_out")
-    arguments: dict[str, Any] = {name: f"*{dtype}" for name in data}
-    wide += ("g", "beta", "dg", "dbeta", "A_log", "dt_bias", "partial", "rq", "rk")
-    wide += ("dbeta_part", "dbeta_values")
-    arguments |= {name: "*fp32" for name in wide}
-    decays = ("G", "dG", "dG_part", "dG_values", "dG_queries")
-    arguments |= {name: "*fp64" if dtype == "fp32" else "*fp32" for name in decays}
-    arguments |= {name: "i32" for name in ("T", "num_seqs", "stride_q", "stride_k", "stride_v")}
-    arguments |= {"scale": "fp32"}
-    arguments |= {"cu_seqlens": "*i32" if packed else None, "chunk_offsets": "*i64" if packed else None}
-    return arguments
+def _chunk_arguments(kernel: Any, dtype: str, absent: tuple[str, ...]) -> dict[str, Any]:
+    """Of a chunk kernel, and others, but for dims. The `absent` ones are None."""
+
+    def p(name: str, type_: str = dtype) -> str | None:
+        return None if name in absent else f"*{type_}"
+
+    G = "fp64" if dtype == "fp32" else "fp32"
+    return {
+        "tokens": Tokens(p("q"), p("k"), p("v"), "i32", "i32", "i32"),
+        "gates": Gates(*(p(name, "fp32") for name in ("g", "beta", "A_log", "dt_bias"))),
+        "prepared": Prepared(p("G", G), p("beta", "fp32"), p("A"), p("rq", "fp32"), p("rk", "fp32")),
+        "packing": Packing(p("cu_seqlens", "i32"), p("chunk_offsets", "i64")),
+        "cotangents": Cotangents(p("d_output"), p("d_state", "fp32" if kernel is chunk_reverse_kernel else dtype)),
+        "gradients": Gradients(p("dq"), p("dk"), p("dv"), p("dG", G), p("dbeta", "fp32")),
+        "values": Values(p("U_decayed"), p("dY"), p("ds"), p("dl"), p("dG", G), p("dbeta", "fp32")),
+        **{name: p(name) for name in ("states", "d_states", "output", "d_output", "ds", "dq")},
+        **{name: p(name, "fp32") for name in ("initial_state", "final_state", "d_initial_state")},
+        **{name: p(name, "fp32") for name in ("active", "d_active", "dg", "dbeta", "partial")},
+        **{name: p(name, G) for name in ("dG", "dG_queries")},
+        **{"scale": "fp32", "T": "i32", "num_seqs": "i32", "BETA_SCALE": 1.0},
+    }
 
 
 def chunk_cases(
@@ -88,43 +101,41 @@ def chunk_cases(
     config = chunk_config(K, V, 1 << 15, DTYPES[dtype])
     config = config._replace(chunk=chunk or config.chunk)
     scaled = l2norm and scales_rows(config, DTYPES[dtype], f"sm{archs[0]}")
-    shape = {"H": 4, "HV": 4 * groups, "K": K, "V": V, "C": config.chunk, "BK": block_size(K)}
-    gates = {"BETA_SCALE": 1.0, "USE_L2NORM": l2norm, "PRECISION": "ieee" if dtype == "fp32" else "tf32x3"}
-    gates |= {"WIDENED": False, "BH": 4 * groups}
-    absent = ("q", "rq", "output", "initial_state", "d_output", "dq", "ds", "dG_queries")
-    widened = dict.fromkeys(absent) | {"WIDENED": True}
-    common = _chunk_arguments(dtype, packed) | shape | gates
-    sweep = {"USE_L2NORM": False} if scaled else {"rq": None, "rk": None}
+    none = () if packed else ("cu_seqlens", "chunk_offsets")
+    widened = (*none, "q", "rq", "output", "initial_state", "d_output", "dq", "ds", "dG_queries")
     label = f"{dtype}-K{K}-V{V}" + ("-packed" if packed else "") + (f"-C{chunk}" if chunk else "")
     gradient = [
-        ("chunk_grad", chunk_grad_kernel, config.grad, {}),
-        ("chunk_grad_widened", chunk_grad_kernel, config.grad, widened),
+        ("chunk_grad", chunk_grad_kernel, config.grad, none, V),
+        ("chunk_grad_widened", chunk_grad_kernel, config.grad, widened, V),
     ]
     if config.chunk == 64:
         gradient = [
-            ("chunk_grad_values", chunk_grad_values_kernel, config.grad, {}),
-            ("chunk_grad_values_widened", chunk_grad_values_kernel, config.grad, widened),
-            ("chunk_grad_queries", chunk_grad_queries_kernel, config.grad, {}),
-            ("chunk_grad_keys", chunk_grad_keys_kernel, config.grad, {}),
-            ("chunk_grad_keys_widened", chunk_grad_keys_kernel, config.grad, widened | {"V": K + V}),
+            ("chunk_grad_values", chunk_grad_values_kernel, config.grad, none, V),
+            ("chunk_grad_values_widened", chunk_grad_values_kernel, config.grad, widened, V),
+            ("chunk_grad_queries", chunk_grad_queries_kernel, config.grad, none, V),
+            ("chunk_grad_keys", chunk_grad_keys_kernel, config.grad, none, V),
+            ("chunk_grad_keys_widened", chunk_grad_keys_kernel, config.grad, widened, K + V),
         ]
-    for name, kernel, launch, changed in (
-        ("chunk_prepare", chunk_prepare_kernel, config.prepare, {}),
-        ("chunk_scan", chunk_scan_kernel, config.scan, sweep | {"states": None}),
-        ("chunk_states", chunk_scan_kernel, config.scan, sweep | dict.fromkeys(("q", "rq", "output", "final_state"))),
-        ("chunk_scan_widened", chunk_scan_kernel, config.scan, sweep | widened | {"states": None}),
-        ("chunk_states_widened", chunk_scan_kernel, config.scan, sweep | widened | {"final_state": None}),
-        ("chunk_reverse", chunk_reverse_kernel, config.reverse, sweep),
-        (
-            "chunk_reverse_widened",
-            chunk_reverse_kernel,
-            config.reverse,
-            sweep | widened | {"d_initial_state": None, "V": K + V},
-        ),
+    for name, kernel, launch, absent, columns in (
+        ("chunk_prepare", chunk_prepare_kernel, config.prepare, none, V),
+        ("chunk_scan", chunk_scan_kernel, config.scan, (*none, "states"), V),
+        ("chunk_states", chunk_scan_kernel, config.scan, (*none, "output", "final_state"), V),
+        ("chunk_scan_widened", chunk_scan_kernel, config.scan, (*widened, "states"), V),
+        ("chunk_states_widened", chunk_scan_kernel, config.scan, (*widened, "final_state"), V),
+        ("chunk_reverse", chunk_reverse_kernel, config.reverse, none, V),
+        ("chunk_reverse_widened", chunk_reverse_kernel, config.reverse, (*widened, "d_initial_state"), K + V),
         *gradient,
-        ("gate_backward", gate_backward_kernel, config.prepare, {}),
+        ("gate_backward", gate_backward_kernel, config.prepare, none, V),
     ):
-        arguments = common | changed | {"BV": launch.block_v}
+        sweeps = kernel in (chunk_scan_kernel, chunk_reverse_kernel)
+        if sweeps and not scaled:
+            absent = (*absent, "rq", "rk")
+        normalised = l2norm and not (sweeps and scaled)
+        wide = "d_output" in absent and columns == V
+        dims = make_dims(4, 4 * groups, K, columns, config.chunk, launch.block_v, normalised, wide)
+        if kernel is gate_backward_kernel:
+            dims = GateDims(4 * groups, config.chunk, 4 * groups, 1.0)
+        arguments = _chunk_arguments(kernel, dtype, absent) | {"dims": dims}
         yield Case(f"{name}-{label}", kernel, arguments, launch.warps, launch.stages, archs)
 
 
@@ -135,24 +146,25 @@ def inverse_norm_cases(dtype: str, K: int):
     yield Case(f"inverse_norm-{dtype}-K{K}", inverse_norm_kernel, arguments, 4, 3)
 
 
-def window_cases(
+def single_chunk_cases(
     K: int, V: int, T: int, dtype: str, *, initial_state: bool = True, groups: int = 1, archs=(80, 90, 100)
 ):
-    """The kernels of windows of T tokens, with gate, sigmoid and normalisation."""
-    config = window_config(K, V, T, DTYPES[dtype])
-    data = ("q", "k", "v", "output", "d_output", "dq", "dk", "dv")
-    wide = ("g", "beta", "A_log", "dt_bias", "final_state", "d_final_state", "dg", "dbeta", "partial")
-    arguments: dict[str, Any] = {name: f"*{dtype}" for name in data} | {name: "*fp32" for name in wide}
-    arguments |= {name: "*fp32" if initial_state else None for name in ("initial_state", "d_initial_state")}
-    arguments |= {name: "i32" for name in ("T", *(f"stride_{x}" for x in ("q", "k", "v", "g", "beta")))}
-    arguments |= {"scale": "fp32", "H": 4, "HV": 4 * groups, "K": K, "V": V, "C": config.chunk, "BK": block_size(K)}
-    arguments |= {"BV": config.launch.block_v, "BETA_SCALE": 1.0, "IS_DELTA": True, "USE_L2NORM": True}
-    arguments |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32x3"}
-    arguments |= {"G_DTYPE": tl.float64 if dtype == "fp32" else tl.float32}
+    """The kernels of sequences of T tokens that fit one chunk, with gate, sigmoid and normalisation."""
+    config = single_chunk_config(K, V, T, DTYPES[dtype])
+    x, state = f"*{dtype}", "*fp32" if initial_state else None
+    arguments = {
+        "tokens": Tokens(x, x, x, "i32", "i32", "i32"),
+        "gates": Gates("*fp32", "*fp32", "*fp32", "*fp32", "i32", "i32"),
+        "cotangents": Cotangents(x, "*fp32"),
+        "gradients": Gradients(x, x, x, "*fp32", "*fp32"),
+        **{"initial_state": state, "d_initial_state": state, "final_state": "*fp32", "output": x, "partial": "*fp32"},
+        **{"scale": "fp32", "T": "i32", "IS_DELTA": True, "BETA_SCALE": 1.0},
+        "dims": make_dims(4, 4 * groups, K, V, config.chunk, config.launch.block_v, True),
+    }
     label = f"{dtype}-K{K}-V{V}-T{T}" + ("" if initial_state else "-fresh")
     for name in ("forward", "backward"):
-        kernel = getattr(window, f"window_{name}_kernel")
-        yield Case(f"window_{name}-{label}", kernel, arguments, config.launch.warps, config.launch.stages, archs)
+        kernel = getattr(single_chunk, f"single_chunk_{name}_kernel")
+        yield Case(f"single_chunk_{name}-{label}", kernel, arguments, config.launch.warps, config.launch.stages, archs)
 
 
 def short_conv_cases(dtype: str, *, packed: bool = False):
@@ -204,12 +216,12 @@ CASES = [
     *chunk_cases(96, 192, "fp16", archs=(90,)),
     *chunk_cases(64, 64, "fp32", archs=(80,)),
     *inverse_norm_cases("bf16", 128),
-    *window_cases(64, 64, 24, "bf16"),
-    *window_cases(64, 64, 24, "bf16", initial_state=False, archs=(90,)),
-    *window_cases(128, 128, 32, "bf16", groups=2),
-    *window_cases(96, 192, 32, "fp16", groups=2, archs=(90,)),
-    *window_cases(256, 256, 16, "bf16", archs=(90,)),
-    *window_cases(64, 64, 16, "fp32", archs=(80,)),
+    *single_chunk_cases(64, 64, 24, "bf16"),
+    *single_chunk_cases(64, 64, 24, "bf16", initial_state=False, archs=(90,)),
+    *single_chunk_cases(128, 128, 32, "bf16", groups=2),
+    *single_chunk_cases(96, 192, 32, "fp16", groups=2, archs=(90,)),
+    *single_chunk_cases(256, 256, 16, "bf16", archs=(90,)),
+    *single_chunk_cases(64, 64, 16, "fp32", archs=(80,)),
     *short_conv_cases("bf16"),
     *short_conv_cases("fp32", packed=True),
     *gated_norm_cases("bf16", 128),
@@ -236,17 +248,27 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(usage["REG"]), max(int(usage["STACK"]), int(usage["LOCAL"]))
 
 
+def _signature(value: Any, name: str, path: tuple[int, ...], constants: dict, aligned: dict) -> Any:
+    """Of an argument, by its Triton types; its constants and aligned values are entered by their paths."""
+    if isinstance(value, tuple):
+        fields = zip(value._fields, value, strict=True)
+        return type(value)(*(_signature(x, n, (*path, i), constants, aligned) for i, (n, x) in enumerate(fields)))
+    if not isinstance(value, str):
+        constants[path] = value
+        return "constexpr"
+    if value.startswith("*") or name.startswith("stride"):
+        aligned[path] = [["tt.divisibility", 16]]
+    return value
+
+
 def compile_case(case: Case, arch: int) -> dict[str, Any]:
     signature, constants, aligned = {}, {}, {}
-    for i, name in enumerate(case.kernel.arg_names):
-        value = case.arguments[name]
-        if isinstance(value, str) and name != "PRECISION":
-            signature[name] = value
-            if value.startswith("*") or name.startswith("stride"):
-                aligned[(i,)] = [["tt.divisibility", 16]]
+    for i, parameter in enumerate(case.kernel.params):
+        value = case.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[i,] = "constexpr", value
         else:
-            signature[name] = "constexpr"
-            constants[name] = value
+            signature[parameter.name] = _signature(value, parameter.name, (i,), constants, aligned)
     begin = time.perf_counter()
     compiled = triton.compile(
         ASTSource(case.kernel, signature, constants, aligned),

@@ -13,9 +13,9 @@ pytestmark = pytest.mark.slow  # minutes of compiling
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Bytes a thread that may spill, by the start of the kernel's name, up to K = V = 128 in 16 bits; others get none.
 SPILL_BYTES = {"chunk_grad": 288, "chunk_grad_widened": 96, "chunk_scan": 16, "gated_norm_backward": 16}
-SPILL_BYTES |= {"window_forward": 96, "window_backward": 704}
+SPILL_BYTES |= {"single_chunk_forward": 96, "single_chunk_backward": 704}
 LARGE_SPILL_BYTES = {"chunk_grad": 224, "chunk_grad_widened": 96, "chunk_scan": 64}
-LARGE_SPILL_BYTES |= {"window_forward": 96, "window_backward": 704}
+LARGE_SPILL_BYTES |= {"single_chunk_forward": 96, "single_chunk_backward": 704}
 # By architecture: the same of any kernel for chunks of 64.
 LONG_SPILL_BYTES = {80: 544, 90: 48, 100: 16}
 
@@ -44,7 +44,7 @@ def test_no_kernel_is_replaced_by_a_trap(records):
 
 
 def test_products_in_16_bits_are_for_tensor_cores(records):
-    chunked = [r for r in records if r["kernel"].startswith(("chunk_", "window_")) and "fp32" not in r["kernel"]]
+    chunked = [r for r in records if r["kernel"].startswith(("chunk_", "single_chunk_")) and "fp32" not in r["kernel"]]
     assert chunked and all(r["tensor_core"] for r in chunked)
 
 
@@ -56,8 +56,8 @@ def test_chunks_of_64_are_for_the_newest_tensor_cores(records):
 
 
 def test_every_multiprocessor_holds_two_programs(records):
-    """Of the chunk and window kernels, so that one computes while another waits for memory."""
-    assert not [r for r in records if r["programs"] < 2 and r["kernel"].startswith(("chunk_", "window_"))]
+    """Of the chunk kernels, so that one computes while another waits for memory."""
+    assert not [r for r in records if r["programs"] < 2 and r["kernel"].startswith(("chunk_", "single_chunk_"))]
 
 
 def test_shared_memory_fits(records):

@@ -92,7 +92,7 @@ def test_the_command_writes_a_row_for_every_launch(untimed, tmp_path):
     assert list(rows[0]) == launches.COLUMNS and (tmp_path / "launches.png").exists()
     assert {(row["call_ms"], row["share"]) for row in rows} == {("16.0", "0.125")}
     short = [row["kernel"] for row in rows if row["case"] == "rule110"]
-    assert short == ["window_forward_kernel", "window_backward_kernel"] or "gate_backward_kernel" in short
+    assert short == ["single_chunk_forward_kernel", "single_chunk_backward_kernel"] or "gate_backward_kernel" in short
     assert "chunk_scan" in text and "12%" in text
 
 

@@ -99,11 +99,11 @@ def test_the_table_is_rewritten_as_it_stands_and_with_rows(tmp_path, monkeypatch
     monkeypatch.setattr(table, "__file__", str(path))
     windows = {("float32", None, None, None): (16, (16, 8, 1))}
     rows = {("LAUNCHES", KEY): ROW, ("LAUNCHES", ("16-bit", 256, None, None)): ROW}
-    assert tune.write_rows(rows | {("WINDOW_LAUNCHES", key): row for key, row in windows.items()}) == path
+    assert tune.write_rows(rows | {("SINGLE_CHUNK_LAUNCHES", key): row for key, row in windows.items()}) == path
     scope = {}
     exec(path.read_text(), scope)
     assert scope["LAUNCHES"] == table.LAUNCHES | {KEY: ROW, ("16-bit", 256, None, None): ROW}
-    assert scope["WINDOW_LAUNCHES"] == table.WINDOW_LAUNCHES | windows
+    assert scope["SINGLE_CHUNK_LAUNCHES"] == table.SINGLE_CHUNK_LAUNCHES | windows
     assert list(scope["LAUNCHES"])[-1] == KEY and scope["__doc__"] == table.__doc__
     style = [sys.executable, "-m", "ruff", "format", "--check", "--config", str(TABLE.parent.parent / "pyproject.toml")]
     assert subprocess.run([*style, str(path)], capture_output=True).returncode == 0
@@ -228,7 +228,7 @@ def test_the_command_prints_and_writes_the_best_rows(gpu, tmp_path, monkeypatch)
     class Trial:
         def __init__(self, case: Case, table, key, repeats, seed, device):
             assert case.passes == 1
-            self.short = table == "WINDOW_LAUNCHES"
+            self.short = table == "SINGLE_CHUNK_LAUNCHES"
             assert key == ("16-bit", *((64, 64) if self.short else (128, case.value_dim)), "sm90")
 
         def __call__(self, row, to_beat):
@@ -245,23 +245,24 @@ def test_the_command_prints_and_writes_the_best_rows(gpu, tmp_path, monkeypatch)
     path = tmp_path / "launches.py"
     path.write_text(TABLE.read_text())
     monkeypatch.setattr(table, "__file__", str(path))
-    text = run("--chunks", "16,32", "--kernels", "scan,grad,window", "--write", "--out", tmp_path)
+    text = run("--chunks", "16,32", "--kernels", "scan,grad,single_chunk", "--write", "--out", tmp_path)
     best = (32, (32, 4, 1), (128, 4, 1), (32, 4, 2), (32, 4, 1))
     assert f"long: ('16-bit', 128, 128, 'sm90'): {best}" in text and f"wrote {path}" in text
     assert ("LAUNCHES", ("16-bit", 128, 128, "sm90"), best) in emulated and len(emulated) == 3
     scope = {}
     exec(path.read_text(), scope)
     assert scope["LAUNCHES"] == table.LAUNCHES | {("16-bit", 128, V, "sm90"): best for V in (128, 256)}
-    assert scope["WINDOW_LAUNCHES"] == table.WINDOW_LAUNCHES | {("16-bit", 64, 64, "sm90"): (32, (64, 4, 1))}
+    short = {("16-bit", 64, 64, "sm90"): (32, (64, 4, 1))}
+    assert scope["SINGLE_CHUNK_LAUNCHES"] == table.SINGLE_CHUNK_LAUNCHES | short
     with (tmp_path / "tune.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == tune.COLUMNS
-    assert len(rows) == TuneBenchmark(chunks=(16, 32), kernels=("scan", "grad", "window")).steps
-    races = 2 * 2 * len(launches("grad", 128)) // 2 + len(launches("window", 64)) // 2
+    assert len(rows) == TuneBenchmark(chunks=(16, 32), kernels=("scan", "grad", "single_chunk")).steps
+    races = 2 * 2 * len(launches("grad", 128)) // 2 + len(launches("single_chunk", 64)) // 2
     assert sum(row["verdict"] == "WRONG: a race" and row["ms_median"] == "" for row in rows) == races
-    assert {(row["table"], row["window"] == "", row["grad"] == "") for row in rows} == {
+    assert {(row["table"], row["single_chunk"] == "", row["grad"] == "") for row in rows} == {
         ("LAUNCHES", True, False),
-        ("WINDOW_LAUNCHES", False, True),
+        ("SINGLE_CHUNK_LAUNCHES", False, True),
     }
 
 
@@ -287,7 +288,7 @@ def test_grad_is_varied_first(gpu):
             ["grad", "reverse", "scan", "prepare"]
         ] * 3
     ((base, varied),) = TuneBenchmark()._searches("rule110")
-    assert base == (32, (64, 4, 1)) and list(varied) == ["window"]
+    assert base == (32, (64, 4, 1)) and list(varied) == ["single_chunk"]
 
 
 def test_defaults_of_the_command_are_those_of_the_benchmark(gpu):

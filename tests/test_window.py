@@ -19,11 +19,11 @@ from cases import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sleep_ops.kernels import window as window_kernels
-from sleep_ops.kernels.configs import window_config
-from sleep_ops.ops.chunk_triton import TritonPass
+from sleep_ops.kernels import single_chunk
+from sleep_ops.kernels.configs import single_chunk_config
+from sleep_ops.ops.chunk_triton import TritonPass, as_tokens
 from sleep_ops.ops.gated_delta_rule import delta_rule_state, gated_delta_rule, sleep_gated_delta_rule
-from sleep_ops.ops.window_triton import _read_in_place, window_gated_delta_rule
+from sleep_ops.ops.window_triton import _gates, window_gated_delta_rule
 from sleep_ops.reference import gated_delta_rule_reference
 
 WINDOWS = [
@@ -49,7 +49,7 @@ def window(*tokens, cu_seqlens=None, **options):
 
 def cut(case: Case, dtype: torch.dtype) -> Case:
     """The case at a length its kernels take: its own, else some tokens short of the longest."""
-    longest = max(T for T in range(1, 65) if window_config(*case.dims, T, dtype))
+    longest = max(T for T in range(1, 65) if single_chunk_config(*case.dims, T, dtype))
     return case if case.T <= longest else replace(case, T=longest - 5)
 
 
@@ -93,7 +93,7 @@ def test_everything_is_written(initial_state, device, poisoned):
     case = replace(GROUPED, T=13, dims=(20, 40), initial_state=initial_state)
     inputs = make_inputs(case, torch.float32, device)
     expected = evaluate(window, case, inputs)
-    poisoned(window_kernels)
+    poisoned(single_chunk)
     for name, value in evaluate(window, case, inputs).items():
         assert torch.equal(value, expected[name]), name
 
@@ -150,14 +150,14 @@ def test_views_are_read_in_place(device):
     joint, gates = torch.randn(2, 5, 24, device=device), torch.randn(2, 5, 6, device=device)
     q, k, v = (x.unflatten(-1, (2, 4)) for x in joint.split(8, -1))
     g, beta = -gates[..., :2].abs(), gates[..., 2:4]
-    tokens, strides = _read_in_place(q, k, v, gates[..., :2], beta)
-    assert [x.data_ptr() for x in tokens] == [x.data_ptr() for x in (q, k, v, gates, beta)]
-    assert strides == (24, 24, 24, 6, 6)
+    read, read_gates = as_tokens(q, k, v), _gates(gates[..., :2], beta, None, None)
+    assert [x.data_ptr() for x in (*read[:3], *read_gates[:2])] == [x.data_ptr() for x in (q, k, v, gates, beta)]
+    assert read[3:] == (24, 24, 24) and read_gates[2:] == (None, None, 6, 6)
     view = window(q, k, v, g, beta, scale=1.0, use_beta_sigmoid=True)
     copy = window(*(x.contiguous() for x in (q, k, v, g, beta)), scale=1.0, use_beta_sigmoid=True)
     assert all(torch.equal(a, b) for a, b in zip(view, copy, strict=True))
-    tokens, strides = _read_in_place(None, k.transpose(1, 2), v, g.mT.contiguous().mT, beta)
-    assert tokens[0] is None and all(tokens[i].is_contiguous() for i in (1, 3)) and strides[3] == 2
+    read, read_gates = as_tokens(None, k.transpose(1, 2), v), _gates(g.mT.contiguous().mT, beta, None, None)
+    assert read.q is None and read.k.is_contiguous() and read_gates.g.is_contiguous() and read_gates.stride_g == 2
 
 
 def test_only_inputs_are_kept_for_the_backward(device):
@@ -219,7 +219,8 @@ def test_longer_packed_and_sleeping_passes_take_the_chunk_kernels(device):
 
 def test_which_windows_and_how():
     half, single = torch.bfloat16, torch.float32
-    assert [window_config(64, 64, T, half).chunk for T in (1, 16, 17, 32)] == [16, 16, 32, 32]
-    assert window_config(64, 64, 33, half) is None and window_config(64, 64, 17, single) is None
-    assert window_config(192, 64, 16, half).chunk == 16 and window_config(192, 64, 17, half) is None
-    assert [window_config(K, V, 24, half).launch.block_v for K, V in ((64, 64), (64, 128), (16, 20))] == [64, 32, 32]
+    assert [single_chunk_config(64, 64, T, half).chunk for T in (1, 16, 17, 32)] == [16, 16, 32, 32]
+    assert single_chunk_config(64, 64, 33, half) is None and single_chunk_config(64, 64, 17, single) is None
+    assert single_chunk_config(192, 64, 16, half).chunk == 16 and single_chunk_config(192, 64, 17, half) is None
+    tiles = {(64, 64): 64, (64, 128): 32, (16, 20): 32}
+    assert {dims: single_chunk_config(*dims, 24, half).launch.block_v for dims in tiles} == tiles

@@ -45,9 +45,9 @@ from sleep_ops.bench.settings import check_choices, check_counts, check_dtype
 from sleep_ops.training.checkpoint import write_atomically
 from sleep_ops.training.config import resolve_device
 
-KERNELS = ("prepare", "scan", "reverse", "grad", "window")
+KERNELS = ("prepare", "scan", "reverse", "grad", "single_chunk")
 # The kernels whose launches are in a row of each table, after its first number.
-TABLES = {"LAUNCHES": KERNELS[:4], "WINDOW_LAUNCHES": KERNELS[4:]}
+TABLES = {"LAUNCHES": KERNELS[:4], "SINGLE_CHUNK_LAUNCHES": KERNELS[4:]}
 CHUNKS = (16, 32, 64)
 # Bytes a thread may spill: what the settings in use do at the most, up to K = V = 256 (tests/test_aot.py).
 MAX_SPILL_BYTES = 704
@@ -125,12 +125,12 @@ class TuneBenchmark:
 
     def _place(self, name: str) -> tuple[str, tuple]:
         """The table and the key in it that a case decides."""
-        from sleep_ops.kernels.configs import architecture, launch_key, window_config
+        from sleep_ops.kernels.configs import architecture, launch_key, single_chunk_config
 
         case, arch = self._case(name), architecture(resolve_device(self.device))
         dims, dtype = (case.key_dim, case.value_dim), DTYPES[case.dtype]
-        short = window_config(*dims, case.tokens, dtype, arch) is not None
-        return "WINDOW_LAUNCHES" if short else "LAUNCHES", launch_key(*dims, dtype, arch)
+        short = single_chunk_config(*dims, case.tokens, dtype, arch) is not None
+        return "SINGLE_CHUNK_LAUNCHES" if short else "LAUNCHES", launch_key(*dims, dtype, arch)
 
     def _searches(self, name: str) -> list[tuple[Row, dict[str, list]]]:
         """Rows to start from, and what to vary in each."""

@@ -178,7 +178,7 @@ def bench_tune(
     chunks: Annotated[str, option("Lengths of a chunk to try, of 16, 32 and 64.")] = "16,32,64",
     kernels: Annotated[
         str, option("Kernels to vary: of long sequences the first four, of the shortest the last.")
-    ] = "prepare,scan,reverse,grad,window",
+    ] = "prepare,scan,reverse,grad,single_chunk",
     dtype: Annotated[str | None, option("float32, bfloat16 or float16; bfloat16 by default.")] = None,
     write: Annotated[bool, option("Put the best rows into kernels/launches.py.")] = False,
     repeats: Annotated[int, option("Timed repeats of every candidate.")] = 20,

@@ -107,7 +107,7 @@ def segment_transition(
     batch row, or per sequence with `cu_seqlens` (an empty one is the identity). Differentiable in every tensor. Raises
     ValueError as `gated_delta_rule` does.
     """
-    options = {
+    options: dict = {
         "cu_seqlens": cu_seqlens,
         "rule": rule,
         "use_qk_l2norm": use_qk_l2norm,

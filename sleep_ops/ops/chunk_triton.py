@@ -16,17 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sleep_ops.kernels import chunk_prepare as prepare_kernels
+from sleep_ops.kernels.arguments import Cotangents, Gates, Packing, Prepared, Tokens
 from sleep_ops.kernels.chunk_grad import chunk_grad
 from sleep_ops.kernels.chunk_grad_split import chunk_grad_split
 from sleep_ops.kernels.chunk_scan import chunk_reverse, chunk_scan
 from sleep_ops.kernels.configs import ChunkConfig, architecture, chunk_config, scales_rows
 from sleep_ops.ops.gates import beta_scale
-from sleep_ops.ops.launching import as_rows, on_device, or_empty
+from sleep_ops.ops.launching import as_rows, contiguous, on_device, or_empty
 from sleep_ops.validation import check_first_order
 
 
 def _config(k: Tensor, head_v_dim: int, longest: int) -> ChunkConfig:
     return chunk_config(k.shape[3], head_v_dim, longest, k.dtype, architecture(k.device))
+
+
+def as_tokens(q: Tensor | None, k: Tensor, v: Tensor) -> Tokens:
+    """As the kernels read them, in place where they can."""
+    (k, stride_k), (v, stride_v) = as_rows(k), as_rows(v)
+    q, stride_q = (None, 0) if q is None else as_rows(q)
+    return Tokens(q, k, v, stride_q, stride_k, stride_v)
 
 
 def _num_chunks(k: Tensor, cu_seqlens: Tensor | None, chunk: int) -> int:
@@ -75,22 +83,17 @@ def _prepare(
     config = _config(k, head_v_dim, longest)
     k, stride_k = as_rows(k)
     with on_device(k):
-        G, beta, A = prepare_kernels.chunk_prepare(
-            k,
-            stride_k,
-            g.contiguous(),
-            beta.contiguous(),
-            A_log,
-            dt_bias,
-            cu_seqlens,
-            chunk_offsets,
+        G, active, A, *_ = prepare_kernels.chunk_prepare(
+            Tokens(k=k, stride_k=stride_k),
+            Gates(g.contiguous(), beta.contiguous(), A_log, dt_bias),
+            Packing(cu_seqlens, chunk_offsets),
             num_chunks=_num_chunks(k, cu_seqlens, config.chunk),
             rule=rule,
             use_qk_l2norm=use_qk_l2norm,
             beta_scale=beta_scale,
             config=config,
         )
-    return G, beta, or_empty(A, k)
+    return G, active, or_empty(A, k)
 
 
 @_prepare.register_fake
@@ -116,19 +119,15 @@ def _prepare_backward(
     beta_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of g, beta, A_log and dt_bias."""
-    g = g.contiguous()
     with on_device(g):
-        dg, dbeta, dA_log, d_dt_bias = prepare_kernels.gate_backward(
+        dg, dbeta, dA_log, d_dt_bias, *_ = prepare_kernels.gate_backward(
+            Gates(g.contiguous(), None, A_log, dt_bias),
+            active,
             dG.contiguous(),
             d_active.contiguous(),
-            g,
-            active,
-            beta_dtype,
-            A_log,
-            dt_bias,
-            cu_seqlens,
-            chunk_offsets,
+            Packing(cu_seqlens, chunk_offsets),
             num_chunks=_num_chunks(g, cu_seqlens, chunk),
+            beta_dtype=beta_dtype,
             beta_scale=beta_scale,
             chunk=chunk,
         )
@@ -169,9 +168,8 @@ _prepare.register_autograd(_differentiate_prepared, setup_context=_save_prepared
 @torch.library.custom_op("sleep_ops::inverse_norms", mutates_args=())
 def _inverse_norms(x: Tensor) -> Tensor:
     """1 / sqrt(sum x^2 + 1e-6) of rows of x [B, T, H, K]: [B, T, H] float32. Its gradient is part of chunk_scan's."""
-    x, stride_x = as_rows(x)
     with on_device(x):
-        return prepare_kernels.inverse_norms(x, stride_x)
+        return prepare_kernels.inverse_norms(*as_rows(x))
 
 
 @_inverse_norms.register_fake
@@ -201,21 +199,12 @@ def _scan(
 
     rq, rk: inverse norms, where rows of products are to be scaled by them.
     """
-    (k, stride_k), (v, stride_v) = as_rows(k), as_rows(v)
-    q, stride_q = (None, 0) if q is None else as_rows(q)
     with on_device(k):
         output, final_state = chunk_scan(
-            q,
-            k,
-            v,
-            (stride_q, stride_k, stride_v),
-            (rq, rk),
-            G,
-            beta,
-            A,
-            None if initial_state is None else initial_state.contiguous(),
-            cu_seqlens,
-            chunk_offsets,
+            as_tokens(q, k, v),
+            Prepared(G, beta, A, rq, rk),
+            Packing(cu_seqlens, chunk_offsets),
+            *contiguous(initial_state),
             scale=scale,
             use_qk_l2norm=use_qk_l2norm,
             widened=widened,
@@ -255,48 +244,25 @@ def _scan_backward(
     """Gradients of q, k, v, G, beta and initial_state; an absent one is empty. Those of k, G and beta are A's too."""
     config = _config(k, v.shape[3], longest)
     num_chunks = _num_chunks(k, cu_seqlens, config.chunk)
-    (k, stride_k), (v, stride_v) = as_rows(k), as_rows(v)
-    q, stride_q = (None, 0) if d_output is None else as_rows(q)
-    strides = (stride_q, stride_k, stride_v)
-    d_output = None if d_output is None else d_output.contiguous()
+    d_output, d_final_state, initial_state = contiguous(d_output, d_final_state, initial_state)
+    inputs = (
+        as_tokens(None if d_output is None else q, k, v),
+        Prepared(G, beta, A, rq, rk),
+        Packing(cu_seqlens, chunk_offsets),
+    )
     common = {"scale": scale, "use_qk_l2norm": use_qk_l2norm, "config": config}
-    packing = (cu_seqlens, chunk_offsets)
     with on_device(k):
-        _, states = chunk_scan(
-            None,
-            k,
-            v,
-            strides,
-            (None, rk),
-            G,
-            beta,
-            A,
-            None if initial_state is None else initial_state.contiguous(),
-            *packing,
-            widened=widened,
-            num_chunks=num_chunks,
-            **common,
-        )
+        _, states = chunk_scan(*inputs, initial_state, widened=widened, num_chunks=num_chunks, **common)
         d_states, d_initial_state = chunk_reverse(
-            q,
-            k,
-            strides,
-            (rq, rk),
-            G,
-            beta,
-            A,
-            d_output,
-            None if d_final_state is None else d_final_state.contiguous(),
-            *packing,
+            *inputs,
+            Cotangents(d_output, d_final_state),
             width=states.shape[3],
             need_initial=initial_state is not None,
             num_chunks=num_chunks,
             **common,
         )
         gradient = chunk_grad_split if config.chunk == 64 else chunk_grad
-        dq, dk, dv, dG, dbeta = gradient(
-            q, k, v, strides, G, beta, A, states, d_states, d_output, *packing, widened=widened, **common
-        )
+        dq, dk, dv, dG, dbeta = gradient(*inputs, states, Cotangents(d_output, d_states), widened=widened, **common)
     dq, dk, dv = (_cleared(x, cu_seqlens) for x in (dq, dk, dv))
     return or_empty(dq, k), dk, dv, dG, dbeta, or_empty(d_initial_state, k)
 

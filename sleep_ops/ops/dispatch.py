@@ -65,7 +65,7 @@ def no_tokens(
 class ReferencePass:
     """Passes over the same tokens from any state by the token recurrence, which is read anew for each."""
 
-    def __init__(self, *tokens: Tensor, **options: object):
+    def __init__(self, *tokens: Tensor, **options):
         self.tokens, self.options = tokens, options
 
     def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
@@ -117,9 +117,9 @@ def run_pass(
 ) -> tuple[Tensor | None, Tensor]:
     """What `prepare_pass(...).run(q, state, scale)` gives; for Triton in one launch where the sequences are short."""
     if impl == "triton" and cu_seqlens is None:
-        from sleep_ops.kernels.configs import architecture, window_config
+        from sleep_ops.kernels.configs import architecture, single_chunk_config
 
-        if window_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)) is not None:
+        if single_chunk_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)) is not None:
             from sleep_ops.ops.window_triton import window_gated_delta_rule
 
             return window_gated_delta_rule(q, k, v, g, beta, scale=scale, initial_state=state, **options)

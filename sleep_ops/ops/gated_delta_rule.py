@@ -85,7 +85,7 @@ def gated_delta_rule(
     RuntimeError; autocast has no effect on the forward. On a GPU tokens behind the last border get zeros. Raises
     ValueError for a wrong shape, dtype, device or option.
     """
-    options = {
+    options: dict = {
         "scale": scale,
         "initial_state": initial_state,
         "cu_seqlens": cu_seqlens,
@@ -297,7 +297,7 @@ def _sleep(q, k, v, g, beta, passes, window, output_pass, **options) -> tuple[Te
             )
             return None if q is None else output.to(v.dtype), state
 
-        windows = Windows(*k.shape[:2], window, options["cu_seqlens"], k.device)
+        windows = Windows(*k.shape[:2], window, options["cu_seqlens"], k.device)  # type: ignore[call-arg]
         q, *tokens = (None if x is None else windows.split(x) for x in (q, k, v, g, beta))
         options["cu_seqlens"] = windows.cu_seqlens
         one_pass = prepare_pass(*tokens, impl=impl, longest=windows.longest, **options)

@@ -30,3 +30,8 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
     """Custom operators return tensors: an absent one is empty."""
     return like.new_empty(0) if x is None else x
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, copied where they are not contiguous; None stays None."""
+    return [None if x is None else x.contiguous() for x in tensors]

@@ -89,7 +89,7 @@ def gated_delta_rule_step(
             o, new_state = _step_torch(q, k, v, g, beta, state, **gates, **common, **betas)
         else:
             tokens = [x[:, None] for x in (q, k, v, g, beta)]
-            o, new_state = gated_delta_rule_reference(*tokens, initial_state=state, **gates, **common, **betas)
+            o, new_state = gated_delta_rule_reference(*tokens, initial_state=state, **gates, **common, **betas)  # type: ignore[misc, arg-type]
             o = o[:, 0].to(v.dtype)
         return DeltaRuleOutput(o, state.copy_(new_state) if inplace else new_state)
 

@@ -3,27 +3,19 @@
 import torch
 from torch import Tensor
 
-from sleep_ops.kernels.configs import architecture, window_config
-from sleep_ops.kernels.window import window_backward, window_forward
+from sleep_ops.kernels.arguments import Cotangents, Gates
+from sleep_ops.kernels.configs import architecture, single_chunk_config
+from sleep_ops.kernels.single_chunk import single_chunk_backward, single_chunk_forward
+from sleep_ops.ops.chunk_triton import as_tokens
 from sleep_ops.ops.gates import beta_scale
-from sleep_ops.ops.launching import as_rows, on_device, or_empty
+from sleep_ops.ops.launching import as_rows, contiguous, on_device, or_empty
 from sleep_ops.validation import check_first_order
 
 
-def _gate_rows(x: Tensor) -> tuple[Tensor, int]:
-    """g or beta [B, T, HV] as rows a fixed number of elements apart, copied if it is not."""
-    x, row_stride = as_rows(x[..., None])
-    return x.squeeze(-1), row_stride
-
-
-def _read_in_place(q: Tensor | None, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[tuple, tuple]:
-    """The tokens' tensors as the kernels read them, and their row strides."""
-    rows = [(None, 0) if x is None else as_rows(x) for x in (q, k, v)] + [_gate_rows(x) for x in (g, beta)]
-    return tuple(zip(*rows, strict=True))
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in tensors]
+def _gates(g: Tensor, beta: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> Gates:
+    """As the kernels read them: g and beta in place where their rows are a fixed number of elements apart."""
+    (g, stride_g), (beta, stride_beta) = (as_rows(x[..., None]) for x in (g, beta))
+    return Gates(g.squeeze(-1), beta.squeeze(-1), *contiguous(A_log, dt_bias), stride_g, stride_beta)
 
 
 @torch.library.custom_op("sleep_ops::window_gated_delta_rule", mutates_args=())
@@ -42,17 +34,16 @@ def _window(
     beta_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """output (empty without q) and final_state [B, HV, K, V] float32."""
-    tokens, row_strides = _read_in_place(q, k, v, g, beta)
     with on_device(k):
-        output, final_state = window_forward(
-            *tokens,
-            row_strides,
-            *_contiguous(A_log, dt_bias, initial_state),
+        output, final_state = single_chunk_forward(
+            as_tokens(q, k, v),
+            _gates(g, beta, A_log, dt_bias),
+            *contiguous(initial_state),
             scale=scale,
             rule=rule,
             use_qk_l2norm=use_qk_l2norm,
             beta_scale=beta_scale,
-            config=window_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)),
+            config=single_chunk_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)),
         )
     return or_empty(output, v), final_state
 
@@ -81,19 +72,19 @@ def _window_backward(
     beta_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, beta, of A_log and dt_bias together [2, HV], and of initial_state; absent ones empty."""
-    tokens, row_strides = _read_in_place(None if d_output is None else q, k, v, g, beta)
     with on_device(k):
-        gradients = window_backward(
-            *tokens,
-            row_strides,
-            *_contiguous(A_log, dt_bias, initial_state, d_output, d_final_state),
+        gradients, *others = single_chunk_backward(
+            as_tokens(None if d_output is None else q, k, v),
+            _gates(g, beta, A_log, dt_bias),
+            *contiguous(initial_state),
+            Cotangents(*contiguous(d_output, d_final_state)),
             scale=scale,
             rule=rule,
             use_qk_l2norm=use_qk_l2norm,
             beta_scale=beta_scale,
-            config=window_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)),
+            config=single_chunk_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)),
         )
-    return tuple(or_empty(x, k) for x in gradients)
+    return tuple(or_empty(x, k) for x in (*gradients, *others))
 
 
 @_window_backward.register_fake
@@ -148,7 +139,9 @@ def window_gated_delta_rule(
     use_beta_sigmoid: bool = False,
     allow_neg_eigval: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
-    """One pass over windows short enough for `window_config`: output [B, T, HV, V] (None without q) and final state.
+    """One pass over windows short enough for `single_chunk_config`.
+
+    Returns output [B, T, HV, V] (None without q) and final state.
 
     Arguments, results and gradients are those of `gated_delta_rule`, which checks them, unpacked; k and v share one of
     float32, float16 and bfloat16. Only the inputs are kept for the backward. Runs where `TritonPass` does.

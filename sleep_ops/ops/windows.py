@@ -22,6 +22,10 @@ class Windows:
     T allows.
     """
 
+    cu_seqlens: Tensor | None
+    _present: Tensor | None
+    _table: Tensor | None
+
     def __init__(self, batch: int, tokens: int, window: int | None, cu_seqlens: Tensor | None, device: torch.device):
         self.shape, self.cu_seqlens, self._present, self._table = (batch, tokens), None, None, None
         packed = cu_seqlens is not None

@@ -24,7 +24,7 @@ CHUNKS_OF_64 = {("16-bit", None, None, None): (64, (32, 4, 1), (32, 4, 2), (32, 
 ONE_PASS = ("chunk_prepare", "chunk_scan", "chunk_reverse", "gate_backward")
 WHOLE = (*ONE_PASS, "chunk_grad")
 SPLIT = (*ONE_PASS, "chunk_grad_values", "chunk_grad_queries", "chunk_grad_keys")
-WINDOW = ("window_forward", "window_backward")
+SINGLE_CHUNK = ("single_chunk_forward", "single_chunk_backward")
 CONVOLUTION = tuple(f"short_conv_{name}" for name in ("forward", "z_backward", "x_backward", "tail_backward"))
 NORM = ("gated_norm_forward", "gated_norm_backward")
 
@@ -63,14 +63,14 @@ PASSES = [
         SPLIT,
         CHUNKS_OF_64,
     ),
-    Problem("window-K64-V64", gated(24, 64, 64, B=2), WINDOW, quick=True),
-    Problem("window-K128-V128", gated(32, 128, 128, B=2), WINDOW),
-    Problem("window-K60-V100", gated(29, 60, 100, B=2), WINDOW),
-    Problem("window-K96-V256", gated(31, 96, 256), WINDOW),
-    Problem("window-K256-V256", gated(16, 256, 256, heads=(1, 1)), WINDOW),
-    Problem("window-short", gated(5, 64, 64, B=2), WINDOW),
-    Problem("window-fresh", gated(24, 64, 64, B=2, initial_state=False), WINDOW),
-    Problem("window-hebbian", Case("h", T=24, dims=(64, 64), heads=(1, 2), B=2, rule="hebbian"), WINDOW),
+    Problem("single-chunk-K64-V64", gated(24, 64, 64, B=2), SINGLE_CHUNK, quick=True),
+    Problem("single-chunk-K128-V128", gated(32, 128, 128, B=2), SINGLE_CHUNK),
+    Problem("single-chunk-K60-V100", gated(29, 60, 100, B=2), SINGLE_CHUNK),
+    Problem("single-chunk-K96-V256", gated(31, 96, 256), SINGLE_CHUNK),
+    Problem("single-chunk-K256-V256", gated(16, 256, 256, heads=(1, 1)), SINGLE_CHUNK),
+    Problem("single-chunk-short", gated(5, 64, 64, B=2), SINGLE_CHUNK),
+    Problem("single-chunk-fresh", gated(24, 64, 64, B=2, initial_state=False), SINGLE_CHUNK),
+    Problem("single-chunk-hebbian", Case("h", T=24, dims=(64, 64), heads=(1, 2), B=2, rule="hebbian"), SINGLE_CHUNK),
 ]
 SLEEPS = [
     Problem("windows", gated(133, 64, 64), WHOLE, quick=True),

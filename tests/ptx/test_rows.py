@@ -11,7 +11,7 @@ from ptx.rows import architectures, faults
 from sleep_ops.bench.tune import emulated_faults
 from sleep_ops.kernels import launches
 
-ROWS = [(name, key) for name in ("LAUNCHES", "WINDOW_LAUNCHES") for key in getattr(launches, name)]
+ROWS = [(name, key) for name in ("LAUNCHES", "SINGLE_CHUNK_LAUNCHES") for key in getattr(launches, name)]
 
 
 @pytest.mark.parametrize(
@@ -37,14 +37,14 @@ def test_a_race_is_a_fault():
     """With its barriers taken out of one kernel, a row that is fine is refused."""
 
     def change(name, ptx):
-        return re.sub(r"bar\.sync\s+0;", "", ptx) if name == "window_forward_kernel" else ptx
+        return re.sub(r"bar\.sync\s+0;", "", ptx) if name == "single_chunk_forward_kernel" else ptx
 
-    found = faults("WINDOW_LAUNCHES", ("16-bit", 64, 64, "sm90"), (32, (64, 4, 1)), 90, change=change)
-    assert any(fault.startswith("sm_90: race: window_forward_kernel") for fault in found)
+    found = faults("SINGLE_CHUNK_LAUNCHES", ("16-bit", 64, 64, "sm90"), (32, (64, 4, 1)), 90, change=change)
+    assert any(fault.startswith("sm_90: race: single_chunk_forward_kernel") for fault in found)
 
 
 def test_what_does_not_compile_is_a_fault():
-    (found,) = faults("WINDOW_LAUNCHES", ("16-bit", 64, 64, "sm90"), (32, (24, 4, 1)), 90)
+    (found,) = faults("SINGLE_CHUNK_LAUNCHES", ("16-bit", 64, 64, "sm90"), (32, (24, 4, 1)), 90)
     assert found.startswith("sm_90: CompilationError")
 
 
@@ -54,13 +54,13 @@ def test_what_does_not_compile_is_a_fault():
     ids=["right", "not a power of 2"],
 )
 def test_tune_asks_in_a_process_of_its_own(block_v, right):
-    found = emulated_faults("WINDOW_LAUNCHES", ("16-bit", 64, 64, "sm90"), (32, (block_v, 4, 1)))
+    found = emulated_faults("SINGLE_CHUNK_LAUNCHES", ("16-bit", 64, 64, "sm90"), (32, (block_v, 4, 1)))
     assert (found == []) == right
 
 
 def test_the_command_line_refuses_the_interpreter():
     script = Path(__file__).with_name("rows.py")
     environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(script.parents[2])}
-    row = '["WINDOW_LAUNCHES", ["16-bit", 64, 64, "sm90"], [32, [64, 4, 1]]]'
+    row = '["SINGLE_CHUNK_LAUNCHES", ["16-bit", 64, 64, "sm90"], [32, [64, 4, 1]]]'
     done = subprocess.run([sys.executable, script, row], env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "TRITON_INTERPRET: expected it unset" in done.stderr

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,9 +151,7 @@ class Emulator:
         program = _translated(ptx if self.change is None else self.change(metadata.name, ptx))
         values: list[Any] = []
         tensors = {}
-        for (name, type_), value in zip(signature.items(), arguments, strict=True):
-            if type_ == "constexpr":
-                continue
+        for name, type_, value in _leaves(signature, signature.values(), arguments):
             if type_[0] == "*":
                 tensors[name] = value
                 value = value.data_ptr()
@@ -166,6 +164,15 @@ class Emulator:
             packed.append(bits.view(RAW[dtype.itemsize])[()])
         Launch(self, program, metadata, grid, packed, Memory(tensors)).run()
         self.seconds += time.perf_counter() - begin
+
+
+def _leaves(names: Iterable[str], types: Iterable, values: Iterable) -> Iterator[tuple[str, str, Any]]:
+    """Name, type and value of every argument at run time, inside tuples too."""
+    for name, type_, value in zip(names, types, values, strict=True):
+        if isinstance(type_, tuple):
+            yield from _leaves((f"{name}.{field}" for field in value._fields), type_, value)
+        elif type_ != "constexpr":
+            yield name, type_, value
 
 
 def _text(program: Program, index: int) -> str:
