@@ -19,9 +19,9 @@ class Tokens(NamedTuple):
     q: Any = None
     k: Any = None
     v: Any = None
-    stride_q: Any = 0
-    stride_k: Any = 0
-    stride_v: Any = 0
+    stride_q: Any = None
+    stride_k: Any = None
+    stride_v: Any = None
 
 
 class Gates(NamedTuple):

@@ -169,11 +169,11 @@ def single_chunk_cases(
 
 def short_conv_cases(dtype: str, *, packed: bool = False):
     """The short convolution over four taps, its weights and sums in float32."""
-    arguments: dict[str, Any] = {name: f"*{dtype}" for name in ("x", "bias", "tail", "y", "dy", "dx", "dtail")}
+    arguments: dict[str, Any] = {name: f"*{dtype}" for name in ("y", "dy", "dx", "dtail")}
+    arguments |= {"inputs": short_conv.Inputs(f"*{dtype}", "*fp32", f"*{dtype}", f"*{dtype}")}
+    arguments |= {"borders": short_conv.Borders(*(("*i64", "*i32", None) if packed else (None, None, "*i64")))}
     arguments |= {name: "*fp32" for name in ("weight", "dz", "partial")}
     arguments |= {name: "i32" for name in ("num_rows", "blocks", "T", "D")}
-    arguments |= {"seq_ids": "*i64" if packed else None, "cu_seqlens": "*i32" if packed else None}
-    arguments |= {"lengths": None if packed else "*i64", "W": 4, "BW": 8, "BD": short_conv.BLOCK_D, "SILU": True}
     for name, block in (
         ("forward", short_conv.BLOCK_T),
         ("z_backward", short_conv.SUM_BLOCK_T),
@@ -182,7 +182,8 @@ def short_conv_cases(dtype: str, *, packed: bool = False):
     ):
         kernel = getattr(short_conv, f"short_conv_{name}_kernel")
         label = f"short_conv_{name}-{dtype}" + ("-packed" if packed else "")
-        yield Case(label, kernel, arguments | {"BT": block}, short_conv.NUM_WARPS, 3)
+        sizes = {"sizes": short_conv.Sizes(4, block, short_conv.BLOCK_D, 8, True)}
+        yield Case(label, kernel, arguments | sizes, short_conv.NUM_WARPS, 3)
 
 
 def gated_norm_cases(dtype: str, V: int):
@@ -198,10 +199,10 @@ def gated_norm_cases(dtype: str, V: int):
 
 def step_cases(dtype: str, K: int, V: int, *, archs=(80, 90, 100)):
     """The one-token step with gate, sigmoid and normalisation, two value heads to a key head."""
-    arguments: dict[str, Any] = {name: f"*{dtype}" for name in ("q", "k", "v", "output")}
-    arguments |= {name: "*fp32" for name in ("g", "beta", "state", "A_log", "dt_bias", "new_state")}
-    arguments |= {"scale": "fp32", "H": 4, "HV": 8, "K": K, "V": V, "BK": block_size(K), "BV": step.BLOCK_V}
-    arguments |= {"BETA_SCALE": 1.0, "IS_DELTA": True, "USE_L2NORM": True}
+    x, number = f"*{dtype}", "*fp32"
+    arguments = {"tokens": Tokens(x, x, x), "gates": Gates(*4 * [number]), "state": number, "output": x}
+    arguments |= {"new_state": number, "scale": "fp32", "IS_DELTA": True, "BETA_SCALE": 1.0}
+    arguments |= {"dims": make_dims(4, 8, K, V, 1, step.BLOCK_V, True)}
     yield Case(f"step-{dtype}-K{K}-V{V}", step.step_kernel, arguments, step.NUM_WARPS, 3, archs)
 
 

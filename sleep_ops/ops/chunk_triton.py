@@ -33,7 +33,7 @@ def _config(k: Tensor, head_v_dim: int, longest: int) -> ChunkConfig:
 def as_tokens(q: Tensor | None, k: Tensor, v: Tensor) -> Tokens:
     """As the kernels read them, in place where they can."""
     (k, stride_k), (v, stride_v) = as_rows(k), as_rows(v)
-    q, stride_q = (None, 0) if q is None else as_rows(q)
+    q, stride_q = (None, None) if q is None else as_rows(q)
     return Tokens(q, k, v, stride_q, stride_k, stride_v)
 
 

@@ -173,14 +173,15 @@ def _(q, k, v, g, beta, state, *options):
 def _launch(
     q, k, v, g, beta, state, A_log, dt_bias, scale, rule, use_qk_l2norm, use_beta_sigmoid, allow_neg_eigval, *, inplace
 ):
+    from sleep_ops.kernels.arguments import Gates, Tokens
     from sleep_ops.kernels.step import step
 
-    q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
-    A_log, dt_bias = (None if x is None else x.contiguous() for x in (A_log, dt_bias))
+    tokens = Tokens(q.contiguous(), k.contiguous(), v.contiguous())
+    gates = Gates(*(None if x is None else x.contiguous() for x in (g, beta, A_log, dt_bias)))
     factor = beta_scale(use_beta_sigmoid, allow_neg_eigval)
     options = {"scale": scale, "rule": rule, "use_qk_l2norm": use_qk_l2norm, "beta_scale": factor}
     with on_device(k):
-        return step(q, k, v, g, beta, state, A_log, dt_bias, inplace=inplace, **options)
+        return step(tokens, gates, state, inplace=inplace, **options)
 
 
 @_step.register_fake
