@@ -32,7 +32,7 @@ setup(
         "sleep_ops.verify",
     ],
     package_dir={"sleep_ops.kernels": "kernels"},
-    package_data={"sleep_ops.experiments": ["presets/*.toml", "figures/*.toml"]},
+    package_data={"sleep_ops": ["py.typed"], "sleep_ops.experiments": ["presets/*.toml", "figures/*.toml"]},
     install_requires=[
         "torch>=2.9",
         "triton>=3.6; platform_system == 'Linux'",
@@ -49,7 +49,7 @@ setup(
         "train": ["tensorboard"],
         "bench": ["pytest-benchmark", "pandas"],
         "test": [
-            *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff"),
+            *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"),
             *("transformers", "accelerate", "peft", "kernels"),
         ],
     },

@@ -121,16 +121,14 @@ def sleep_gated_delta_rule_reference(
             here = slice(first, min(first + step, end))
             args = [x[rows, here] for x in (q, k, v, g, beta)]
             for n in range(passes):
-                o, S_i = one_pass(*args, S_i, scale, rule)
+                o, S_i = one_pass(*args, S_i, scale, rule)  # type: ignore[call-arg, arg-type]
                 if n == (0 if output_pass == "first" else passes - 1):
                     outputs.append(o)
         final_states.append(S_i)
     return DeltaRuleOutput(torch.cat(outputs, 1), torch.cat(final_states))
 
 
-def gated_delta_rule_reference(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: object
-) -> DeltaRuleOutput:
+def gated_delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options) -> DeltaRuleOutput:
     """One pass over the tokens: S <- exp(g_t) S;  S <- S + k_t (beta_t (v_t - S^T k_t))^T;  o_t = scale S^T q_t.
 
     With rule="hebbian" the write is k_t (beta_t v_t)^T. Takes the options of `sleep_gated_delta_rule_reference`, with

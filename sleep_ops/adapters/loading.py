@@ -21,7 +21,7 @@ from sleep_ops.model.state import SleepState
 from sleep_ops.tokenizer import TOKENIZER_FILES
 from sleep_ops.validation import expect
 
-PORTS = {"jet_nemotron": (JetNemotron, JetNemotronConfig), "ouro": (Ouro, OuroConfig)}
+PORTS: dict[str, tuple] = {"jet_nemotron": (JetNemotron, JetNemotronConfig), "ouro": (Ouro, OuroConfig)}
 
 
 class SleepingTransformer(nn.Module):
@@ -91,7 +91,7 @@ def load_model(
     ValueError where its weights are missing or are not those of such a model, ImportError naming the extra where
     transformers is needed and missing.
     """
-    given = {name: value for name, value in settings.items() if value is not None}
+    given: dict = {name: value for name, value in settings.items() if value is not None}
     known = SleepSettings.__dataclass_fields__
     unknown = sorted(given.keys() - known.keys())
     expect(not unknown, "settings", f"some of {', '.join(known)}", unknown)

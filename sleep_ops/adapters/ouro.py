@@ -28,7 +28,7 @@ from sleep_ops.layers.jet import JetBlock
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.validation import check_choice, check_count, check_flags, expect
 
-MIXERS = {"jet": JetBlock, "gdn": SleepGDNLayer}
+MIXERS: dict[str, type] = {"jet": JetBlock, "gdn": SleepGDNLayer}
 NUM_INSERTED = 6  # as in the sleep paper, where Ouro has 24 layers
 
 # What the port takes from a checkpoint's config.json under these names, and what it asks of it beyond.

@@ -1,8 +1,9 @@
 """What the ports share: a published layout of embedding, layers, final norm and head, read by its own names."""
 
 import os
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sleep_ops.adapters.checkpoint import save_weights
 from sleep_ops.model.config import SleepSettings
@@ -11,6 +12,10 @@ from sleep_ops.model.sleeping import SleepingModel
 
 class Port(SleepingModel):
     """A model with `config` (a `SleepSettings` with `to_checkpoint`), model.embed_tokens, model.norm and lm_head."""
+
+    config: Any
+    model: nn.Module
+    lm_head: nn.Module
 
     @property
     def settings(self) -> SleepSettings:

@@ -89,14 +89,14 @@ class FlaHybrid(nn.Module):
         for start in range(0, length, window):
             here = slice(start, min(start + window, length))
             h, tails = self.embed(input_ids[:, here]), states.tails()
-            for n in range(self.config.passes if here.stop < length else 1):
+            for n in range(self.config.passes if here.stop < length else 1):  # type: ignore[arg-type]
                 if n:
                     states.rewind(tails)
                 h = self._blocks(h, states, start)
                 if n == 0 and loss_mask[:, here].any():
                     logits = self.lm_head(self.norm(h)).float()
                     losses.append(F.cross_entropy(logits.flatten(0, 1), labels[:, here].flatten(), reduction="sum"))
-        return SleepOutput(None, sum(losses) / loss_mask.sum().item(), None, None)
+        return SleepOutput(None, sum(losses) / loss_mask.sum().item(), None, None)  # type: ignore[arg-type]
 
     def _blocks(self, h: Tensor, states: LayerStates, start: int) -> Tensor:
         batch, tokens = h.shape[:2]

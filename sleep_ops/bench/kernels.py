@@ -41,7 +41,7 @@ COLUMNS = [
     *("gflop", "mib_moved", "h100_floor_ms", "floor_fraction", *ERRORS),
 ]
 GRAPH_TOKENS = 16384  # beyond these in a batch the host is no part of the time
-SWEEPS = {
+SWEEPS: dict[str, dict] = {
     "cuda": {
         "tokens": (64, 256, 1024, 4096, 16384, 65536),
         "window": (24, 75, 256, 512, 1024, 2048, 4096),
@@ -132,7 +132,7 @@ class KernelsBenchmark:
                     found = _first_call(case, device, note) if "ours" in checked else {}
                 else:
                     runs = _runs(problems, case.passes, mode, device, note)
-                    found = measure(runs, repeats, device, lambda p, why, mode=mode: note(p, f"{mode}: {why}"))
+                    found = measure(runs, repeats, device, lambda p, why, mode=mode: note(p, f"{mode}: {why}"))  # type: ignore[misc]
                 rows = []
                 for provider, figures in found.items():
                     row = common | asdict(case) | figures | checked[provider] | _least(case, mode, figures, device)
@@ -148,7 +148,7 @@ class KernelsBenchmark:
     def _check(self, case: Case, device: torch.device, note: Callable) -> dict[str, dict[str, float]]:
         """The errors of the providers that are right, after one pass and after the case's own."""
         passes = sorted({1, case.passes})
-        checks = {
+        checks: dict = {
             provider: lambda provider=provider: operator_check(
                 replay_of(provider, case, device), case, self.seed, device, passes
             )

@@ -139,7 +139,7 @@ class PassesBenchmark:
                 return layer_check(case, self.seed, device)
             return operator_check(replay_of(provider, case, device), case, self.seed, device)
 
-        checks = {provider: lambda provider=provider: check(provider) for provider in self.providers}
+        checks: dict = {provider: lambda provider=provider: check(provider) for provider in self.providers}
         right = right_ones(checks, case.dtype, lambda provider, why: tell(f"{name}: {provider} {why}"))
         for provider in right:
             if provider in CHAINED and max(self.passes) > self.max_chained:

@@ -61,7 +61,7 @@ def prepare_fla(device: torch.device) -> None:
     os.environ.update(FLA_TILELANG="0", FLA_FLASH_QLA="0")  # read at import: no other library's kernels in its place
     if torch.cuda.get_device_capability(device)[0] == 9:
         # On Hopper it refuses Triton before 3.7.1, which miscompiles some of its shapes: whether these, is checked.
-        importlib.import_module("fla.ops.common.chunk_o").TRITON_ABOVE_3_7_1 = True
+        importlib.import_module("fla.ops.common.chunk_o").TRITON_ABOVE_3_7_1 = True  # type: ignore[attr-defined]
 
 
 def load_flash_qla(case: Case, device: torch.device) -> Callable:
@@ -71,7 +71,7 @@ def load_flash_qla(case: Case, device: torch.device) -> Callable:
     return functools.partial(their_pass, importlib.import_module("flash_qla").chunk_gated_delta_rule)
 
 
-OURS = {
+OURS: dict[str, Callable] = {
     "ours": lambda: replayed,
     "ours-chained": lambda: chained(our_pass),
     "torch": lambda: functools.partial(replayed, impl="torch"),

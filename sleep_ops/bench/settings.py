@@ -31,6 +31,6 @@ def check_choices(settings: object, **known: Iterable[str]) -> None:
 
 def check_dtype(settings: object) -> None:
     """A name in DTYPES, or None."""
-    dtype = settings.dtype
+    dtype = settings.dtype  # type: ignore[attr-defined]
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {tuple(DTYPES)}, got {dtype!r}")

@@ -209,7 +209,7 @@ class Trained:
         settings = {"passes": point.passes, "window": point.window}
         checkpointing = CHECKPOINTING[point.checkpointing]
         self.model.config = replace(self.model.config, activation_checkpointing=checkpointing, **settings)
-        self.graphs = StepGraphs(self.model, self.context) if point.mode == GRAPH else None
+        self.graphs = StepGraphs(self.model, self.context) if point.mode == GRAPH else None  # type: ignore[assignment]
         losses, reasons = [], []
 
         def sample() -> tuple[float, float]:

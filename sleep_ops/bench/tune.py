@@ -232,7 +232,7 @@ class Trial:
         self.case, self.place, self.repeats, self.seed, self.device = case, (table, key), repeats, seed, device
         self.replay = functools.partial(replayed, impl="triton")
         self.problem = operator_problem(self.replay, case, make_inputs(case, seed, device))
-        self.shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        self.shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
     def __call__(self, row: Row, to_beat: float) -> dict[str, float]:
         with in_table(*self.place, row):

@@ -111,7 +111,7 @@ def named_values(option: str, texts: list[str]) -> dict:
     return found
 
 
-def print_evaluations(console: Console, task, found: list[tuple[int | float, dict]]) -> None:
+def print_evaluations(console: Console, task, found: list[tuple]) -> None:
     """A table of evaluations, a column for each N and one for chance; what they measure is the task's affair."""
     title = "sequences training never shows" if getattr(task, "held_out", 0) else "fresh sequences"
     chance = task.chance()

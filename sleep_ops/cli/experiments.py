@@ -52,7 +52,7 @@ def sweep(
         from sleep_ops.experiments.plot import plot
         from sleep_ops.experiments.sweep import RESULTS_FILE
 
-        options = dict(changes=changes, resume=resume, console=console)
+        options: dict = dict(changes=changes, resume=resume, console=console)
         if chosen.kind == "finetune":
             from sleep_ops.experiments.finetuned import sweep_finetuned
 

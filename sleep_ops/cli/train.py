@@ -197,7 +197,7 @@ def _command(name: str, task: type):
         train(name, given)
 
     parameters = _parameters(task)
-    command.__signature__ = inspect.Signature(parameters)
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = inspect.getdoc(inspect.getmodule(task)).splitlines()[0]
     return command
@@ -214,4 +214,4 @@ def task_commands() -> dict:
     for name, task in TASKS.items():
         if (presets / f"{name}.toml").is_file():
             app.command(name.replace("_", "-"))(_command(name, task))
-    return typer.main.get_command(app).commands
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined]

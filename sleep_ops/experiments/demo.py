@@ -80,7 +80,7 @@ def choose_scale(device: str, seed: int, passes: tuple[int, ...] | None = None, 
     passes = scale.passes if passes is None else tuple(passes)
     if not passes or min(passes) < 1 or len(set(passes)) != len(passes):
         raise ValueError(f"passes: expected distinct integers >= 1, got {passes!r}")
-    changes = (
+    changes: dict = (
         {"seed": seed} | ({"device": device} if device != "auto" else {}) | ({} if steps is None else {"steps": steps})
     )
     return replace(scale, train=replace(scale.train, **changes), passes=passes)

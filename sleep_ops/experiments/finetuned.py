@@ -99,7 +99,7 @@ def sweep_finetuned(
     check_changes(figure, changes)
     check_folder("out", out)
     console, out, results = console or Console(), Path(out), Results(out, keep=resume)
-    chosen = grouped(figure.set | (changes or {}))
+    chosen: dict = grouped(figure.set | (changes or {}))
     recipe = {name: value for name, value in chosen["train"].items() if name != "warm_steps"}
     train = replace(RECIPE, **recipe)
     device = resolve_device(local_device(train.device))

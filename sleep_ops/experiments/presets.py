@@ -95,7 +95,7 @@ def _baseline(task, config: HybridConfig, name: str):
     expect(n != math.inf, "passes", f"a finite number for the baseline {name!r}", n)
     values |= {"passes": 1, "loop": None}
     if name == "depth":
-        values["layers"] = config.layers * n
+        values["layers"] = config.layers * n  # type: ignore[operator]
     elif name == "loop":
         values["tied_repeats"] = n
     elif name == "repeat":

@@ -223,7 +223,9 @@ def plot(rows: list[dict], path: Path) -> None:
     panels[1].set_yscale("symlog", linthresh=1e-3)
     panels[1].set_ylim(-1e-4, 1.6 * max(row["error"] for row in rows))
 
-    key = [({"marker": "o", "markersize": 3, "color": c}, f"{load:g}") for load, c in zip(loads, colours, strict=True)]
+    key: list[tuple[dict, str]] = [
+        ({"marker": "o", "markersize": 3, "color": c}, f"{load:g}") for load, c in zip(loads, colours, strict=True)
+    ]
     for rule, label in (("hebbian", "Hebbian rule, N = 1"), ("least squares", "least squares")):
         key.append(({"marker": MARKS[rule], "fillstyle": "none", "linestyle": "", "color": "grey"}, label))
     handles = [Line2D([], [], **style, label=label) for style, label in key]

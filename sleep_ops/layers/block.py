@@ -35,7 +35,7 @@ class Block(nn.Module):
     def __init__(self, mixer: Attention | GDNMixer, hidden_size: int, intermediate_size: int | None, norm_eps: float):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.mixer = mixer
+        self.mixer: nn.Module = mixer
         self.mlp = None
         if intermediate_size is not None:
             self.mlp_norm = nn.RMSNorm(hidden_size, eps=norm_eps)

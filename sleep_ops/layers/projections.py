@@ -84,7 +84,7 @@ class ProjectingMixer(GDNMixer):
 
     def _mark_parameters(self) -> None:
         for parameter in (self.A_log, self.dt_bias):
-            parameter._no_weight_decay = True
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -3,9 +3,13 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sleep_ops.ops.attention import BACKENDS
 from sleep_ops.validation import IMPLS, RULES, check_choice, check_count, check_flags, expect
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 LAYERS = ("attn", "swa", "gdn", "jet")
 SLEEP_KINDS = ("refine", "replay")
@@ -76,9 +80,9 @@ class SleepSettings:
         if self.loop is None or self.loop == "all":
             return 0, num_blocks - 1
         pair = isinstance(self.loop, tuple) and len(self.loop) == 2 and all(type(i) is int for i in self.loop)
-        inside = pair and 0 <= self.loop[0] <= self.loop[1] < num_blocks
+        inside = pair and 0 <= self.loop[0] <= self.loop[1] < num_blocks  # type: ignore[operator]
         expect(inside, "loop", f"'all', or (first, last) with 0 <= first <= last < {num_blocks}", self.loop)
-        return self.loop
+        return self.loop  # type: ignore[return-value]
 
     def resolve_passes(self, passes: int | float | None) -> int | float:
         """N for a call that asks for `passes` (None: this configuration's). ValueError where it can't be."""
@@ -98,7 +102,7 @@ class SleepSettings:
         return values | {"passes": "inf"} if self.passes == math.inf else values
 
     @classmethod
-    def from_dict(cls, values: dict) -> "SleepSettings":
+    def from_dict(cls, values: dict) -> "Self":
         """The inverse of `to_dict`; an unknown key is a ValueError."""
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         expect(not unknown, "values", "known configuration keys", unknown)

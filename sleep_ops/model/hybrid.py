@@ -20,7 +20,7 @@ class SleepHybridModel(SleepingModel, nn.Module):
     def __init__(self, config: HybridConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(_mixer(config, kind), *_widths(config)) for kind in config.layers)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -83,7 +83,7 @@ def _mixer(c: HybridConfig, kind: str) -> nn.Module:
             sliding_window=c.sliding_window if kind == "swa" else None,
             backend=c.attention_backend,
         )
-    sizes = dict(
+    sizes: dict = dict(
         num_heads=c.gdn_num_heads or c.num_heads,
         head_dim=c.gdn_head_dim or c.head_dim or c.hidden_size // c.num_heads,
         num_v_heads=c.gdn_num_v_heads,

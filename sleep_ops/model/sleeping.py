@@ -78,6 +78,8 @@ class SleepingModel:
     vocab_size: int
     embedding_weight: Tensor
     training: bool
+    embed: Callable[[Tensor], Tensor]
+    predict: Callable[[Tensor], Tensor]
     feed: Callable[[Tensor, Tensor | None], Tensor] | None = None  # see `SleepStack`
     feed_from_input = False
     random_blocks = False  # whether blocks draw random numbers, as dropout does
@@ -267,7 +269,7 @@ class SleepingModel:
         logits, positions = rows.unpack(pieces)
         if plan.labels is not None:
             loss = sum(losses) / plan.loss_tokens
-        return SleepOutput(logits, loss, reading.state if plan.return_state else None, positions)
+        return SleepOutput(logits, loss, reading.state if plan.return_state else None, positions)  # type: ignore[arg-type]
 
     def _padded(self, rows: Rows, mask: Tensor | None, cu_seqlens: Tensor | None, state: SleepState | None) -> Lengths:
         """How many columns of the window in which each row's first real token stands are padding."""

@@ -9,7 +9,9 @@ from sleep_ops.tasks.text import Text
 from sleep_ops.tasks.variable_tracking import VariableTracking
 from sleep_ops.tasks.word_problem import WordProblem
 
-TASKS = {task.name: task for task in (Rule110, Depo, MQAR, WordProblem, VariableTracking, GSMInfinite, Text)}
+TASKS: dict[str, type] = {
+    task.name: task for task in (Rule110, Depo, MQAR, WordProblem, VariableTracking, GSMInfinite, Text)
+}
 
 
 def build_task(settings: dict) -> Task:

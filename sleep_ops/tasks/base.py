@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
     def arguments(self) -> dict:
         """All but input_ids, as a model takes it; what only some models take is left out where it says nothing."""
-        given = {"labels": self.labels, "loss_mask": self.loss_mask}
+        given: dict = {"labels": self.labels, "loss_mask": self.loss_mask}
         if self.attention_mask is not None:
             given["attention_mask"] = self.attention_mask
         if self.windows_by != "tokens":
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
         return given
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        return Batch(*(change(x) if isinstance(x, torch.Tensor) else x for x in self))
+        return Batch(*(change(x) if isinstance(x, torch.Tensor) else x for x in self))  # type: ignore[arg-type]
 
 
 class Task(Protocol):
@@ -60,11 +60,22 @@ class Task(Protocol):
     Training and evaluation draw from streams that never meet, whatever their seeds.
     """
 
-    name: str
-    vocab_size: int
-    seq_len: int
-    window: int | None  # the natural one, if there is one
-    metric: str  # the key of `evaluate`'s result that the run is judged by; larger is better, but for "loss"
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def seq_len(self) -> int: ...
+
+    @property
+    def window(self) -> int | None:
+        """The natural one, if there is one."""
+
+    @property
+    def metric(self) -> str:
+        """The key of `evaluate`'s result that the run is judged by; larger is better, but for "loss"."""
 
     def batch(
         self, seed: int, step: int, size: int, device: torch.device | str = "cpu", *, split: str = "train"
@@ -77,7 +88,7 @@ class Task(Protocol):
         samples: int,
         batch_size: int,
         seed: int = 0,
-        passes: int | None = None,
+        passes: int | float | None = None,
         device: torch.device | str = "cpu",
     ) -> dict[str, float]: ...
 

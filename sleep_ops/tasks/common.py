@@ -63,7 +63,7 @@ class Stream:
 def as_batch(input_ids: np.ndarray, labels: np.ndarray, device: torch.device | str) -> Batch:
     """A batch of int64 arrays [B, T]; the loss is taken wherever there is a label."""
     # Compared in numpy: torch would wake its threads for it, which on a busy machine takes longer than all the rest.
-    return Batch(*map(torch.from_numpy, (input_ids, labels, labels != IGNORE_INDEX))).to(device)
+    return Batch(*map(torch.from_numpy, (input_ids, labels, labels != IGNORE_INDEX))).to(device)  # type: ignore[arg-type]
 
 
 class Scores(NamedTuple):

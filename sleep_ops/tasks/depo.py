@@ -144,7 +144,7 @@ class Depo:
         answer = (asked + hops) % nodes[:, None]
         width = self.longest_name
         queries = np.full((*asked.shape, 2 + 2 * width), self.answer_token)
-        queries[..., 0] = self.hop_token(hops)
+        queries[..., 0] = self.hop_token(hops)  # type: ignore[arg-type]
         queries[..., 1 : 1 + width] = names[rows, asked]
         queries[..., 2 + width :] = names[rows, answer]
         there = np.ones(queries.shape, dtype=bool)
@@ -181,7 +181,7 @@ class Depo:
         of an answer name); exact, the mean over k; exact_stderr, its standard error, as sequences vary; per_label and
         loss over all labels, [=] among them; samples.
         """
-        options = dict(samples=samples, batch_size=batch_size, seed=seed, passes=passes, device=device)
+        options: dict = dict(samples=samples, batch_size=batch_size, seed=seed, passes=passes, device=device)
         s = score(self, model, **options)
         # An answer belongs to the query that began last before it.
         hop = s.input_ids - 2 * self.vocabulary

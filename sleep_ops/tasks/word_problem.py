@@ -134,7 +134,7 @@ class WordProblem:
 
         lengths: of further words, `samples` of each, longer than in training or shorter; each adds its length_i.
         """
-        how = {"samples": samples, "batch_size": batch_size, "seed": seed, "passes": passes, "device": device}
+        how: dict = {"samples": samples, "batch_size": batch_size, "seed": seed, "passes": passes, "device": device}
         s = score(self, model, **how)
         found = s.summary()
         if self.loss == "every":

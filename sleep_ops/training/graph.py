@@ -91,7 +91,7 @@ class _StepGraph:
         found = torch.autograd.grad(loss, owner.parameters, allow_unused=True)
         self.used = [x is not None for x in found]
         pairs = [(buffer, x) for buffer, x in zip(owner.gradients, found, strict=True) if x is not None]
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))  # type: ignore[arg-type]
         self.loss.copy_(loss.detach())
 
 

@@ -95,7 +95,8 @@ class RunLog:
     def __init__(self, metrics: Path, evaluations: Path, board: Path, columns: list[str], step: int, active: bool):
         self._evaluations, self._folder, self._step, self._active = evaluations, board, step, active
         self._metrics = CsvLog(metrics, columns, step) if active else None
-        self._evals, self._board = None, None
+        self._evals: CsvLog | None = None
+        self._board = None
 
     def __enter__(self):
         return self

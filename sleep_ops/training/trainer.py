@@ -148,7 +148,7 @@ class Trainer:
         last = t.steps if until is None else min(until, t.steps)
         files = [self.out / name for name in (METRICS_FILE, EVAL_FILE, BOARD)]
         evaluation = None
-        with RunLog(*files, _COLUMNS, self.step, self.world.main) as log:
+        with RunLog(*files, _COLUMNS, self.step, self.world.main) as log:  # type: ignore[call-arg, arg-type]
             # Nothing to do must not cost an evaluation, nor a thread.
             if self.step < last and not self.finished:
                 evaluation = self._train(last, log)
@@ -322,7 +322,7 @@ class Trainer:
     def _scheduled_passes(self) -> int | None:
         """N of the step in hand; None for the model's own."""
         t = self.config.train
-        return None if t.passes_schedule == "fixed" else t.passes_at(self.step, self.passes)
+        return None if t.passes_schedule == "fixed" else t.passes_at(self.step, self.passes)  # type: ignore[arg-type]
 
     def _judge(self, value: float) -> None:
         better = self.best is None or self._merit(value) > self._merit(self.best)

@@ -27,7 +27,7 @@ def run(out: Path, device: str, steps: int = STEPS) -> bool:
     scale, losses = choose_scale(device, seed=0), {}
     for name, graph in (("eager", False), ("graph", resolve_device(device).type == "cuda")):
         recipe = {"steps": steps, "batch_size": BATCH, "eval_every": 0, "eval_samples": BATCH, "checkpoint_every": 0}
-        config = replace(scale, train=replace(scale.train, **recipe, cuda_graph=graph)).run_config(PASSES)
+        config = replace(scale, train=replace(scale.train, **recipe, cuda_graph=graph)).run_config(PASSES)  # type: ignore[arg-type]
         folder = out / FOLDER / name
         trainer = Trainer(config, folder, resume=False, label=name, console=Console())
         trainer.fit()

@@ -109,7 +109,7 @@ def _rule(operator: Callable, case: Case, impl: str, **leaves):
     return tuple(operator(**leaves, **case.arguments(impl, leaves["q"])))
 
 
-_CALLS = {
+_CALLS: dict = {
     "gated_delta_rule": partial(_rule, gated_delta_rule),
     "sleep_gated_delta_rule": partial(_rule, sleep_gated_delta_rule),
     "segment_transition": _transition,
@@ -189,7 +189,7 @@ def problems(large: bool) -> Iterator[Problem]:
         sizes.append(("512 wide", 512, {"num_heads": 4, "head_dim": 128}))
     for name, width, heads in sizes:
         for n, window in ((1, None), (4, 24)):
-            settings = {"hidden_size": width, **heads, "passes": n, "window": window}
+            settings: dict = {"hidden_size": width, **heads, "passes": n, "window": window}
             torch.manual_seed(0)
             parameters = {key: p.detach().double() for key, p in SleepGDNLayer(**settings).named_parameters()}
             leaves = {"x": normal(1 if width == 32 else 4, 40, width)} | parameters

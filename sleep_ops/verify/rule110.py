@@ -40,7 +40,7 @@ def run(out: Path, device: str, seconds: float) -> bool:
         before, last = time.monotonic() - last, time.monotonic()
     steps = read_csv(out / FOLDER / METRICS_FILE)
     losses = [row["loss"] for row in steps]
-    evaluations = {row["step"]: row["exact"] for row in read_csv(out / FOLDER / EVAL_FILE)}
+    evaluations: dict = {row["step"]: row["exact"] for row in read_csv(out / FOLDER / EVAL_FILE)}
     chance = scale.task.chance()["majority"]
     rows = [
         {"step": int(row["step"]), "tokens": int(row["tokens"]), "loss": row["loss"]}

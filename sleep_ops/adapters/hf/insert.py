@@ -41,7 +41,7 @@ def insert_fast_weights(
     inside = listed and len(set(layers)) == len(layers) > 0
     expect(inside, "layers", f"distinct layer numbers from 0 to {count - 1}", layers)
     own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    sizes = dict(
+    sizes: dict = dict(
         num_heads=config.num_attention_heads if num_heads is None else num_heads,
         head_dim=own if head_dim is None else head_dim,
         num_v_heads=num_v_heads,

@@ -48,7 +48,7 @@ class _Mixer(GDNMixer):
         state = None if cache_params is None else cached_state(cache_params, self)
         if attention_mask is not None:
             attention_mask = attention_mask[:, -hidden_states.shape[1] :]
-        y, state = self.read(
+        y, state = self.read(  # type: ignore[misc]
             hidden_states, state=state, attention_mask=attention_mask, cu_seqlens=borders, return_state=True
         )
         if cache_params is not None:

@@ -33,8 +33,8 @@ class HFReader(SleepingModel):
         inserted = sorted(map(int, self._inserted()))
         if self.chosen.loop in (None, "all") or not inserted:
             return self.chosen
-        first, last = self.chosen.loop
-        first, last = first + sum(i < first for i in inserted), last + sum(i <= last for i in inserted)
+        first, last = self.chosen.loop  # type: ignore[str-unpack]
+        first, last = first + sum(i < first for i in inserted), last + sum(i <= last for i in inserted)  # type: ignore[operator]
         return replace(self.chosen, loop=(first, last))
 
     @property
