@@ -1,13 +1,11 @@
-"""Models of no weights for the tests of tasks, and what every task's stream of batches must hold to."""
+"""Models of no weights for the tests of tasks."""
 
-import dataclasses
-import json
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from sleep_ops.tasks import IGNORE_INDEX, build_task
+from sleep_ops.tasks import IGNORE_INDEX
 
 
 class Answering(nn.Module):
@@ -54,25 +52,3 @@ class Guessing(Answering):
 
     def answers(self, input_ids, labels):
         return self.choose(input_ids)
-
-
-def check_stream(task):
-    """Shapes, dtypes and places; batches that depend on (seed, step, split) alone and differ in each; a round trip."""
-    first = task.batch(1, 5, 8)
-    assert first.input_ids.shape == first.labels.shape == first.loss_mask.shape == (8, task.seq_len)
-    assert first.input_ids.dtype == first.labels.dtype == torch.int64 and first.loss_mask.dtype == torch.bool
-    assert torch.equal(first.loss_mask, first.labels != IGNORE_INDEX)
-    assert 0 <= first.input_ids.min() and max(first.input_ids.max(), first.labels.max()) < task.vocab_size
-    again = build_task(json.loads(json.dumps(task.to_dict())))
-    assert again == task
-    again.batch(0, 0, 3)
-    assert all(torch.equal(a, b) for a, b in zip(first[:3], again.batch(1, 5, 8)[:3], strict=True))
-    for other in (task.batch(1, 6, 8), task.batch(2, 5, 8), task.batch(1, 5, 8, split="eval")):
-        assert not torch.equal(first.input_ids, other.input_ids)
-    rows = {
-        split: {tuple(row) for step in range(8) for row in task.batch(0, step, 64, split=split).input_ids.tolist()}
-        for split in ("train", "eval")
-    }
-    assert not rows["train"] & rows["eval"]
-    assert dataclasses.is_dataclass(task) and task.metric in task.evaluate(Answering(task.vocab_size), samples=8)
-    assert {"uniform", "majority"} <= task.chance().keys()

@@ -1,24 +1,18 @@
 """The dynamic convolution and the Jet block, against plain transcriptions; Jet blocks in a model that sleeps."""
 
-import copy
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import slow_unless
-from torch.utils.checkpoint import checkpoint
+from small import DEVICE, HYBRIDS, VOCAB, WINDOW, close, hybrid, make, normal, some_state, tokens, vectors
 
 from sleep_ops import HybridConfig, SleepHybridModel, SleepSession
 from sleep_ops.layers.attention import Attention
 from sleep_ops.layers.gdn import SleepGDNLayer
 from sleep_ops.layers.jet import JetBlock
-from sleep_ops.layers.mixer import GDNState
 from sleep_ops.ops.dynamic_conv import dynamic_convolution
 from sleep_ops.ops.short_conv import short_convolution
 from sleep_ops.reference import sleep_gated_delta_rule_reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLEEPS = {
     "plain": {},
     "two_passes": dict(passes=2, window=4),
@@ -27,19 +21,6 @@ SLEEPS = {
     "conv3": dict(conv_size=3),
     "conv1": dict(conv_size=1),
 }
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def close(actual, expected, **options):
-    options = dict(rtol=1e-4, atol=1e-5) | options
-    if isinstance(actual, tuple):
-        for a, e in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, e, **options)
-    else:
-        torch.testing.assert_close(actual, expected, **options)
 
 
 def convolved(x, kernels, tail, silu=True):
@@ -140,25 +121,6 @@ def test_bad_inputs_of_the_convolution_name_the_argument(change, name):
         dynamic_convolution(arguments.pop("x"), arguments.pop("kernels"), **arguments)
 
 
-def make(seed=0, dtype=torch.float32, **options):
-    """A small block whose kernels do differ from token to token."""
-    torch.manual_seed(seed)
-    shape = dict(num_heads=2, head_dim=8, num_v_heads=4, head_v_dim=6, kernel_hidden=5)
-    layer = JetBlock(20, **(shape | options))
-    for parameter in layer.dynamic_conv1d.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return layer.to(DEVICE, dtype)
-
-
-def tokens(B=3, T=11, seed=1, dtype=torch.float32):
-    return normal(B, T, 20, seed=seed, dtype=dtype)
-
-
-def some_state(layer, B=3, seed=2):
-    generator = torch.Generator().manual_seed(seed)
-    return GDNState(*(torch.randn(t.shape, generator=generator).to(t) for t in layer.init_state(B)))
-
-
 def test_published_names_and_sizes():
     layer = JetBlock(16, num_heads=2, head_dim=12, head_v_dim=32)
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
@@ -183,9 +145,9 @@ def test_published_names_and_sizes():
 
 @pytest.mark.parametrize("sleep", SLEEPS)
 def test_replays_what_the_reference_replays(sleep):
-    layer = make(dtype=torch.float64, **SLEEPS[sleep])
+    layer = make(JetBlock, dtype=torch.float64, **SLEEPS[sleep])
     weights = dict(layer.named_parameters())
-    x, state = tokens(dtype=torch.float64), some_state(layer)
+    x, state = vectors(dtype=torch.float64), some_state(layer)
 
     def linear(name):
         return x @ weights[f"{name}.weight"].T
@@ -221,7 +183,7 @@ def test_new_dynamic_convolutions_start_static_and_learn():
     torch.manual_seed(0)
     layer = JetBlock(20, num_heads=4, head_dim=16).to(DEVICE)
     generator = layer.dynamic_conv1d.kernel_generator
-    x = tokens()
+    x = vectors()
     close(generator(x), generator.w2.bias.expand(3, 11, -1), rtol=0, atol=0)
     assert abs(generator.w2.bias.std() - 0.02) < 0.004
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
@@ -233,252 +195,13 @@ def test_new_dynamic_convolutions_start_static_and_learn():
     assert (generator(x) - generator.w2.bias).abs().max() > 0
 
 
-@pytest.mark.parametrize("options", [{}, dict(passes=2, window=4)], ids=["plain", "two_passes"])
-def test_split_at_windows_equals_whole_run(options):
-    layer, x = make(**options), tokens(T=12)
-    y, state = layer(x, state=some_state(layer), return_state=True)
-    parts, carried = [], some_state(layer)
-    for part in x.split([4, 8], dim=1):
-        out, carried = layer(part, state=carried, return_state=True)
-        parts.append(out)
-    close((torch.cat(parts, 1), *carried), (y, *state))
-
-
-def test_one_token_calls_equal_the_whole_run():
-    layer, x = make(), tokens(T=6)
-    y, final = layer(x, state=some_state(layer), return_state=True)
-    steps, carried = [], some_state(layer)
-    for t in range(6):
-        out, carried = layer(x[:, t : t + 1], state=carried, return_state=True)
-        steps.append(out)
-    close((torch.cat(steps, 1), *carried), (y, *final))
-    weights = list(layer.parameters())
-    stepped = torch.autograd.grad(torch.cat(steps, 1).square().sum() + carried.fast_weights.square().sum(), weights)
-    whole = torch.autograd.grad(y.square().sum() + final.fast_weights.square().sum(), weights)
-    close(stepped, whole, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("passes, window", [(1, None), (2, 4), (3, None)], ids=str)
-def test_outputs_never_depend_on_later_tokens(passes, window):
-    layer, x = make(passes=passes, window=window), tokens()
-    y = layer(x)
-    for cut in (1, 4, 6):
-        changed = x.clone()
-        changed[:, cut:] = tokens(seed=9)[:, cut:]
-        close(layer(changed)[:, :cut], y[:, :cut], rtol=1e-5, atol=1e-6)
-        assert not torch.allclose(layer(changed)[:, cut:], y[:, cut:])
-
-
-@pytest.mark.parametrize("options", [{}, dict(passes=2, window=3)], ids=["plain", "two_passes"])
-@pytest.mark.parametrize("side", ["left", "right", "scattered", "lengths"])
-def test_padding_changes_nothing(options, side):
-    layer = make(**options)
-    real = (11, 4, 1, 0)
-    state = some_state(layer, B=4)
-    x, mask = tokens(B=4).fill_(float("nan")), torch.zeros(4, 11, dtype=torch.long, device=DEVICE)
-    rows = [tokens(B=1, T=max(n, 1), seed=n)[0, :n] for n in real]
-    for b, n in enumerate(real):
-        places = {"left": range(11 - n, 11), "scattered": range(0, 2 * n, 2) if n < 6 else range(n)}
-        mask[b, list(places.get(side, range(n)))] = 1
-        x[b, mask[b].bool()] = rows[b]
-    padding = dict(lengths=mask.sum(1)) if side == "lengths" else dict(attention_mask=mask)
-    y, new_state = layer(x, state=state, return_state=True, **padding)
-    assert not y[mask == 0].any()
-    for b, n in enumerate(real):
-        alone = GDNState(*(t[b : b + 1] for t in state))
-        if n == 0:
-            close(tuple(t[b : b + 1] for t in new_state), alone, rtol=0, atol=0)
-            continue
-        expected, expected_state = layer(rows[b][None], state=alone, return_state=True)
-        close(y[b, mask[b].bool()][None], expected)
-        close(tuple(t[b : b + 1] for t in new_state), expected_state)
-    loss = y.square().sum() + new_state.fast_weights.square().sum()
-    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, list(layer.parameters())))
-
-
-@pytest.mark.parametrize("options", [{}, dict(passes=2, window=3)], ids=["plain", "two_passes"])
-def test_packed_sequences_equal_separate_ones(options):
-    layer, x = make(**options), tokens(B=1, T=12)
-    borders = (0, 5, 5, 6, 12)
-    state = some_state(layer, B=4)
-    y, new_state = layer(x, state=state, cu_seqlens=torch.tensor(borders, device=DEVICE), return_state=True)
-    for n, (start, stop) in enumerate(itertools.pairwise(borders)):
-        alone = expected_state = GDNState(*(t[n : n + 1] for t in state))
-        if stop > start:
-            expected, expected_state = layer(x[:, start:stop], state=alone, return_state=True)
-            close(y[:, start:stop], expected)
-        close(tuple(t[n : n + 1] for t in new_state), expected_state)
-
-
-@pytest.mark.parametrize("lengths", [None, (11, 2, 0)], ids=["full", "padded"])
-@pytest.mark.parametrize("T", [1, 11])
-def test_update_state_is_the_state_of_forward_for_less(lengths, T):
-    layer, x = make(passes=2, window=4), tokens(T=T)
-    lengths = None if lengths is None else torch.tensor(lengths, device=DEVICE).clamp(max=T)
-    expected, writes = layer(x, state=some_state(layer), lengths=lengths, return_writes=True)[1:]
-    for module in (layer.q_proj, layer.g_proj, layer.o_proj, layer.o_norm):
-        module.register_forward_hook(lambda *a: pytest.fail("computed for nothing"))
-    state, updated = layer.update_state(x, some_state(layer), lengths=lengths, return_writes=True)
-    close(state, expected)
-    close(updated, writes)
-
-
-def test_replay_repeats_the_writes():
-    x = tokens()
-    layer, awake = make(passes=3, window=None), make()
-    _, expected = layer(x, state=some_state(layer), return_state=True)
-    _, state, writes = awake(x, state=some_state(awake), return_writes=True)
-    close(awake.replay(writes, state.fast_weights, passes=2), expected.fast_weights)
-
-
-def test_gradients_reach_every_parameter_the_input_and_the_state():
-    layer = make(passes=2, window=4)
-    x = tokens().requires_grad_()
-    state = GDNState(*(t.requires_grad_() for t in some_state(layer)))
-    y, new_state = layer(x, state=state, return_state=True)
-    (y.square().sum() + new_state.fast_weights.square().sum()).backward()
-    for name, p in [*layer.named_parameters(), ("x", x), ("fast_weights", state[0]), ("conv_tail", state[1])]:
-        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
-
-
-def test_triton_layer_equals_torch_layer():
-    results = []
-    for impl in ("torch", "triton"):
-        layer = make(impl=impl)
-        state = GDNState(*(t.requires_grad_() for t in some_state(layer)))
-        y, new_state = layer(tokens(), state=state, return_state=True)
-        loss = y.square().sum() + new_state.fast_weights.square().sum()
-        results.append((y, *new_state, *torch.autograd.grad(loss, [*state, *layer.parameters()])))
-    close(*results, rtol=2e-2 if DEVICE == "cuda" else 1e-3, atol=2e-2 if DEVICE == "cuda" else 1e-3)
-
-
-def test_autocast_keeps_gates_and_states_in_float32():
-    layer, x = make(), tokens()
-    y, state = layer(x, return_state=True)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        low, low_state = layer(x, state=layer.init_state(3), return_state=True)
-        updated = layer.update_state(x, layer.init_state(3))
-    assert low.dtype == torch.bfloat16 and low_state.conv_tail.dtype == torch.bfloat16
-    assert low_state.fast_weights.dtype == torch.float32
-    close(updated, low_state)
-    close(low.float(), y, rtol=0.1, atol=0.05)
-    low.float().square().sum().backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
-
-
-def test_activation_checkpointing_changes_no_gradient():
-    layer, x = make(passes=2, window=4), tokens()
-    weights = list(layer.parameters())
-    plain = torch.autograd.grad(layer(x).square().sum(), weights)
-    saved = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), weights)
-    close(saved, plain, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("padding", slow_unless(["padded"], [None, "lengths"], ids=["full", "padded"]))
-def test_traces_as_one_graph(padding):
-    layer, x = make(), tokens()
-    options = {} if padding is None else dict(lengths=torch.tensor([11, 3, 0], device=DEVICE))
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
-    y, state = compiled(x, state=some_state(layer), return_state=True, **options)
-    expected = layer(x, state=some_state(layer), return_state=True, **options)
-    close((y, *state), (expected[0], *expected[1]))
-    grads = [torch.autograd.grad(out.square().sum(), list(layer.parameters())) for out in (y, expected[0])]
-    close(*grads, rtol=1e-3, atol=1e-4)
-
-
-def test_copies_are_alike():
-    layer, x = make(passes=2, window=4), tokens()
-    other = copy.deepcopy(layer)
-    assert torch.equal(other(x), layer(x))
-    assert [n for n, p in other.named_parameters() if getattr(p, "_no_weight_decay", False)] == ["A_log", "dt_bias"]
-
-
-@pytest.mark.parametrize(
-    "change, name",
-    [
-        (dict(hidden_size=0), "hidden_size"),
-        (dict(num_heads=0), "num_heads"),
-        (dict(num_v_heads=3), "num_v_heads"),
-        (dict(head_v_dim=-1), "head_v_dim"),
-        (dict(conv_size=0), "conv_size"),
-        (dict(kernel_hidden=0), "kernel_hidden"),
-        (dict(passes=0), "passes"),
-        (dict(window=0), "window"),
-        (dict(norm_eps=float("nan")), "norm_eps"),
-        (dict(output_pass="middle"), "output_pass"),
-        (dict(rule="oja"), "rule"),
-        (dict(impl="cuda"), "impl"),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "",
-)
-def test_bad_settings_name_the_argument(change, name):
-    with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
-        JetBlock(**(dict(hidden_size=20, num_heads=2, head_dim=8) | change))
-
-
-def test_bad_states_are_refused():
-    layer = make().cpu()
-    for state in (GDNState(torch.zeros(3, 4, 8, 6), torch.zeros(3, 3, 56)), torch.zeros(3, 4, 8, 6)):
-        with pytest.raises(ValueError, match="^state.*: expected .*got "):
-            layer(torch.zeros(3, 4, 20), state=state)
-
-
-VOCAB, WINDOW, LENGTH = 11, 5, 17
-MODELS = [
-    pytest.param(
-        dict(sleep_kind=kind, eviction=eviction, loop=loop, passes=passes), id=f"{kind}-{eviction}-{loop}-{passes}"
-    )
-    for kind, eviction, loop, passes in itertools.product(
-        ("refine", "replay"), ("hard", "sliding"), (None, (1, 2)), (1, 2, 3)
-    )
-    if passes > 1 or kind == "refine"
-]
-
-
-def hybrid(**changes) -> SleepHybridModel:
-    """attn, jet, swa, jet, with kernels that do differ from token to token."""
-    torch.manual_seed(0)
-    settings = dict(vocab_size=VOCAB, hidden_size=16, layers=("attn", "jet", "swa", "jet"), window=WINDOW, num_heads=2)
-    settings |= dict(sliding_window=3, gdn_num_v_heads=4, gdn_head_v_dim=6, jet_kernel_hidden=5, initializer_range=0.3)
-    model = SleepHybridModel(HybridConfig(**(settings | changes)))
-    for name, parameter in model.named_parameters():
-        if "kernel_generator" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model.double()
-
-
-def texts(batch=2, length=LENGTH, seed=1):
-    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def assert_same_state(a, b):
-    assert (a.seen, a.live, a.kept) == (b.seen, b.live, b.kept)
-    for s, t in zip(
-        a.blocks + a.start + (a.hidden,) + a.writes, b.blocks + b.start + (b.hidden,) + b.writes, strict=True
-    ):
-        torch.testing.assert_close(s, t, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("options", MODELS)
-def test_token_by_token_chunks_and_at_once_agree(options):
-    model, ids = hybrid(**options), texts()
-    whole = SleepSession(model)
-    logits = whole.read(ids, all_logits=True)
-    torch.testing.assert_close(model(ids).logits, logits, rtol=1e-9, atol=1e-9)
-    for cuts in (range(LENGTH + 1), (0, 3, 4, 12, LENGTH)):
-        chunked = SleepSession(model)
-        last = [chunked.read(ids[:, a:b]) for a, b in itertools.pairwise(cuts)]
-        torch.testing.assert_close(torch.stack(last, 1), logits[:, [c - 1 for c in cuts[1:]]], rtol=1e-9, atol=1e-9)
-        assert_same_state(chunked.state, whole.state)
-
-
-@pytest.mark.parametrize("options", MODELS)
+@pytest.mark.parametrize("options", HYBRIDS)
 def test_padded_rows_stay_independent(options):
-    model, prompts = hybrid(**options), [texts(1, n, seed=n) for n in (9, 4, 6)]
+    model, prompts = hybrid(**options), [tokens(1, n, seed=n) for n in (9, 4, 6)]
     ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
     for b, prompt in enumerate(prompts):
         ids[b, 9 - prompt.shape[1] :], mask[b, 9 - prompt.shape[1] :] = prompt[0], 1
-    together, more = SleepSession(model), texts(3, 8, seed=7)
+    together, more = SleepSession(model), tokens(3, 8, seed=7)
     first = together.read(ids, mask)
     second = together.read(more, all_logits=True)
     for b, prompt in enumerate(prompts):
@@ -490,7 +213,7 @@ def test_padded_rows_stay_independent(options):
 
 @pytest.mark.parametrize("kind", ["refine", "replay"])
 def test_gradients_reach_every_parameter_through_sleep(kind):
-    ids, grads = texts(), []
+    ids, grads = tokens(), []
     labels = torch.full_like(ids, -100)
     labels[:, 15:] = 1
     for checkpointing in (False, True):
@@ -505,7 +228,7 @@ def test_gradients_reach_every_parameter_through_sleep(kind):
 def test_sliding_attention_sees_its_own_window_at_most(eviction):
     for sliding in (2, WINDOW, 50):
         model = hybrid(layers=("swa",), sliding_window=sliding, eviction=eviction)
-        ids, reach = texts(1, 13), min(sliding, WINDOW)
+        ids, reach = tokens(1, 13), min(sliding, WINDOW)
         before = model(ids).logits
         for t in range(13):
             changed = ids.clone()
@@ -551,3 +274,9 @@ def test_blocks_are_what_the_configuration_says():
 def test_bad_configurations_name_the_field(change, name):
     with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
         hybrid(**change)
+
+
+@pytest.mark.parametrize("size", [0, 1.5])
+def test_bad_sizes_of_the_kernel_generator_name_the_argument(size):
+    with pytest.raises(ValueError, match="^kernel_hidden: expected .*got "):
+        JetBlock(20, num_heads=2, head_dim=8, kernel_hidden=size)
