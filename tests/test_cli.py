@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 import sleep_ops.cli
 from sleep_ops.experiments.demo import CPU, CUDA, Scale, choose_scale, run_demo
 from sleep_ops.experiments.presets import preset, run_config
+from sleep_ops.files import read_csv
 from sleep_ops.tasks import Rule110
 from sleep_ops.training import TrainConfig, load_run
-from sleep_ops.training.logs import read_csv
 
 SMALL = "--t 2 --strings 2 --bits 6 --width 16 --heads 2 --layers attn-gdn --batch 8 --steps 6 --device cpu".split()
 SMALL += "--eval-every 3 --eval-samples 16 --checkpoint-every 2 --passes 2".split()
@@ -265,7 +265,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     def full(**_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sleep_ops.training.checkpoint.tempfile.mkdtemp", full)
+    monkeypatch.setattr("sleep_ops.files.tempfile.mkdtemp", full)
     assert "(No space left on device)" in run("train", "rule110", *SMALL, "--out", tmp_path / "run", code=2)
     assert not list(tmp_path.iterdir())
 

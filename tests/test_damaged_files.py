@@ -6,9 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from sleep_ops.cli import app
+from sleep_ops.files import read_csv, read_table
 from sleep_ops.training import CheckpointError
 from sleep_ops.training.checkpoint import load_checkpoint, save_checkpoint
-from sleep_ops.training.logs import CsvLog, read_csv, read_table
+from sleep_ops.training.logs import CsvLog
 
 
 def refused(*arguments) -> str:

@@ -21,11 +21,11 @@ from sleep_ops import HybridConfig
 from sleep_ops.adapters.loading import load_model
 from sleep_ops.experiments import finetuned, sweep
 from sleep_ops.experiments.figures import load_figure
+from sleep_ops.files import read_csv
 from sleep_ops.tasks import Rule110
 from sleep_ops.training import RunConfig, TrainConfig, Trainer, TrainingDiverged, graph, load_run
 from sleep_ops.training.checkpoint import list_checkpoints, load_checkpoint
 from sleep_ops.training.finetune import FinetuneConfig, finetune
-from sleep_ops.training.logs import read_csv
 from sleep_ops.training.parallel import World, local_device
 
 QUIET = Console(quiet=True)

@@ -21,13 +21,13 @@ from sleep_ops.adapters.hf import from_pretrained, sleepify
 from sleep_ops.adapters.loading import load_model
 from sleep_ops.adapters.ouro import Ouro
 from sleep_ops.cli import app
+from sleep_ops.files import read_csv
 from sleep_ops.model.sleeping import sleeping
 from sleep_ops.tasks import Rule110
 from sleep_ops.tokenizer import load_tokenizer
 from sleep_ops.training import RunConfig, TrainConfig, Trainer, load_run
 from sleep_ops.training import finetune as module
 from sleep_ops.training.finetune import FinetuneConfig, finetune
-from sleep_ops.training.logs import read_csv
 from sleep_ops.training.trainer import build_model
 
 QUIET = Console(quiet=True)

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sleep_ops import HybridConfig, SleepHybridModel
+from sleep_ops.files import read_csv
 from sleep_ops.tasks import Batch, Rule110
 from sleep_ops.training import RunConfig, TrainConfig, Trainer, graph
 from sleep_ops.training.graph import MAX_GRAPHS, StepGraphs
-from sleep_ops.training.logs import read_csv
 
 VOCAB, WINDOW, LENGTH = 11, 5, 18
 aten = torch.ops.aten

@@ -17,7 +17,7 @@ NOT_IGNORED = ("--cached", "--others", "--exclude-standard")  # what is in the c
 # Who may import from whom: each from those before it, and "tasks" and "adapters" not from one another.
 ROOMS = [
     ("kernels",),
-    ("reference", "ragged", "validation"),
+    ("reference", "ragged", "validation", "files"),
     ("tokenizer",),
     ("ops",),
     ("layers",),

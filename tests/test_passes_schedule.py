@@ -8,9 +8,9 @@ from cases import slow_unless
 from rich.console import Console
 
 from sleep_ops import HybridConfig
+from sleep_ops.files import read_csv
 from sleep_ops.tasks import Rule110
 from sleep_ops.training import RunConfig, TrainConfig, Trainer
-from sleep_ops.training.logs import read_csv
 
 TASK = Rule110(t=2, strings=2, bits=6)
 MODEL = dict(vocab_size=3, hidden_size=8, layers=("attn", "gdn"), window=6, num_heads=2)

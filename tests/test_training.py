@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from sleep_ops import HybridConfig
+from sleep_ops.files import read_csv, write_atomically
 from sleep_ops.tasks import Rule110
 from sleep_ops.training import CheckpointError, RunConfig, TrainConfig, Trainer, TrainingDiverged, build_optimizers
 from sleep_ops.training.checkpoint import (
@@ -22,10 +23,9 @@ from sleep_ops.training.checkpoint import (
     load_checkpoint,
     load_newest,
     save_checkpoint,
-    write_atomically,
 )
 from sleep_ops.training.config import resolve_device
-from sleep_ops.training.logs import CsvLog, read_csv
+from sleep_ops.training.logs import CsvLog
 from sleep_ops.training.optim import split_parameters
 
 QUIET = Console(quiet=True)

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import sleep_ops.cli
 from sleep_ops.bench import kernels, passes, training, tune
 from sleep_ops.bench import launches as bench_launches
+from sleep_ops.files import write_csv
 from sleep_ops.tasks import Rule110
 from sleep_ops.training import TrainConfig
-from sleep_ops.training.logs import write_csv
 from sleep_ops.verify import checks, graph, machine, report, rule110, run, steps
 from sleep_ops.verify.problems import problems
 from sleep_ops.verify.run import FAILED, LEFT_OUT, PASSED, STOPPED, Outcome, Verification, run_limited, shares

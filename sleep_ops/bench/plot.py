@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sleep_ops.bench.harness import MODES, TIMES
+from sleep_ops.files import pyplot
 
 LINES = ("ours", "ours-chained", "layer", "torch", "fla", "flash-qla")
 
@@ -53,7 +54,7 @@ def plot_training(rows: list[dict], path: Path) -> None:
 
 def plot_launches(rows: list[dict], path: Path) -> None:
     """Of every case's call the share of each kernel, all its launches together, forward and backward apart."""
-    plt = _pyplot()
+    plt = pyplot()
     cases, kernels = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "kernel"))
     colours = dict(zip(kernels, plt.get_cmap("tab20").colors, strict=False))
     bars = [(case, direction) for case in reversed(cases) for direction in ("backward", "forward")]
@@ -85,15 +86,6 @@ def _memory(rows: list[dict], mode: str) -> Panel:
     return Panel(mode, "saved_mib", "MiB kept for the backward")
 
 
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def _plot_lines(
     rows: list[dict],
     path: Path,
@@ -107,7 +99,7 @@ def _plot_lines(
 
     horizontal: column and label of the x axis. Bands are the 20th to 80th percentile of the times.
     """
-    plt = _pyplot()
+    plt = pyplot()
     groups = list(dict.fromkeys(row[group] for row in rows))
     names = list(dict.fromkeys([*(LINES if line == "provider" else ()), *(row[line] for row in rows)]))
     colours = dict(zip(names, plt.get_cmap("tab20" if len(names) > 10 else "tab10").colors * len(names), strict=False))
@@ -138,7 +130,7 @@ def _plot_lines(
 
 def _plot_cases(rows: list[dict], path: Path, modes: Sequence[str]) -> None:
     """Median time of every case and provider, a panel per mode, and an H100's floor as a stroke below each case's."""
-    plt = _pyplot()
+    plt = pyplot()
     cases = list(dict.fromkeys(row["case"] for row in rows))
     providers = [name for name in LINES if any(row["provider"] == name for row in rows)]
     colours = dict(zip(LINES, plt.get_cmap("tab10").colors, strict=False))

@@ -42,7 +42,7 @@ from sleep_ops.bench.harness import (
 )
 from sleep_ops.bench.providers import operator_problem, replayed
 from sleep_ops.bench.settings import check_choices, check_counts, check_dtype
-from sleep_ops.training.checkpoint import write_atomically
+from sleep_ops.files import write_atomically
 from sleep_ops.training.config import resolve_device
 
 KERNELS = ("prepare", "scan", "reverse", "grad", "single_chunk")

@@ -248,8 +248,7 @@ def _measure(console: Console, benchmark, path: Path, seconds: float | None) -> 
     """The rows of a benchmark, written to `path` after every step: whole however the command ends."""
     from rich.progress import Progress
 
-    from sleep_ops.training.checkpoint import check_folder
-    from sleep_ops.training.logs import write_csv
+    from sleep_ops.files import check_folder, write_csv
 
     check_folder("out", path.parent)
     if seconds is not None and not 0 < seconds < math.inf:

@@ -33,10 +33,9 @@ def evaluate(
     """Accuracy of a saved run on fresh sequences, of held-out strings if it has any, with any number of passes."""
     console = Console()
     with refusals(console):
+        from sleep_ops.files import check_file, write_csv
         from sleep_ops.model.sleeping import sleeping
         from sleep_ops.training import load_run
-        from sleep_ops.training.checkpoint import check_file
-        from sleep_ops.training.logs import write_csv
         from sleep_ops.training.trainer import autocast
 
         chosen = None if passes is None else tuple(map(parse_passes, passes.split(",")))
@@ -104,8 +103,7 @@ def recall(
     console = Console()
     with refusals(console):
         from sleep_ops.experiments.recall import RecallExperiment, plot, table
-        from sleep_ops.training.checkpoint import check_folder
-        from sleep_ops.training.logs import write_csv
+        from sleep_ops.files import check_folder, write_csv
 
         experiment = RecallExperiment(
             loads=parse_loads(loads),

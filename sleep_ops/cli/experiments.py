@@ -86,7 +86,7 @@ def plot(
     with refusals(console):
         from sleep_ops.experiments.figures import load_figure
         from sleep_ops.experiments.plot import plot as draw
-        from sleep_ops.training.checkpoint import check_file
+        from sleep_ops.files import check_file
 
         chosen, place = load_figure(figure, preset), out or Path("runs") / f"{figure}-{preset}"
         if image is not None and not image.suffix:
@@ -135,7 +135,7 @@ def data(
                 console.print(built.render(*row), highlight=False, markup=False, soft_wrap=True)
                 console.rule()
             return
-        from sleep_ops.training.checkpoint import check_file, write_atomically
+        from sleep_ops.files import check_file, write_atomically
 
         check_file("out", out, "JSONL")
         lines = [json.dumps(record, ensure_ascii=False) for record in records(built, seed, count, split)]
@@ -185,7 +185,7 @@ def _throughput(console: Console, figure, changes: dict, out: Path) -> None:
 def _draw_throughput(place: Path, image: Path) -> None:
     """Draws again what `bench train` measured."""
     from sleep_ops.bench.plot import plot_training
-    from sleep_ops.training.logs import read_table
+    from sleep_ops.files import read_table
 
     table = place / "train.csv"
     if not table.is_file():

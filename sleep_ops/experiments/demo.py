@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sleep_ops.experiments import recall
+from sleep_ops.files import pyplot, read_csv, write_csv
 from sleep_ops.model.hybrid import HybridConfig
 from sleep_ops.tasks import Rule110
 from sleep_ops.training import RunConfig, TrainConfig, Trainer, load_run, resolve_device
-from sleep_ops.training.logs import read_csv, write_csv
 from sleep_ops.training.trainer import EVAL_FILE, autocast
 
 LAYERS = ("attn", "gdn", "attn", "gdn")
@@ -172,10 +172,7 @@ def _table(rows: list[dict], chance: dict[str, float]) -> Table:
 
 def plot(curves: dict[int, list[dict]], chance: float, scale: Scale, path: Path) -> None:
     """Exact accuracy against tokens, one line per N."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     colours = plt.get_cmap("viridis")

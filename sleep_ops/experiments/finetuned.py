@@ -12,12 +12,12 @@ from rich.progress import track
 from sleep_ops.bench.harness import environment
 from sleep_ops.experiments.figures import Figure
 from sleep_ops.experiments.sweep import Results, check_changes, folder_name
+from sleep_ops.files import check_folder, write_atomically
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.tasks import Text
 from sleep_ops.tasks.gsm_infinite.problem import Generator, write_jsonl
 from sleep_ops.tokenizer import load_tokenizer
 from sleep_ops.training import TrainResult
-from sleep_ops.training.checkpoint import check_folder, write_atomically
 from sleep_ops.training.config import TrainConfig, resolve_device
 from sleep_ops.training.finetune import RECIPE, FinetuneConfig, finetune
 from sleep_ops.training.parallel import World, local_device

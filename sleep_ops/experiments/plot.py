@@ -2,17 +2,13 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from sleep_ops.experiments.figures import Figure
 from sleep_ops.experiments.sweep import read_results
+from sleep_ops.files import pyplot, read_csv
 from sleep_ops.tasks import build_task
 from sleep_ops.training import RunConfig
-from sleep_ops.training.logs import read_csv
 from sleep_ops.training.trainer import EVAL_FILE
 from sleep_ops.validation import expect
 
@@ -33,7 +29,7 @@ def plot(figure: Figure, out: Path, path: Path) -> None:
     expect(found == {figure.name}, "out", f"the sweep of {figure.name}", ", ".join(sorted(found)))
     values = () if figure.x == "level" else (figure.x, figure.metric)
     rows = read_results(out, *dict.fromkeys((*figure.grid, *figure.series, *values)))
-    curves = figure.kind == "train"
+    curves, plt = figure.kind == "train", pyplot()
     image, axes = plt.subplots(1, 1 + curves, figsize=(6.4 * (1 + curves), 4.4), squeeze=False, layout="constrained")
     _against_x(axes[0, 0], figure, rows)
     if curves:

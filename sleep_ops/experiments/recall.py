@@ -29,6 +29,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from sleep_ops.files import pyplot
 from sleep_ops.ops.affine import segment_transition
 from sleep_ops.ops.gated_delta_rule import delta_rule_state
 from sleep_ops.training.config import resolve_device
@@ -186,10 +187,7 @@ def table(rows: list[dict], measure: str = "wrong") -> Table:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Both errors against N, one line per load, with the standard error as a band and the references as marks."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.lines import Line2D
     from matplotlib.ticker import PercentFormatter
 

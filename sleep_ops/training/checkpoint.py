@@ -7,13 +7,8 @@ and then renamed, so a folder with the final name is complete; the manifest catc
 
 import hashlib
 import json
-import os
 import pickle
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sleep_ops.files import remove, whole_folder
+
 MODEL_FILE, STATE_FILE, MANIFEST_FILE = "model.safetensors", "state.pt", "manifest.json"
 _VERSION = 1
-_PARTIAL = ".partial-"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -31,86 +27,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint is missing, incomplete or damaged."""
 
 
-def kind(path: Path) -> str:
-    """What there is at `path`, in words; "" where there is nothing."""
-    if not os.path.lexists(path):
-        return ""
-    return "a folder" if path.is_dir() else "a file" if path.exists() else "a link to nothing"
-
-
-def check_folder(name: str, folder: Path) -> None:
-    """ValueError, naming the setting `name`, unless files can be written in `folder`, which need not be there yet."""
-    folder = Path(folder)
-    expected, place = f"{name}: expected a folder that can be written", folder
-    try:
-        while not _there(place):
-            place = place.parent
-        if not place.is_dir():
-            below = "" if place == folder else f"{folder}, below "
-            raise ValueError(f"{expected}, got {below}{kind(place)}: {place}")
-        os.rmdir(tempfile.mkdtemp(dir=place, prefix=_PARTIAL))
-    except OSError as error:
-        raise ValueError(f"{expected}, got {folder} ({error.strerror})") from error
-
-
-def check_file(name: str, path: Path, form: str) -> None:
-    """ValueError, naming the setting `name`, unless a file of this form can be written at `path`."""
-    if kind(path) == "a folder":
-        raise ValueError(f"{name}: expected a {form} file, got the folder {path}")
-    check_folder(name, path.parent)
-
-
-def remove(path: Path) -> None:
-    """Delete a folder, a file or a link (not what it leads to), if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     step: int
     model: dict[str, torch.Tensor]
     state: dict
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: a reader sees the old file or the new one, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder to write into, which then becomes `final`: a folder of that name is complete.
-
-    A folder already there is replaced. What a process that was killed while it wrote left beside it is deleted.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=_PARTIAL))
-    try:
-        yield temporary
-        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            _flush_to_disk(path)
-        os.chmod(temporary, 0o755)
-        remove(final)
-        os.replace(temporary, final)
-        _flush_to_disk(final.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for left in final.parent.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -179,28 +100,9 @@ def load_newest(folder: Path, warn) -> Checkpoint | None:
     return None
 
 
-def _there(path: Path) -> bool:
-    """Whether there is anything at `path`, which is not followed; OSError where that can't be known."""
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        if path == path.parent:
-            raise
-        return False
-    return True
-
-
 def _fingerprint(path: Path) -> dict:
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _flush_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

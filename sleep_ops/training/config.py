@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sleep_ops.files import write_atomically
 from sleep_ops.model.config import HybridConfig
 from sleep_ops.tasks import TASKS
-from sleep_ops.training.checkpoint import write_atomically
 from sleep_ops.validation import check_choice, check_count, check_flags, expect
 
 PRECISIONS = ("auto", "bf16", "float32")

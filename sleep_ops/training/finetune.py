@@ -15,9 +15,9 @@ from pathlib import Path
 from rich.console import Console
 
 from sleep_ops.adapters.loading import model_type, remembered, save_model
+from sleep_ops.files import check_folder, whole_folder
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.tasks import Task, build_task
-from sleep_ops.training.checkpoint import check_folder, whole_folder
 from sleep_ops.training.config import CONFIG_FILE, RunConfig, TrainConfig, resolve_device
 from sleep_ops.training.parallel import World, local_device
 from sleep_ops.training.run import build_model, check_vocabulary, clear_run

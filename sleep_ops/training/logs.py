@@ -8,17 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sleep_ops.training.checkpoint import write_atomically
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Rows with the same keys as one CSV file, whole or not at all; its folder is made if need be."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.getvalue().encode())
+from sleep_ops.files import write_atomically
 
 
 class CsvLog:
@@ -51,30 +41,6 @@ class CsvLog:
 
     def close(self) -> None:
         self._file.close()
-
-
-def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
-    """Rows of a CSV file. ValueError, naming it, for one without these columns or without a row."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows, found = list(reader), reader.fieldnames or []
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: expected a CSV file, got one that can't be read ({error})") from error
-    missing = [name for name in columns if name not in found]
-    whole = rows and all(None not in row and None not in row.values() for row in rows)
-    if missing or not whole:
-        got = f"without {', '.join(missing)}" if missing else "with incomplete rows" if rows else "without a row"
-        raise ValueError(f"{path}: expected a table with {', '.join(columns) or 'rows'}, got one {got}")
-    return rows
-
-
-def read_csv(path: Path, *columns: str) -> list[dict[str, float]]:
-    """Rows of a log, as numbers; the errors are those of `read_table`."""
-    try:
-        return [{key: float(value) for key, value in row.items()} for row in read_table(path, *columns)]
-    except TypeError as error:
-        raise ValueError(f"{path}: expected a table of numbers") from error
 
 
 def tensorboard_writer(folder: Path, step: int):

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from sleep_ops.adapters.loading import load_model
+from sleep_ops.files import kind, remove
 from sleep_ops.layers.block import Block
 from sleep_ops.layers.mixer import GDNMixer
 from sleep_ops.model.hybrid import HybridConfig, SleepHybridModel
 from sleep_ops.tasks import Task, build_task
-from sleep_ops.training.checkpoint import Checkpoint, kind, load_newest, remove
+from sleep_ops.training.checkpoint import Checkpoint, load_newest
 from sleep_ops.training.config import CONFIG_FILE, RunConfig, resolve_device
 
 METRICS_FILE, EVAL_FILE, CHECKPOINTS, BOARD = "metrics.csv", "eval.csv", "checkpoints", "tensorboard"

@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from sleep_ops.files import check_folder
 from sleep_ops.model.hybrid import SleepHybridModel
 from sleep_ops.model.sleeping import SleepingModel
 from sleep_ops.tasks import Batch, Task, build_task
-from sleep_ops.training.checkpoint import Checkpoint, check_folder, checkpoint_path, load_checkpoint, save_checkpoint
+from sleep_ops.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
 from sleep_ops.training.config import RunConfig, resolve_device
 from sleep_ops.training.graph import StepGraphs
 from sleep_ops.training.logs import ProgressBar, RunLog

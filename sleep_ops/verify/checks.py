@@ -21,9 +21,9 @@ from torch import Tensor
 from sleep_ops.bench.cases import DTYPES
 from sleep_ops.bench.checks import ERROR_BOUNDS
 from sleep_ops.bench.harness import MACHINE, environment, first_line
+from sleep_ops.files import write_csv
 from sleep_ops.ops.dispatch import HAS_TRITON
 from sleep_ops.training.config import resolve_device
-from sleep_ops.training.logs import write_csv
 from sleep_ops.verify.problems import Problem, problems
 
 FILE = "checks.csv"

@@ -18,8 +18,8 @@ import numpy
 import torch
 
 from sleep_ops.bench.harness import environment
+from sleep_ops.files import write_csv
 from sleep_ops.training.config import resolve_device
-from sleep_ops.training.logs import write_csv
 
 FILE = "machine.csv"
 # Module, distribution that has its version, and what goes on without it.

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from sleep_ops.training.checkpoint import write_atomically
+from sleep_ops.files import write_atomically
 from sleep_ops.verify.run import FAILED, LEFT_OUT, PASSED, STOPPED, Outcome, Verification
 from sleep_ops.verify.steps import Step
 
@@ -157,7 +157,7 @@ def _tune(rows: list[Row], said: list[str]) -> list[str]:
 
 
 def _launch(row: Row) -> str:
-    names = ("prepare", "scan", "reverse", "grad", "window")
+    names = ("prepare", "scan", "reverse", "grad", "single_chunk")
     return f"{row['tokens']}; " + ", ".join(f"{name} {row[name]}" for name in names if row[name])
 
 

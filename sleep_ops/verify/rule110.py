@@ -16,8 +16,8 @@ from statistics import fmean
 from rich.console import Console
 
 from sleep_ops.experiments.demo import choose_scale
+from sleep_ops.files import pyplot, read_csv, write_csv
 from sleep_ops.training import Trainer
-from sleep_ops.training.logs import read_csv, write_csv
 from sleep_ops.training.trainer import EVAL_FILE, METRICS_FILE
 
 FILE, PLOT, FOLDER = "rule110.csv", "rule110.png", "rule110-run"
@@ -56,10 +56,7 @@ def run(out: Path, device: str, seconds: float) -> bool:
 
 def plot(rows: list[dict], device: str, path: Path) -> None:
     """Loss of every step, and exact accuracy on strings that training never shows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     figure.suptitle(f"Rule 110, N = {PASSES}, {device}")

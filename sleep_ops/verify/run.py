@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from sleep_ops.bench.harness import environment
-from sleep_ops.training.checkpoint import check_folder, write_atomically
+from sleep_ops.files import check_folder, write_atomically
 from sleep_ops.verify.steps import STEPS, Place, Step, missing
 
 STATE_FILE = "verify.json"
