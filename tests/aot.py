@@ -188,13 +188,13 @@ def short_conv_cases(dtype: str, *, packed: bool = False):
 
 def gated_norm_cases(dtype: str, V: int):
     """The gated norm of rows of V elements."""
-    rows, padded, warps = gated_norm.tile(V)
+    tile = gated_norm.tile_of(V)
     arguments: dict[str, Any] = {name: f"*{dtype}" for name in ("x", "gate", "y", "dy", "dx", "dgate")}
     arguments |= {"weight": "*fp32", "partial": "*fp32", "num_rows": "i32", "blocks": "i32", "eps": "fp32", "V": "i32"}
-    arguments |= {"BR": rows, "BV": padded}
+    arguments |= {"tile": tile}
     for name in ("forward", "backward"):
         kernel = getattr(gated_norm, f"gated_norm_{name}_kernel")
-        yield Case(f"gated_norm_{name}-{dtype}-V{V}", kernel, arguments, warps, 3)
+        yield Case(f"gated_norm_{name}-{dtype}-V{V}", kernel, arguments, tile.warps, 3)
 
 
 def step_cases(dtype: str, K: int, V: int, *, archs=(80, 90, 100)):
