@@ -319,3 +319,27 @@ def test_bad_inputs_name_the_argument(mixer, change, name):
     layer = make(mixer).cpu()
     with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
         layer(**(dict(x=torch.zeros(3, 4, 20)) | change))
+
+
+@pytest.mark.parametrize("passes, window", ((1, None), (3, 4)))
+@pytest.mark.parametrize("size", ((0, 5), (2, 0), (0, 0)), ids=str)
+def test_an_idle_rank_has_no_tokens(mixer, size, passes, window):
+    layer = make(mixer, passes=passes, window=window)
+    x = torch.randn(*size, 20, device=DEVICE, requires_grad=True)
+    y, state = layer(x, return_state=True)
+    y.sum().backward()
+    assert y.shape == x.shape and state[0].shape[0] == size[0] and not state[0].any()
+    assert x.grad.shape == x.shape
+
+
+def test_empty_sequences_leave_a_state_of_zeros(mixer):
+    layer = make(mixer, passes=3, window=4)
+    x = torch.randn(1, 6, 20, device=DEVICE)
+    _, state = layer(x, cu_seqlens=torch.tensor([0, 0, 4, 4, 6], device=DEVICE), return_state=True)
+    assert not state[0][[0, 2]].any() and state[0][1].any() and state[0][3].any()
+
+
+def test_shapes_on_the_meta_device(mixer):
+    layer = make(mixer, passes=3, window=4).to("meta")
+    x = torch.empty(2, 6, 20, device="meta")
+    assert layer(x).shape == x.shape
