@@ -16,6 +16,7 @@ from sleep_ops.bench.cases import PASSES_CASES, Case
 from sleep_ops.bench.checks import ERRORS
 from sleep_ops.bench.harness import MODES
 from sleep_ops.bench.passes import COLUMNS, PROVIDERS, PassesBenchmark, layer_check
+from sleep_ops.cli import app
 
 CPU = torch.device("cpu")
 ONE_WINDOW = Case(batch=2, tokens=70, heads=3, value_heads=3, key_dim=8, value_dim=8, dtype="float32")
@@ -168,3 +169,12 @@ def test_the_defaults_are_those_of_the_table():
     assert PassesBenchmark().providers == PROVIDERS and PassesBenchmark().cases == tuple(PASSES_CASES["cuda"])
     assert PASSES_CASES["cuda"]["mid"] == Case(8, 2048, 16, 16, 128, 128)
     assert PASSES_CASES["cuda"]["windows"] == Case(1, 32768, 16, 16, 128, 128, window=2048)
+
+
+def test_what_was_not_measured_in_time_has_an_empty_panel(tmp_path):
+    """One step of several: the forward alone, and no memory."""
+    command = "bench passes --case mid --tokens 6 --batch 1 --heads 2 --head-dim 4 --window 3 --repeats 1 --passes 1"
+    command += f" --providers ours --device cpu --seconds 0.001 --out {tmp_path}"
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in tmp_path.iterdir()} == {"passes.csv", "passes.png"}
