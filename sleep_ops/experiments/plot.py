@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.ticker import MaxNLocator
 
 from sleep_ops.experiments.figures import Figure
-from sleep_ops.experiments.sweep import read_results
+from sleep_ops.experiments.sweep import RESULTS_FILE, read_results
 from sleep_ops.files import pyplot, read_csv
 from sleep_ops.tasks import build_task
 from sleep_ops.training import RunConfig
@@ -25,10 +25,12 @@ _LABELS = {
 
 def plot(figure: Figure, out: Path, path: Path) -> None:
     """Draws `figure` from the sweep in the folder `out` into the image `path`. ValueError for a table of another's."""
-    found = {row["figure"] for row in read_results(out)}
+    rows = read_results(out)
+    found = {row["figure"] for row in rows}
     expect(found == {figure.name}, "out", f"the sweep of {figure.name}", ", ".join(sorted(found)))
     values = () if figure.x == "level" else (figure.x, figure.metric)
-    rows = read_results(out, *dict.fromkeys((*figure.grid, *figure.series, *values)))
+    missing = sorted({*figure.grid, *figure.series, *values} - rows[0].keys())
+    expect(not missing, RESULTS_FILE, f"a table with what {figure.name} varies", f"one without {', '.join(missing)}")
     curves, plt = figure.kind == "train", pyplot()
     image, axes = plt.subplots(1, 1 + curves, figsize=(6.4 * (1 + curves), 4.4), squeeze=False, layout="constrained")
     _against_x(axes[0, 0], figure, rows)

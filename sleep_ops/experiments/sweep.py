@@ -16,11 +16,11 @@ from sleep_ops.validation import expect
 RESULTS_FILE, CURVES_FILE = "results.csv", "curves.csv"
 
 
-def read_results(out: Path, *columns: str) -> list[dict[str, str]]:
-    """The rows of a sweep's table. ValueError where there is none, or none with these columns."""
+def read_results(out: Path) -> list[dict[str, str]]:
+    """The rows of a sweep's table. ValueError where there is none."""
     path = Path(out) / RESULTS_FILE
     expect(path.is_file(), "out", f"the folder of a sweep, with {RESULTS_FILE}", str(out))
-    return read_table(path, "figure", "preset", "run", *columns)
+    return read_table(path, "figure", "preset", "run")
 
 
 class Results:

@@ -312,6 +312,12 @@ def _readable(x: Tensor) -> bool:
 
 def sleeping(model: object) -> SleepingModel:
     """The model itself, or what `sleepify` gave a model of another library. ValueError for one that does not sleep."""
-    reader = model if isinstance(model, SleepingModel) else getattr(model, "sleep", None)
-    expect(isinstance(reader, SleepingModel), "model", "one that sleeps (see sleepify)", type(model).__name__)
-    return reader
+    found = find_sleeping(model)
+    expect(found is not None, "model", "one that sleeps (see sleepify)", type(model).__name__)
+    return found
+
+
+def find_sleeping(model: object) -> SleepingModel | None:
+    """As `sleeping`, but None for a model that does not sleep."""
+    found = model if isinstance(model, SleepingModel) else getattr(model, "sleep", None)
+    return found if isinstance(found, SleepingModel) else None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sleep_ops.files import check_folder
 from sleep_ops.model.hybrid import SleepHybridModel
-from sleep_ops.model.sleeping import SleepingModel
+from sleep_ops.model.sleeping import find_sleeping
 from sleep_ops.tasks import Batch, Task, build_task
 from sleep_ops.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
 from sleep_ops.training.config import RunConfig, resolve_device
@@ -345,8 +345,8 @@ class Trainer:
 
     def _passes(self, model: nn.Module) -> int | float | None:
         """The model's own N; None for one that doesn't sleep. ValueError where it can't be scheduled."""
-        reader = model if isinstance(model, SleepingModel) else getattr(model, "sleep", None)
-        passes = reader.settings.passes if isinstance(reader, SleepingModel) else None
+        found = find_sleeping(model)
+        passes = None if found is None else found.settings.passes
         schedule = self.config.train.passes_schedule
         if schedule != "fixed" and passes in (None, math.inf):
             raise ValueError(f"passes_schedule: expected 'fixed' for a model with passes {passes}, got {schedule!r}")
