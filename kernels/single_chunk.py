@@ -224,8 +224,8 @@ def single_chunk_backward(
     use_qk_l2norm: bool,
     beta_scale: float,
     config: SingleChunkConfig,
-) -> tuple[Gradients, Tensor | None, Tensor | None]:
-    """Gradients in their inputs' dtypes; of A_log and dt_bias, [2, HV] float32; and of initial_state.
+) -> tuple[Gradients, tuple[Tensor | None, Tensor | None], Tensor | None]:
+    """Gradients of the tokens and gates; of A_log and dt_bias; and of initial_state; in their inputs' dtypes.
 
     cotangents, of single_chunk_forward's results, are contiguous and not both None. Without one of the output there is
     no gradient of q, which is not read; other inputs as in single_chunk_forward.
@@ -245,4 +245,7 @@ def single_chunk_backward(
         _dims(tokens, use_qk_l2norm, config),
         **config.launch.options,
     )
-    return gradients, None if partial is None else partial.sum(0), d_initial_state
+    if partial is None:
+        return gradients, (None, None), d_initial_state
+    sums = zip(partial.unbind(1), (gates.A_log, gates.dt_bias), strict=True)
+    return gradients, tuple(x.sum(0).to(parameter.dtype) for x, parameter in sums), d_initial_state

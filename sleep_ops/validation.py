@@ -11,17 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sleep_ops.checks import check_choice, check_count
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-RULES = ("delta", "hebbian")
-IMPLS = ("auto", "triton", "torch", "reference")
 KERNEL_IMPLS = ("auto", "triton", "torch")  # of operators whose PyTorch form is their specification
 OUTPUT_PASSES = ("first", "last")
-
-
-def expect(condition: bool, name: str, expected: str, got: object) -> None:
-    """ValueError in this project's words unless `condition`."""
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
 def check_tensor(
@@ -41,25 +35,6 @@ def check_tensor(
         raise ValueError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {x.dtype}")
     if device is not None and x.device != device:
         raise ValueError(f"{name}: expected device {device}, got {x.device}")
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise unless value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_flags(**flags: object) -> None:
-    """Raise unless every flag is True or False: the truth of anything else, as of "no", would be a guess."""
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}: expected True or False, got {value!r}")
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise unless value is an int >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
 
 
 def check_eps(name: str, eps: object) -> None:
@@ -82,29 +57,6 @@ def check_scale(scale: object) -> None:
         return
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"scale: expected None or a finite number, got {scale!r}")
-
-
-def check_gates(
-    value_heads: int,
-    device: torch.device,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    use_beta_sigmoid: bool,
-    allow_neg_eigval: bool,
-) -> None:
-    """Check the gate parameters: A_log and dt_bias come together, a doubled beta only with the sigmoid."""
-    check_flags(use_beta_sigmoid=use_beta_sigmoid, allow_neg_eigval=allow_neg_eigval)
-    if (A_log is None) != (dt_bias is None):
-        missing, given = ("A_log", "dt_bias") if A_log is None else ("dt_bias", "A_log")
-        raise ValueError(f"{missing}: expected a tensor [HV] together with {given}, got None")
-    if A_log is not None:
-        check_tensor("A_log", A_log, (value_heads,), "[HV]", device)
-        check_tensor("dt_bias", dt_bias, (value_heads,), "[HV]", device)
-    if allow_neg_eigval and not use_beta_sigmoid:
-        raise ValueError(
-            "allow_neg_eigval: expected use_beta_sigmoid=True with it (it doubles the sigmoid; a beta given directly "
-            "may reach 2 by itself), got use_beta_sigmoid=False"
-        )
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int, device: torch.device) -> None:
@@ -146,48 +98,6 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...], k: Tensor) -> 
     """Raise unless state is [N, HV, K, V] in float32, or float64 beside float64 inputs."""
     dtypes = (torch.float32, torch.float64) if k.dtype == torch.float64 else (torch.float32,)
     check_tensor(name, state, shape, "[N, HV, K, V]", k.device, dtypes)
-
-
-def check_delta_rule(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    *,
-    scale: float | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    rule: str,
-    use_qk_l2norm: bool,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    use_beta_sigmoid: bool,
-    allow_neg_eigval: bool,
-    impl: str,
-) -> None:
-    """Check the arguments of `gated_delta_rule`; q is None where only the state is wanted."""
-    check_full("k", k, 4, "[B, T, H, K]", 2)
-    check_full("v", v, 4, "[B, T, HV, V]", 2)
-    batch, tokens, key_heads, key_dim = k.shape
-    value_heads, value_dim = v.shape[2:]
-    if q is not None:
-        check_tensor("q", q, k.shape, "[B, T, H, K] of k", k.device, (k.dtype,))
-    check_tensor("v", v, (batch, tokens, value_heads, value_dim), "[B, T, HV, V]", k.device, (k.dtype,))
-    check_heads(key_heads, value_heads)
-    check_tensor("g", g, (batch, tokens, value_heads), "[B, T, HV]", k.device)
-    check_tensor("beta", beta, (batch, tokens, value_heads), "[B, T, HV]", k.device)
-    check_scale(scale)
-    check_choice("rule", rule, RULES)
-    check_flags(use_qk_l2norm=use_qk_l2norm)
-    check_gates(value_heads, k.device, A_log, dt_bias, use_beta_sigmoid, allow_neg_eigval)
-    check_choice("impl", impl, IMPLS)
-    num_states = batch
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, batch, tokens, k.device)
-        num_states = cu_seqlens.shape[0] - 1
-    if initial_state is not None:
-        check_state("initial_state", initial_state, (num_states, value_heads, key_dim, value_dim), k)
 
 
 def check_passes(passes: object, window: object, output_pass: object) -> None:

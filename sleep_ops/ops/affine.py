@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, no_tokens, prepare_pass
+from sleep_ops.ops.rule import RuleOptions, check_states, check_tokens
 from sleep_ops.ops.small import MAP, flushed
 from sleep_ops.ops.windows import Windows
-from sleep_ops.validation import check_delta_rule, check_full, check_no_tangents, check_tensor
+from sleep_ops.validation import check_full, check_no_tangents, check_tensor
 
-REPEATED = 7  # up to as many products with a state are fewer columns than squares of the map, at K = V
+MAX_APPLICATIONS = 7  # up to as many products with a state are fewer columns than squares of the map, at K = V
 
 
 class NoFixedPoint(ValueError):
@@ -107,24 +108,17 @@ def segment_transition(
     batch row, or per sequence with `cu_seqlens` (an empty one is the identity). Differentiable in every tensor. Raises
     ValueError as `gated_delta_rule` does.
     """
-    options: dict = {
-        "cu_seqlens": cu_seqlens,
-        "rule": rule,
-        "use_qk_l2norm": use_qk_l2norm,
-        "A_log": A_log,
-        "dt_bias": dt_bias,
-        "use_beta_sigmoid": use_beta_sigmoid,
-        "allow_neg_eigval": allow_neg_eigval,
-    }
-    check_delta_rule(None, k, v, g, beta, scale=None, initial_state=None, impl=impl, **options)
+    options = RuleOptions(rule, use_qk_l2norm, A_log, dt_bias, use_beta_sigmoid, allow_neg_eigval)
+    check_tokens(None, k, v, g, beta, options, impl=impl)
+    check_states(k, v, None, cu_seqlens)
     impl = choose_rule_impl(impl, k)
     if 0 in k.shape[:2]:
-        _, R = no_tokens(None, k, v, (g, beta, A_log, dt_bias), None, cu_seqlens)
+        _, R = no_tokens(None, k, v, g, beta, options, None, cu_seqlens)
         return Transition(_identity(R @ R.mT).expand(*R.shape[:3], -1), R)
     if impl != "reference":
         check_no_tangents("segment_transition", k, v, g, beta, A_log, dt_bias)
     with full_precision(k):
-        return Transition(*prepare_pass(k, v, g, beta, impl=impl, **options).transition())
+        return Transition(*prepare_pass(k, v, g, beta, options, impl=impl, cu_seqlens=cu_seqlens).transition())
 
 
 def replay(
@@ -155,7 +149,7 @@ def replay(
 
 def apply_power(transition: Transition, n: int, state: Tensor) -> Tensor:
     """n passes from `state`: one by one where they are few, else through squares of the map."""
-    if n <= REPEATED:
+    if n <= MAX_APPLICATIONS:
         for _ in range(n):
             state = _apply(transition, state)
         return state

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("auto", "flash", "torch")
+from sleep_ops.checks import BACKENDS
 
 # Preferred first: flash-attn 3 (Hopper alone), 4 (Hopper and later), 2. With the compute capabilities and the largest
 # head dim each is asked for.

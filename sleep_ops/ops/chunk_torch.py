@@ -21,8 +21,9 @@ from torch import Tensor
 
 from sleep_ops.ops.gates import CLOSED
 from sleep_ops.ops.packed import PackedSequences
+from sleep_ops.ops.rule import RuleOptions
 from sleep_ops.ops.small import MAP, flushed, flushed_exp
-from sleep_ops.reference import l2_normalise, log_decay, state_dtype, write_strength
+from sleep_ops.reference import l2_normalise, state_dtype
 from sleep_ops.validation import check_first_order
 
 MAX_CHUNK = 64
@@ -107,18 +108,18 @@ class TorchPass:
         v: Tensor,
         g: Tensor,
         beta: Tensor,
+        options: RuleOptions,
         *,
         cu_seqlens: Tensor | None = None,
         longest: int | None = None,
-        **options,
     ):
         self.sequences = None if cu_seqlens is None else PackedSequences(cu_seqlens, v.shape[1], longest)
         if self.sequences is None:
-            self.parts = [_BatchPass(k, v, g, beta, **options)]
+            self.parts = [_BatchPass(k, v, g, beta, options)]
             return
-        closed = [CLOSED if raw else 0.0 for raw in (options.get("A_log") is not None, options.get("use_beta_sigmoid"))]
+        closed = [CLOSED if raw else 0.0 for raw in (options.A_log is not None, options.use_beta_sigmoid)]
         batches = [self.sequences.pad(x, c) for x, c in zip((k, v, g, beta), (0.0, 0.0, *closed), strict=True)]
-        self.parts = [_BatchPass(*tokens, **options) for tokens in zip(*batches, strict=True)]
+        self.parts = [_BatchPass(k, v, g, beta, options) for k, v, g, beta in zip(*batches, strict=True)]
 
     def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
         """Output [B, T, HV, V] in v's dtype (None without q) and final state [N, HV, K, V]."""
@@ -143,24 +144,10 @@ class TorchPass:
 class _BatchPass:
     """`TorchPass` over sequences of one length."""
 
-    def __init__(
-        self,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        *,
-        rule: str = "delta",
-        use_qk_l2norm: bool = False,
-        A_log: Tensor | None = None,
-        dt_bias: Tensor | None = None,
-        use_beta_sigmoid: bool = False,
-        allow_neg_eigval: bool = False,
-    ):
+    def __init__(self, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, options: RuleOptions):
         acc = state_dtype(k, v)
-        self.dtype, self.out_dtype, self.rule, self.use_qk_l2norm = k.dtype, v.dtype, rule, use_qk_l2norm
-        g = log_decay(g.to(acc), A_log, dt_bias)
-        beta = write_strength(beta.to(acc), use_beta_sigmoid, allow_neg_eigval)
+        self.dtype, self.out_dtype, self.options = k.dtype, v.dtype, options
+        g, beta = options.activate(g, beta, acc)
         k, v = self._key(k, acc), v.to(acc)
         batch, tokens, heads, key_dim = k.shape
         value_heads, value_dim = v.shape[2:]
@@ -172,7 +159,7 @@ class _BatchPass:
         self.decay, self.G_exp = _decays(g)
         to_end = self.decay[..., -1:, :].mT  # e^(G_C - G_i)
         self.by_chunk = [_split(x) for x in (k, beta, (to_end * k).mT, self.G_exp, self.G_exp[..., -1:, :])]
-        if rule == "delta":
+        if options.rule == "delta":
             # the solves read L strictly below the diagonal, as unit triangular
             L = beta * self.decay * _matmul(k, k.mT, self.dtype)
             identity = torch.eye(self.chunk, dtype=L.dtype, device=L.device).expand_as(L)
@@ -214,7 +201,7 @@ class _BatchPass:
         for n, (k, beta, k_end, G_exp, end) in enumerate(zip(*self.by_chunk, strict=True)):
             starts.append(state)
             u = writes_n[n]
-            if self.rule == "delta":
+            if self.options.rule == "delta":
                 if state is not None:
                     u = beta * (v_n[n] - G_exp * _matmul(k, state, self.dtype))
                 u = _UnitLowerSolve.apply(self.L[n], self.A[n], u, self.dtype)
@@ -226,7 +213,7 @@ class _BatchPass:
     def _key(self, x: Tensor, acc: torch.dtype) -> Tensor:
         """q or k in the dtype of sums, normalised where asked, and then as rounded as the inputs."""
         x = x.to(acc)
-        return l2_normalise(x).to(self.dtype).to(acc) if self.use_qk_l2norm else x
+        return l2_normalise(x).to(self.dtype).to(acc) if self.options.use_qk_l2norm else x
 
     def _chunks(self, x: Tensor) -> Tensor:
         """[B, T, heads * R, ...] -> [B, heads, R, num_chunks, chunk, ...], padded with beta = g = 0."""

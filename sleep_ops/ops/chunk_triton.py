@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sleep_ops.kernels import chunk_prepare as prepare_kernels
+from sleep_ops.kernels import chunk_scan as scan_kernels
 from sleep_ops.kernels.arguments import Cotangents, Gates, Packing, Prepared, Tokens
 from sleep_ops.kernels.chunk_grad import chunk_grad
 from sleep_ops.kernels.chunk_grad_split import chunk_grad_split
-from sleep_ops.kernels.chunk_scan import chunk_reverse, chunk_scan
 from sleep_ops.kernels.configs import ChunkConfig, architecture, chunk_config, scales_rows
-from sleep_ops.ops.gates import beta_scale
-from sleep_ops.ops.launching import as_rows, contiguous, on_device, or_empty
-from sleep_ops.validation import check_first_order
+from sleep_ops.ops.launching import as_rows, contiguous, differentiable, on_device
+from sleep_ops.ops.rule import RuleOptions
 
 
 def _config(k: Tensor, head_v_dim: int, longest: int) -> ChunkConfig:
@@ -61,8 +60,42 @@ def _cleared(x: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
     return x.masked_fill_(behind.view(-1, *(1,) * (x.ndim - 2)), 0)
 
 
-@torch.library.custom_op("sleep_ops::chunk_prepare", mutates_args=())
-def _prepare(
+def _prepare_backward(
+    d_G, d_active, active, k, g, beta, A_log, dt_bias, cu_seqlens, chunk_offsets, longest, head_v_dim, beta_scale
+):
+    """A's cotangent is always None: chunk_scan's backward has taken A's part into the gradients of k, G and beta."""
+    chunk = _config(k, head_v_dim, longest).chunk
+    dg, dbeta, *parameters = prepare_kernels.gate_backward(
+        Gates(g.contiguous(), None, A_log, dt_bias),
+        active,
+        d_G.contiguous(),
+        d_active.contiguous(),
+        Packing(cu_seqlens, chunk_offsets),
+        num_chunks=_num_chunks(g, cu_seqlens, chunk),
+        beta_dtype=beta.dtype,
+        beta_scale=beta_scale,
+        chunk=chunk,
+    )
+    return _cleared(dg, cu_seqlens), _cleared(dbeta, cu_seqlens), *parameters[:2]
+
+
+def _prepare_shapes(
+    k, g, beta, A_log, dt_bias, cu_seqlens, chunk_offsets, longest, head_v_dim, rule, use_qk_l2norm, beta_scale
+):
+    G = k.new_empty(g.shape, dtype=prepare_kernels.decay_dtype(k.dtype))
+    active = k.new_empty(g.shape, dtype=torch.float32)
+    chunk = _config(k, head_v_dim, longest).chunk
+    return G, active, k.new_empty((*g.shape, chunk)) if rule == "delta" else None
+
+
+@differentiable(
+    "gated_delta_rule",
+    outputs="G active A",
+    gradients="g beta A_log dt_bias",
+    shapes=_prepare_shapes,
+    backward=_prepare_backward,
+)
+def chunk_prepare(
     k: Tensor,
     g: Tensor,
     beta: Tensor,
@@ -76,93 +109,22 @@ def _prepare(
     use_qk_l2norm: bool,
     beta_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """G [B, T, HV] in decay_dtype(k.dtype), active beta, float32, and A [B, T, HV, C] in k's dtype (or empty).
+    """G [B, T, HV] in decay_dtype(k.dtype), active beta, float32, and A [B, T, HV, C] in k's dtype (or none).
 
     longest: tokens of the longest sequence, which with the head dims decides the chunk's length.
     """
-    config = _config(k, head_v_dim, longest)
     k, stride_k = as_rows(k)
-    with on_device(k):
-        G, active, A, *_ = prepare_kernels.chunk_prepare(
-            Tokens(k=k, stride_k=stride_k),
-            Gates(g.contiguous(), beta.contiguous(), A_log, dt_bias),
-            Packing(cu_seqlens, chunk_offsets),
-            num_chunks=_num_chunks(k, cu_seqlens, config.chunk),
-            rule=rule,
-            use_qk_l2norm=use_qk_l2norm,
-            beta_scale=beta_scale,
-            config=config,
-        )
-    return G, active, or_empty(A, k)
-
-
-@_prepare.register_fake
-def _(k, g, beta, A_log, dt_bias, cu_seqlens, chunk_offsets, longest, head_v_dim, rule, use_qk_l2norm, beta_scale):
-    chunk = _config(k, head_v_dim, longest).chunk
-    G = k.new_empty(g.shape, dtype=prepare_kernels.decay_dtype(k.dtype))
-    active = k.new_empty(g.shape, dtype=torch.float32)
-    return (G, active, k.new_empty((*g.shape, chunk)) if rule == "delta" else k.new_empty(0))
-
-
-@torch.library.custom_op("sleep_ops::chunk_prepare_backward", mutates_args=())
-def _prepare_backward(
-    dG: Tensor,
-    d_active: Tensor,
-    g: Tensor,
-    active: Tensor,
-    beta_dtype: torch.dtype,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_offsets: Tensor | None,
-    chunk: int,
-    beta_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of g, beta, A_log and dt_bias."""
-    with on_device(g):
-        dg, dbeta, dA_log, d_dt_bias, *_ = prepare_kernels.gate_backward(
-            Gates(g.contiguous(), None, A_log, dt_bias),
-            active,
-            dG.contiguous(),
-            d_active.contiguous(),
-            Packing(cu_seqlens, chunk_offsets),
-            num_chunks=_num_chunks(g, cu_seqlens, chunk),
-            beta_dtype=beta_dtype,
-            beta_scale=beta_scale,
-            chunk=chunk,
-        )
-    dg, dbeta = _cleared(dg, cu_seqlens), _cleared(dbeta, cu_seqlens)
-    return dg, dbeta, or_empty(dA_log, g), or_empty(d_dt_bias, g)
-
-
-@_prepare_backward.register_fake
-def _(dG, d_active, g, active, beta_dtype, A_log, dt_bias, cu_seqlens, chunk_offsets, chunk, beta_scale):
-    parameters = [g.new_empty(0) if x is None else x.new_empty(x.shape) for x in (A_log, dt_bias)]
-    return g.new_empty(g.shape), g.new_empty(g.shape, dtype=beta_dtype), *parameters
-
-
-def _save_prepared(ctx, inputs, output):
-    k, g, beta, A_log, dt_bias, cu_seqlens, chunk_offsets, longest, head_v_dim, *_, ctx.beta_scale = inputs
-    ctx.save_for_backward(g, output[1], A_log, dt_bias, cu_seqlens, chunk_offsets)
-    ctx.beta_dtype = beta.dtype
-    ctx.set_materialize_grads(False)
-    ctx.chunk = _config(k, head_v_dim, longest).chunk
-
-
-def _differentiate_prepared(ctx, dG, d_active, dA):
-    """dA is always None: chunk_scan's backward has taken A's part into the gradients of k, G and beta."""
-    if dG is None:
-        return (None,) * 12
-    check_first_order("gated_delta_rule")
-    g, active, A_log, dt_bias, cu_seqlens, chunk_offsets = ctx.saved_tensors
-    dg, dbeta, dA_log, d_dt_bias = _prepare_backward(
-        dG, d_active, g, active, ctx.beta_dtype, A_log, dt_bias, cu_seqlens, chunk_offsets, ctx.chunk, ctx.beta_scale
+    prepared = prepare_kernels.chunk_prepare(
+        Tokens(k=k, stride_k=stride_k),
+        Gates(g.contiguous(), beta.contiguous(), A_log, dt_bias),
+        Packing(cu_seqlens, chunk_offsets),
+        num_chunks=_num_chunks(k, cu_seqlens, _config(k, head_v_dim, longest).chunk),
+        rule=rule,
+        use_qk_l2norm=use_qk_l2norm,
+        beta_scale=beta_scale,
+        config=_config(k, head_v_dim, longest),
     )
-    parameters = (None, None) if A_log is None else (dA_log, d_dt_bias)
-    return None, dg, dbeta, *parameters, *(None,) * 7
-
-
-_prepare.register_autograd(_differentiate_prepared, setup_context=_save_prepared)
+    return prepared[:3]
 
 
 @torch.library.custom_op("sleep_ops::inverse_norms", mutates_args=())
@@ -177,8 +139,66 @@ def _(x):
     return x.new_empty(x.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("sleep_ops::chunk_scan", mutates_args=())
-def _scan(
+def _scan_backward(
+    d_output,
+    d_final_state,
+    q,
+    k,
+    v,
+    rq,
+    rk,
+    G,
+    beta,
+    A,
+    initial_state,
+    cu_seqlens,
+    chunk_offsets,
+    longest,
+    scale,
+    use_qk_l2norm,
+    widened,
+):
+    """The gradients of k, G and beta are A's too."""
+    config = _config(k, v.shape[3], longest)
+    num_chunks = _num_chunks(k, cu_seqlens, config.chunk)
+    d_output = None if q is None else d_output
+    d_output, d_final_state, initial_state = contiguous(d_output, d_final_state, initial_state)
+    inputs = (
+        as_tokens(None if d_output is None else q, k, v),
+        Prepared(G, beta, A, rq, rk),
+        Packing(cu_seqlens, chunk_offsets),
+    )
+    common = {"scale": scale, "use_qk_l2norm": use_qk_l2norm, "config": config}
+    _, states = scan_kernels.chunk_scan(*inputs, initial_state, widened=widened, num_chunks=num_chunks, **common)
+    d_states, d_initial_state = scan_kernels.chunk_reverse(
+        *inputs,
+        Cotangents(d_output, d_final_state),
+        width=states.shape[3],
+        need_initial=initial_state is not None,
+        num_chunks=num_chunks,
+        **common,
+    )
+    gradient = chunk_grad_split if config.chunk == 64 else chunk_grad
+    dq, dk, dv, dG, dbeta = gradient(*inputs, states, Cotangents(d_output, d_states), widened=widened, **common)
+    dq, dk, dv = (_cleared(x, cu_seqlens) for x in (dq, dk, dv))
+    return dq, dk, dv, dG, dbeta, d_initial_state
+
+
+def _scan_shapes(q, k, v, rq, rk, G, beta, A, initial_state, cu_seqlens, chunk_offsets, longest, scale, norm, widened):
+    K, (HV, V) = k.shape[3], v.shape[2:]
+    N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_state = k.new_empty((N, HV, K, K + V if widened else V), dtype=torch.float32)
+    return None if q is None else v.new_empty(v.shape), final_state
+
+
+@differentiable(
+    "gated_delta_rule",
+    outputs="output final_state",
+    gradients="q k v G beta initial_state",
+    shapes=_scan_shapes,
+    backward=_scan_backward,
+)
+def chunk_scan(
     q: Tensor | None,
     k: Tensor,
     v: Tensor,
@@ -195,106 +215,21 @@ def _scan(
     use_qk_l2norm: bool,
     widened: bool,
 ) -> tuple[Tensor, Tensor]:
-    """output (empty without q) and final_state [N, HV, K, V] float32; with `widened` [P | R], [N, HV, K, K + V].
+    """output (none without q) and final_state [N, HV, K, V] float32; with `widened` [P | R], [N, HV, K, K + V].
 
     rq, rk: inverse norms, where rows of products are to be scaled by them.
     """
-    with on_device(k):
-        output, final_state = chunk_scan(
-            as_tokens(q, k, v),
-            Prepared(G, beta, A, rq, rk),
-            Packing(cu_seqlens, chunk_offsets),
-            *contiguous(initial_state),
-            scale=scale,
-            use_qk_l2norm=use_qk_l2norm,
-            widened=widened,
-            config=_config(k, v.shape[3], longest),
-        )
-    return or_empty(_cleared(output, cu_seqlens), v), final_state
-
-
-@_scan.register_fake
-def _(q, k, v, rq, rk, G, beta, A, initial_state, cu_seqlens, chunk_offsets, longest, scale, use_qk_l2norm, widened):
-    K, (HV, V) = k.shape[3], v.shape[2:]
-    N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    output = v.new_empty(0) if q is None else v.new_empty(v.shape)
-    return output, k.new_empty((N, HV, K, K + V if widened else V), dtype=torch.float32)
-
-
-@torch.library.custom_op("sleep_ops::chunk_scan_backward", mutates_args=())
-def _scan_backward(
-    d_output: Tensor | None,
-    d_final_state: Tensor | None,
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    rq: Tensor | None,
-    rk: Tensor | None,
-    G: Tensor,
-    beta: Tensor,
-    A: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_offsets: Tensor | None,
-    longest: int,
-    scale: float,
-    use_qk_l2norm: bool,
-    widened: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, G, beta and initial_state; an absent one is empty. Those of k, G and beta are A's too."""
-    config = _config(k, v.shape[3], longest)
-    num_chunks = _num_chunks(k, cu_seqlens, config.chunk)
-    d_output, d_final_state, initial_state = contiguous(d_output, d_final_state, initial_state)
-    inputs = (
-        as_tokens(None if d_output is None else q, k, v),
+    output, final_state = scan_kernels.chunk_scan(
+        as_tokens(q, k, v),
         Prepared(G, beta, A, rq, rk),
         Packing(cu_seqlens, chunk_offsets),
+        *contiguous(initial_state),
+        scale=scale,
+        use_qk_l2norm=use_qk_l2norm,
+        widened=widened,
+        config=_config(k, v.shape[3], longest),
     )
-    common = {"scale": scale, "use_qk_l2norm": use_qk_l2norm, "config": config}
-    with on_device(k):
-        _, states = chunk_scan(*inputs, initial_state, widened=widened, num_chunks=num_chunks, **common)
-        d_states, d_initial_state = chunk_reverse(
-            *inputs,
-            Cotangents(d_output, d_final_state),
-            width=states.shape[3],
-            need_initial=initial_state is not None,
-            num_chunks=num_chunks,
-            **common,
-        )
-        gradient = chunk_grad_split if config.chunk == 64 else chunk_grad
-        dq, dk, dv, dG, dbeta = gradient(*inputs, states, Cotangents(d_output, d_states), widened=widened, **common)
-    dq, dk, dv = (_cleared(x, cu_seqlens) for x in (dq, dk, dv))
-    return or_empty(dq, k), dk, dv, dG, dbeta, or_empty(d_initial_state, k)
-
-
-@_scan_backward.register_fake
-def _(d_output, d_final_state, q, k, v, rq, rk, G, beta, A, initial_state, *options):
-    inputs = (None if d_output is None else q, k, v, G, beta, initial_state)
-    return tuple(k.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
-
-
-def _save_scanned(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:11])
-    ctx.options = inputs[11:]
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate_scanned(ctx, d_output, d_final_state):
-    check_first_order("gated_delta_rule")
-    q, k, v, rq, rk, G, beta, A, initial_state, *packing = ctx.saved_tensors
-    if q is None:
-        d_output = None
-    if d_output is None and d_final_state is None:
-        return (None,) * 15
-    dq, dk, dv, dG, dbeta, d_initial_state = _scan_backward(
-        d_output, d_final_state, q, k, v, rq, rk, G, beta, A, initial_state, *packing, *ctx.options
-    )
-    dq = None if d_output is None else dq
-    d_initial_state = None if initial_state is None else d_initial_state
-    return dq, dk, dv, None, None, dG, dbeta, None, d_initial_state, *(None,) * 6
-
-
-_scan.register_autograd(_differentiate_scanned, setup_context=_save_scanned)
+    return _cleared(output, cu_seqlens), final_state
 
 
 class TritonPass:
@@ -313,40 +248,33 @@ class TritonPass:
         v: Tensor,
         g: Tensor,
         beta: Tensor,
+        options: RuleOptions,
         *,
         cu_seqlens: Tensor | None = None,
         longest: int | None = None,
-        rule: str = "delta",
-        use_qk_l2norm: bool = False,
-        A_log: Tensor | None = None,
-        dt_bias: Tensor | None = None,
-        use_beta_sigmoid: bool = False,
-        allow_neg_eigval: bool = False,
     ):
-        self.k, self.v, self.use_qk_l2norm = k, v, use_qk_l2norm
-        A_log, dt_bias, cu_seqlens = (None if x is None else x.contiguous() for x in (A_log, dt_bias, cu_seqlens))
+        self.k, self.v, self.use_qk_l2norm = k, v, options.use_qk_l2norm
+        A_log, dt_bias, cu_seqlens = contiguous(options.A_log, options.dt_bias, cu_seqlens)
         self.longest = k.shape[1] if longest is None else longest
         config = _config(k, v.shape[3], self.longest)
         self.packing = (cu_seqlens, _chunk_offsets(cu_seqlens, config.chunk))
-        self.scales_rows = use_qk_l2norm and scales_rows(config, k.dtype, architecture(k.device))
-        factor = beta_scale(use_beta_sigmoid, allow_neg_eigval)
-        G, active, A = _prepare(
-            k, g, beta, A_log, dt_bias, *self.packing, self.longest, v.shape[3], rule, use_qk_l2norm, factor
-        )
-        self.factors = (self._norms(k), G, active, A if rule == "delta" else None)
+        self.scales_rows = options.use_qk_l2norm and scales_rows(config, k.dtype, architecture(k.device))
+        flags = (options.rule, options.use_qk_l2norm, options.beta_scale)
+        G, active, A = chunk_prepare(k, g, beta, A_log, dt_bias, *self.packing, self.longest, v.shape[3], *flags)
+        self.factors = (self._norms(k), G, active, A if options.rule == "delta" else None)
 
     def _norms(self, x: Tensor | None) -> Tensor | None:
         return _inverse_norms(x.detach()) if self.scales_rows and x is not None else None
 
     def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
         """Output [B, T, HV, V] in v's dtype (None without q) and final state [N, HV, K, V] float32."""
-        options = (self.longest, scale, self.use_qk_l2norm, False)
-        output, final_state = _scan(q, self.k, self.v, self._norms(q), *self.factors, state, *self.packing, *options)
+        sweep = (self.longest, scale, self.use_qk_l2norm, False)
+        output, final_state = chunk_scan(q, self.k, self.v, self._norms(q), *self.factors, state, *self.packing, *sweep)
         return None if q is None else output, final_state
 
     def transition(self) -> tuple[Tensor, Tensor]:
         """The pass as S -> P S + R: P [N, HV, K, K] and R [N, HV, K, V], float32."""
-        options = (self.longest, 1.0, self.use_qk_l2norm, True)
-        _, widened = _scan(None, self.k, self.v, None, *self.factors, None, *self.packing, *options)
+        sweep = (self.longest, 1.0, self.use_qk_l2norm, True)
+        _, widened = chunk_scan(None, self.k, self.v, None, *self.factors, None, *self.packing, *sweep)
         K = self.k.shape[3]
         return widened[..., :K], widened[..., K:]

@@ -3,11 +3,13 @@
 import contextlib
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleep_ops.ops.chunk_torch import TorchPass
+from sleep_ops.ops.rule import RuleOptions
 from sleep_ops.reference import gated_delta_rule_reference, state_dtype
 
 MAX_TRITON_KEY_DIM = 256
@@ -50,23 +52,43 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def no_tokens(
-    q: Tensor | None, k: Tensor, v: Tensor, gates: tuple, state: Tensor | None, cu_seqlens: Tensor | None
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    options: RuleOptions,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
     """What a pass over no tokens or no sequences gives: nothing, the state it began with, and zero gradients."""
-    num_states = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = state_dtype(k, v)
-    inputs = [x for x in (q, k, v, *gates) if x is not None]
-    zero = sum(x.flatten()[:0].sum(dtype=dtype) for x in inputs)
+    inputs = [x for x in (q, k, v, g, beta, options.A_log, options.dt_bias) if x is not None]
+    zero: Tensor = sum(x.flatten()[:0].sum(dtype=dtype) for x in inputs)  # type: ignore[assignment]
     if state is None:
-        state = k.new_zeros(num_states, v.shape[2], k.shape[3], v.shape[3], dtype=dtype)
+        state = k.new_zeros(_num_states(k, cu_seqlens), v.shape[2], k.shape[3], v.shape[3], dtype=dtype)
     return None if q is None else torch.zeros_like(v) + zero.to(v.dtype), state.to(dtype) + zero
+
+
+def _num_states(k: Tensor, cu_seqlens: Tensor | None) -> int:
+    return k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 class ReferencePass:
     """Passes over the same tokens from any state by the token recurrence, which is read anew for each."""
 
-    def __init__(self, *tokens: Tensor, **options):
-        self.tokens, self.options = tokens, options
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        options: RuleOptions,
+        *,
+        cu_seqlens: Tensor | None = None,
+        longest: int | None = None,
+    ):
+        self.tokens, self.options = (k, v, g, beta), {"cu_seqlens": cu_seqlens, **options._asdict()}
 
     def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
         k, v, g, beta = self.tokens
@@ -77,29 +99,35 @@ class ReferencePass:
 
     def transition(self) -> tuple[Tensor, Tensor]:
         k, v, g, beta = self.tokens
-        cu_seqlens = self.options.get("cu_seqlens")
-        num_states = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         K, (HV, V) = k.shape[3], v.shape[2:]
         widened = torch.cat([v.new_zeros(*v.shape[:3], K), v], -1)
-        start = torch.eye(K, K + V, dtype=state_dtype(k, v), device=v.device).expand(num_states, HV, -1, -1)
+        start = torch.eye(K, K + V, dtype=state_dtype(k, v), device=v.device)
+        start = start.expand(_num_states(k, self.options["cu_seqlens"]), HV, -1, -1)
         _, state = gated_delta_rule_reference(k, k, widened, g, beta, initial_state=start, scale=1.0, **self.options)
         return state[..., :K], state[..., K:]
 
 
-def prepare_pass(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, impl: str, longest: int | None = None, **options):
+def prepare_pass(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    options: RuleOptions,
+    *,
+    impl: str,
+    cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
+):
     """An object with `run(q, state, scale)` and `transition()`: one pass over these tokens, from any state.
 
-    impl is one of "triton", "torch" and "reference" (see `choose_rule_impl`); `options` are those of `TorchPass`.
-    Arguments are already checked, autocast is off.
+    impl is one of "triton", "torch" and "reference" (see `choose_rule_impl`); the rest as in `TorchPass`. Arguments are
+    already checked, autocast is off.
     """
-    if impl == "reference":
-        return ReferencePass(k, v, g, beta, **options)
-    if impl == "torch":
-        return TorchPass(k, v, g, beta, longest=longest, **options)
-    # Imported where it is used: everything else works without Triton.
-    from sleep_ops.ops.chunk_triton import TritonPass
-
-    return TritonPass(k, v, g, beta, longest=longest, **options)
+    form: Any = ReferencePass if impl == "reference" else TorchPass
+    if impl == "triton":
+        # Imported where it is used: everything else works without Triton.
+        from sleep_ops.ops.chunk_triton import TritonPass as form
+    return form(k, v, g, beta, options, cu_seqlens=cu_seqlens, longest=longest)
 
 
 def run_pass(
@@ -108,19 +136,19 @@ def run_pass(
     v: Tensor,
     g: Tensor,
     beta: Tensor,
+    options: RuleOptions,
     state: Tensor | None,
     scale: float,
     *,
     impl: str,
     cu_seqlens: Tensor | None = None,
-    **options,
 ) -> tuple[Tensor | None, Tensor]:
     """What `prepare_pass(...).run(q, state, scale)` gives; for Triton in one launch where the sequences are short."""
     if impl == "triton" and cu_seqlens is None:
         from sleep_ops.kernels.configs import architecture, single_chunk_config
 
         if single_chunk_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)) is not None:
-            from sleep_ops.ops.window_triton import window_gated_delta_rule
+            from sleep_ops.ops.single_chunk import single_chunk_pass
 
-            return window_gated_delta_rule(q, k, v, g, beta, scale=scale, initial_state=state, **options)
-    return prepare_pass(k, v, g, beta, impl=impl, cu_seqlens=cu_seqlens, **options).run(q, state, scale)
+            return single_chunk_pass(q, k, v, g, beta, options, scale=scale, initial_state=state)
+    return prepare_pass(k, v, g, beta, options, impl=impl, cu_seqlens=cu_seqlens).run(q, state, scale)

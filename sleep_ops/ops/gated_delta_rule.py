@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sleep_ops.checks import check_count
 from sleep_ops.ops.affine import NoFixedPoint, Transition, by_step, chain, replay
 from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, no_tokens, prepare_pass, run_pass
 from sleep_ops.ops.packed import longest_sequence
+from sleep_ops.ops.rule import RuleOptions, check_query, check_states, check_tokens
 from sleep_ops.ops.windows import Windows
 from sleep_ops.reference import DeltaRuleOutput, sleep_gated_delta_rule_reference
-from sleep_ops.validation import check_count, check_delta_rule, check_no_tangents, check_passes
+from sleep_ops.validation import check_no_tangents, check_passes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+Tokens = tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]  # q (None where only the state is wanted), k, v, g, beta
 SEGMENT_MULTIPLE = 64  # tokens: segments begin where chunks of every length do
 
 
@@ -85,27 +88,18 @@ def gated_delta_rule(
     RuntimeError; autocast has no effect on the forward. On a GPU tokens behind the last border get zeros. Raises
     ValueError for a wrong shape, dtype, device or option.
     """
-    options: dict = {
-        "scale": scale,
-        "initial_state": initial_state,
-        "cu_seqlens": cu_seqlens,
-        "rule": rule,
-        "use_qk_l2norm": use_qk_l2norm,
-        "A_log": A_log,
-        "dt_bias": dt_bias,
-        "use_beta_sigmoid": use_beta_sigmoid,
-        "allow_neg_eigval": allow_neg_eigval,
-        "impl": impl,
-    }
-    _check_query(q)
-    check_delta_rule(q, k, v, g, beta, **options)
+    check_query(q)
+    options = RuleOptions(rule, use_qk_l2norm, A_log, dt_bias, use_beta_sigmoid, allow_neg_eigval)
+    check_tokens(q, k, v, g, beta, options, scale=scale, impl=impl)
+    check_states(k, v, initial_state, cu_seqlens)
     if segments is not None:
         check_count("segments", segments)
     if group is not None:
         from sleep_ops.ops.sequence_parallel import check_group
 
         check_group(group, cu_seqlens)
-    return DeltaRuleOutput(*_one_pass(q, k, v, g, beta, segments=segments, group=group, **options))
+    tokens = (q, k, v, g, beta)
+    return DeltaRuleOutput(*_one_pass(tokens, options, scale, initial_state, cu_seqlens, impl, segments, group))
 
 
 def sleep_gated_delta_rule(
@@ -157,29 +151,10 @@ def sleep_gated_delta_rule(
     Raises ValueError as `gated_delta_rule` does, for passes < 1, window < 1 and an unknown output_pass, and for
     passes=math.inf where some window's passes don't converge.
     """
-    _check_query(q)
-    return DeltaRuleOutput(
-        *_sleep(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            passes,
-            window,
-            output_pass,
-            scale=scale,
-            initial_state=initial_state,
-            cu_seqlens=cu_seqlens,
-            rule=rule,
-            use_qk_l2norm=use_qk_l2norm,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            use_beta_sigmoid=use_beta_sigmoid,
-            allow_neg_eigval=allow_neg_eigval,
-            impl=impl,
-        )
-    )
+    check_query(q)
+    options = RuleOptions(rule, use_qk_l2norm, A_log, dt_bias, use_beta_sigmoid, allow_neg_eigval)
+    sleep = (passes, window, output_pass)
+    return DeltaRuleOutput(*_sleep((q, k, v, g, beta), options, scale, initial_state, cu_seqlens, impl, *sleep))
 
 
 def delta_rule_state(
@@ -192,45 +167,15 @@ def delta_rule_state(
     window: int | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    rule: str = "delta",
-    use_qk_l2norm: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    use_beta_sigmoid: bool = False,
-    allow_neg_eigval: bool = False,
     impl: str = "auto",
+    **options,
 ) -> Tensor:
-    """The final state [N, HV, K, V] of `sleep_gated_delta_rule`, for callers that need no output."""
-    return _sleep(
-        None,
-        k,
-        v,
-        g,
-        beta,
-        passes,
-        window,
-        "last",
-        scale=None,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        rule=rule,
-        use_qk_l2norm=use_qk_l2norm,
-        A_log=A_log,
-        dt_bias=dt_bias,
-        use_beta_sigmoid=use_beta_sigmoid,
-        allow_neg_eigval=allow_neg_eigval,
-        impl=impl,
-    )[1]
+    """The final state [N, HV, K, V] of `sleep_gated_delta_rule`, for callers that need no output.
 
-
-def _check_query(q: object) -> None:
-    if not isinstance(q, Tensor):
-        raise ValueError(f"q: expected a tensor [B, T, H, K], got {type(q).__name__}")
-
-
-def _scale(options: dict, k: Tensor) -> float:
-    scale = options.pop("scale")
-    return k.shape[-1] ** -0.5 if scale is None else float(scale)
+    options: `rule` and those that follow it there.
+    """
+    sleep = (passes, window, "last")
+    return _sleep((None, k, v, g, beta), RuleOptions(**options), None, initial_state, cu_seqlens, impl, *sleep)[1]
 
 
 def _cut(k: Tensor, v: Tensor, impl: str, cu_seqlens: Tensor | None, segments: int | None) -> Windows:
@@ -250,21 +195,30 @@ def _cut(k: Tensor, v: Tensor, impl: str, cu_seqlens: Tensor | None, segments: i
     return Windows(batch, tokens, None if length >= longest else length, cu_seqlens, k.device)
 
 
-def _one_pass(q, k, v, g, beta, *, segments=None, group=None, **options) -> tuple[Tensor | None, Tensor]:
-    impl, scale, state = choose_rule_impl(options.pop("impl"), k), _scale(options, k), options.pop("initial_state")
+def _one_pass(
+    tokens: Tokens,
+    options: RuleOptions,
+    scale: float | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    impl: str,
+    segments: int | None = None,
+    group: "ProcessGroup | None" = None,
+) -> tuple[Tensor | None, Tensor]:
+    q, k, v, g, beta = tokens
+    impl, scale = choose_rule_impl(impl, k), k.shape[-1] ** -0.5 if scale is None else float(scale)
     if 0 in k.shape[:2]:
         if group is not None:
             raise ValueError(f"k: expected B and T >= 1 with group, got {list(k.shape)}")
-        return no_tokens(q, k, v, (g, beta, options["A_log"], options["dt_bias"]), state, options["cu_seqlens"])
+        return no_tokens(*tokens, options, state, cu_seqlens)
     if impl != "reference":
-        check_no_tangents("gated_delta_rule", q, k, v, g, beta, state, options["A_log"], options["dt_bias"])
+        check_no_tangents("gated_delta_rule", *tokens, state, options.A_log, options.dt_bias)
     with full_precision(k):
-        parts = _cut(k, v, impl, options["cu_seqlens"], segments)
+        parts = _cut(k, v, impl, cu_seqlens, segments)
         if parts.is_whole and group is None:
-            return run_pass(q, k, v, g, beta, state, scale, impl=impl, **options)
-        q, *tokens = (None if x is None else parts.split(x) for x in (q, k, v, g, beta))
-        options["cu_seqlens"] = parts.cu_seqlens
-        one_pass = prepare_pass(*tokens, impl=impl, longest=parts.longest, **options)
+            return run_pass(*tokens, options, state, scale, impl=impl, cu_seqlens=cu_seqlens)
+        q, k, v, g, beta = (None if x is None else parts.split(x) for x in tokens)
+        one_pass = prepare_pass(k, v, g, beta, options, impl=impl, cu_seqlens=parts.cu_seqlens, longest=parts.longest)
         transitions = by_step(Transition(*one_pass.transition()), parts)
         if group is None:
             *starts, final = chain(transitions, state, parts.present)
@@ -278,29 +232,47 @@ def _one_pass(q, k, v, g, beta, *, segments=None, group=None, **options) -> tupl
         return parts.join(one_pass.run(q, parts.by_window(starts), scale)[0]), final
 
 
-def _sleep(q, k, v, g, beta, passes, window, output_pass, **options) -> tuple[Tensor | None, Tensor]:
+def _sleep(
+    tokens: Tokens,
+    options: RuleOptions,
+    scale: float | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    impl: str,
+    passes: int | float,
+    window: int | None,
+    output_pass: str,
+) -> tuple[Tensor | None, Tensor]:
     check_passes(passes, window, output_pass)
-    check_delta_rule(q, k, v, g, beta, **options)
+    q, k, v, g, beta = tokens
+    check_tokens(*tokens, options, scale=scale, impl=impl)
+    check_states(k, v, state, cu_seqlens)
     if passes == 1:
-        return _one_pass(q, k, v, g, beta, **options)
-    impl, scale, state = choose_rule_impl(options.pop("impl"), k), _scale(options, k), options.pop("initial_state")
+        return _one_pass(tokens, options, scale, state, cu_seqlens, impl)
+    impl, scale = choose_rule_impl(impl, k), k.shape[-1] ** -0.5 if scale is None else float(scale)
     if 0 in k.shape[:2]:
-        return no_tokens(q, k, v, (g, beta, options["A_log"], options["dt_bias"]), state, options["cu_seqlens"])
+        return no_tokens(*tokens, options, state, cu_seqlens)
     if impl != "reference":
-        check_no_tangents("sleep_gated_delta_rule", q, k, v, g, beta, state, options["A_log"], options["dt_bias"])
+        check_no_tangents("sleep_gated_delta_rule", *tokens, state, options.A_log, options.dt_bias)
     with full_precision(k):
         if impl == "reference" and passes != math.inf:
-            sleep = {"passes": passes, "window": window, "output_pass": output_pass}
-            query = k if q is None else q
             output, state = sleep_gated_delta_rule_reference(
-                query, k, v, g, beta, scale=scale, initial_state=state, **sleep, **options
+                *(k if q is None else q, *tokens[1:]),
+                passes=int(passes),
+                window=window,
+                output_pass=output_pass,
+                scale=scale,
+                initial_state=state,
+                cu_seqlens=cu_seqlens,
+                **options._asdict(),
             )
             return None if q is None else output.to(v.dtype), state
 
-        windows = Windows(*k.shape[:2], window, options["cu_seqlens"], k.device)  # type: ignore[call-arg]
-        q, *tokens = (None if x is None else windows.split(x) for x in (q, k, v, g, beta))
-        options["cu_seqlens"] = windows.cu_seqlens
-        one_pass = prepare_pass(*tokens, impl=impl, longest=windows.longest, **options)
+        windows = Windows(k.shape[0], k.shape[1], window, cu_seqlens, k.device)
+        q, k, v, g, beta = (None if x is None else windows.split(x) for x in tokens)
+        one_pass = prepare_pass(
+            k, v, g, beta, options, impl=impl, cu_seqlens=windows.cu_seqlens, longest=windows.longest
+        )
         if passes == 2 and windows.is_whole:
             # Two sweeps of V columns: fewer than one of K + V for the transition and one of V for outputs. From three
             # passes on the transition is no slower (measured on a CPU), and the cost no longer grows with N.

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sleep_ops.checks import check_choice
 from sleep_ops.ops.dispatch import choose_impl
-from sleep_ops.ops.launching import on_device
-from sleep_ops.validation import KERNEL_IMPLS, check_choice, check_eps, check_no_tangents, check_tensor
+from sleep_ops.ops.launching import differentiable
+from sleep_ops.validation import KERNEL_IMPLS, check_eps, check_no_tangents, check_tensor
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl: str = "auto") -> Tensor:
@@ -30,11 +31,9 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl:
     check_tensor("weight", weight, x.shape[-1:], "[V]", x.device)
     check_eps("eps", eps)
     check_choice("impl", impl, KERNEL_IMPLS)
-    if x.numel() == 0:
-        return _gated_norm_torch(x, gate, weight, eps)
-    if choose_impl(impl, x) == "triton":
+    if x.numel() and choose_impl(impl, x) == "triton":
         check_no_tangents("gated_rms_norm", x, gate, weight)
-        return gated_norm_forward(x, gate, weight, eps)
+        return gated_norm(x, gate, weight, eps)
     return _gated_norm_torch(x, gate, weight, eps)
 
 
@@ -44,47 +43,23 @@ def _gated_norm_torch(x, gate, weight, eps):
     return (normed * F.silu(gate.to(dtype))).to(x.dtype)
 
 
-@torch.library.custom_op("sleep_ops::gated_norm_forward", mutates_args=())
-def gated_norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The gated norm by `kernels/gated_norm.py`; arguments as in `gated_rms_norm`, already checked."""
-    from sleep_ops.kernels import gated_norm
+def _backward(d_y, x, gate, weight, eps):
+    from sleep_ops.kernels.gated_norm import backward
 
-    with on_device(x):
-        return gated_norm.forward(_rows(x), _rows(gate), weight.contiguous(), eps).view(x.shape)
-
-
-@torch.library.custom_op("sleep_ops::gated_norm_backward", mutates_args=())
-def gated_norm_backward(
-    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents of x, gate and weight."""
-    from sleep_ops.kernels import gated_norm
-
-    with on_device(x):
-        dx, dgate, dweight = gated_norm.backward(_rows(dy), _rows(x), _rows(gate), weight.contiguous(), eps)
+    dx, dgate, dweight = backward(_rows(d_y), _rows(x), _rows(gate), weight.contiguous(), eps)
     return dx.view(x.shape), dgate.view(x.shape), dweight
 
 
-@gated_norm_forward.register_fake
-def _(x, gate, weight, eps):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _shapes(x, gate, weight, eps):
+    return x.new_empty(x.shape)
 
 
-@gated_norm_backward.register_fake
-def _(dy, x, gate, weight, eps):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, gate, weight))
+@differentiable("gated_rms_norm", outputs="y", gradients="x gate weight", shapes=_shapes, backward=_backward)
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The gated norm by `kernels/gated_norm.py`; arguments as in `gated_rms_norm`, already checked."""
+    from sleep_ops.kernels.gated_norm import forward
 
-
-def _save_inputs(ctx, inputs, output):
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, dy):
-    return *gated_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None
-
-
-gated_norm_forward.register_autograd(_differentiate, setup_context=_save_inputs)
+    return forward(_rows(x), _rows(gate), weight.contiguous(), eps).view(x.shape)
 
 
 def _rows(x):

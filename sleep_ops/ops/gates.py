@@ -7,11 +7,6 @@ from torch import Tensor
 CLOSED = -1e4
 
 
-def beta_scale(use_beta_sigmoid: bool, allow_neg_eigval: bool) -> float:
-    """Factor of beta's sigmoid; 0 for a beta that needs none."""
-    return (2.0 if allow_neg_eigval else 1.0) if use_beta_sigmoid else 0.0
-
-
 def log_decay_gradient(dg: Tensor, g: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of g (raw, [..., HV]), A_log and dt_bias from that of -exp(A_log) * softplus(g + dt_bias), float32.
 

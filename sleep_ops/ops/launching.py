@@ -1,11 +1,108 @@
-"""What a kernel launch needs of its tensors: their device, rows that lie regularly, something for what is absent."""
+"""How functions that launch kernels become PyTorch operators, and what a launch needs of its tensors."""
 
 import contextlib
+import inspect
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from sleep_ops.validation import check_first_order
+
 MAX_ROW_STRIDE = 2**31 // 64 - 2**16  # of a chunk of 64 tokens, and a row's width
+
+
+def differentiable(public: str, *, outputs: str, gradients: str, shapes: Callable, backward: Callable) -> Callable:
+    """Decorates a launcher: it becomes an operator that autograd differentiates once and torch.compile keeps whole.
+
+    The launcher takes tensors or None and plain options, all annotated, and returns tensors or None. Its operator is
+    sleep_ops::<its name>, that of its backward sleep_ops::<its name>_backward. Operators return tensors alone: an
+    absent one is empty.
+
+    public: the function that users call, for messages.
+    outputs: names of what the launcher returns, with spaces between.
+    gradients: names of the arguments that have one.
+    shapes: takes the launcher's arguments and returns what it returns, with nothing computed.
+    backward: launches the backward. Of what it takes only the names count: first d_<output>, an output's cotangent or
+        None; then tensors and then options, out of the launcher's arguments and outputs. Just those are kept for it.
+        Returns `gradients`; None for an argument that is None, or whose gradient is zero.
+    """
+    results, wanted = outputs.split(), gradients.split()
+
+    def decorate(forward: Callable) -> Callable:
+        name = f"sleep_ops::{forward.__name__}"
+        schema = torch.library.infer_schema(forward, mutates_args=())
+        declared = {x.split()[-1]: x for x in schema[1 : schema.index(") ->")].split(", ")}
+        arguments = list(declared)
+        known = [*arguments, *results]
+        declared |= {x: f"Tensor {x}" for x in results} | {f"d_{x}": f"Tensor? d_{x}" for x in results}
+        taken = list(inspect.signature(backward).parameters)
+        needed = [f"d_{x}" in taken for x in results]
+        kept = taken[sum(needed) :]
+        num_tensors = sum(declared[x].startswith("Tensor") for x in kept)
+        # places of what is kept, wanted and found, and of a tensor that is always there
+        kept_at, wanted_at = [known.index(x) for x in kept], [taken.index(x) for x in wanted]
+        found_at = [(i, wanted.index(x)) for i, x in enumerate(arguments) if x in wanted]
+        there, there_in_backward = (
+            next(i for i, x in enumerate(names) if declared[x].startswith("Tensor ")) for names in (arguments, taken)
+        )
+
+        def run(*args):
+            with on_device(args[there]):
+                return _tensors(forward(*args), args[there])
+
+        def run_backward(*args):
+            like = args[there_in_backward]
+            with on_device(like):
+                found = list(backward(*args))
+            for i, at in enumerate(wanted_at):
+                if found[i] is None and args[at] is not None:
+                    found[i] = args[at].new_zeros(args[at].shape)
+            return _tensors(found, like)
+
+        def backward_shapes(*args):
+            found = [args[at] if args[at] is None else args[at].new_empty(args[at].shape) for at in wanted_at]
+            return _tensors(found, args[there_in_backward])
+
+        def save(ctx, inputs, output):
+            values = (*inputs, *output) if len(results) > 1 else (*inputs, output)
+            values = [values[at] for at in kept_at]
+            ctx.save_for_backward(*values[:num_tensors])
+            ctx.options = values[num_tensors:]
+            ctx.present = [i for i, _ in found_at if inputs[i] is not None]
+            ctx.set_materialize_grads(False)
+
+        def differentiate(ctx, *received):
+            cotangents = [d for d, is_needed in zip(received, needed, strict=True) if is_needed]
+            gradients = [None] * len(arguments)
+            if any(d is not None for d in cotangents):
+                check_first_order(public)
+                found = backward_operator(*cotangents, *ctx.saved_tensors, *ctx.options)
+                for i, at in found_at:
+                    if i in ctx.present:
+                        gradients[i] = found[at]
+            return tuple(gradients)
+
+        takes, returns = ", ".join(declared[x] for x in taken), ", ".join("Tensor" for _ in wanted)
+        operator = _define(name, schema, run, lambda *args: _tensors(shapes(*args), args[there]))
+        backward_operator = _define(f"{name}_backward", f"({takes}) -> ({returns})", run_backward, backward_shapes)
+        torch.library.register_autograd(name, differentiate, setup_context=save)
+        return operator
+
+    return decorate
+
+
+def _define(name: str, schema: str, launch: Callable, shapes: Callable) -> Callable:
+    """An operator of any device. By hand, because `torch.library.custom_op` adds checks of every call to its time."""
+    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(name, "default", launch)
+    torch.library.register_fake(name, shapes)
+    return getattr(torch.ops.sleep_ops, name.split("::")[1]).default
+
+
+def _tensors(found: Tensor | Sequence[Tensor | None], like: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """Custom operators return tensors: an absent one is empty."""
+    return found if isinstance(found, Tensor) else tuple([like.new_empty(0) if x is None else x for x in found])
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -25,11 +122,6 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
     if dense and in_reach and (B == 1 or x.stride(0) == T * row_stride):
         return x, row_stride
     return x.contiguous(), heads * dim
-
-
-def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    """Custom operators return tensors: an absent one is empty."""
-    return like.new_empty(0) if x is None else x
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

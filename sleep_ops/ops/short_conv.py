@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sleep_ops.checks import check_choice
 from sleep_ops.ops.dispatch import choose_impl
-from sleep_ops.ops.launching import on_device
+from sleep_ops.ops.launching import contiguous, differentiable
 from sleep_ops.validation import (
     KERNEL_IMPLS,
-    check_choice,
     check_cu_seqlens,
     check_first_order,
     check_full,
@@ -68,7 +68,7 @@ def short_convolution(
         tail = tail.to(x.dtype)
     silu = activation == "silu"
     if x.numel() and choose_impl(impl, x) == "triton":
-        output = short_conv_forward(x, weight, bias, tail if weight.shape[1] > 1 else None, lengths, cu_seqlens, silu)
+        output = short_conv(x, weight, bias, tail if weight.shape[1] > 1 else None, lengths, cu_seqlens, silu)
     else:
         output = _short_conv_torch(x, weight, bias, tail, lengths, cu_seqlens, silu)
     return ShortConvOutput(output, carried_tail(x, weight.shape[1], tail, lengths, cu_seqlens))
@@ -163,8 +163,20 @@ class _DepthwiseConv(torch.autograd.Function):
         return dx, dtaps.t(), dz.sum((0, 1)) if ctx.has_bias else None, None
 
 
-@torch.library.custom_op("sleep_ops::short_conv_forward", mutates_args=())
-def short_conv_forward(
+def _backward(d_output, x, weight, bias, tail, lengths, cu_seqlens, silu):
+    from sleep_ops.kernels.short_conv import backward
+
+    return backward(*contiguous(d_output, x, weight, bias, tail, lengths, cu_seqlens), silu)
+
+
+def _shapes(x, weight, bias, tail, lengths, cu_seqlens, silu):
+    return x.new_empty(x.shape)
+
+
+@differentiable(
+    "short_convolution", outputs="output", gradients="x weight bias tail", shapes=_shapes, backward=_backward
+)
+def short_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -174,61 +186,9 @@ def short_conv_forward(
     silu: bool,
 ) -> Tensor:
     """The convolved tokens by `kernels/short_conv.py`; arguments as in `short_convolution`, already checked."""
-    from sleep_ops.kernels import short_conv
+    from sleep_ops.kernels.short_conv import forward
 
-    with on_device(x):
-        return short_conv.forward(*_contiguous(x, weight, bias, tail, lengths, cu_seqlens), silu)
-
-
-@torch.library.custom_op("sleep_ops::short_conv_backward", mutates_args=())
-def short_conv_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tail: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cotangents of x, weight, bias and tail; empty for a bias or tail that is None."""
-    from sleep_ops.kernels import short_conv
-
-    args = _contiguous(dy, x, weight, bias, tail, lengths, cu_seqlens)
-    with on_device(x):
-        dx, dweight, dbias, dtail = short_conv.backward(*args, silu)
-    empty = [x.new_empty(0) if grad is None else grad for grad in (dbias, dtail)]
-    return dx, dweight, *empty
-
-
-@short_conv_forward.register_fake
-def _(x, weight, bias, tail, lengths, cu_seqlens, silu):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@short_conv_backward.register_fake
-def _(dy, x, weight, bias, tail, lengths, cu_seqlens, silu):
-    shaped = dict(memory_format=torch.contiguous_format)
-    optional = [x.new_empty(0) if t is None else torch.empty_like(t, **shaped) for t in (bias, tail)]
-    return torch.empty_like(x, **shaped), torch.empty_like(weight, **shaped), *optional
-
-
-def _save_inputs(ctx, inputs, output):
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, dy):
-    x, weight, bias, tail, lengths, cu_seqlens = ctx.saved_tensors
-    dx, dweight, dbias, dtail = short_conv_backward(dy, x, weight, bias, tail, lengths, cu_seqlens, ctx.silu)
-    return dx, dweight, None if bias is None else dbias, None if tail is None else dtail, None, None, None
-
-
-short_conv_forward.register_autograd(_differentiate, setup_context=_save_inputs)
-
-
-def _contiguous(*tensors):
-    return [None if x is None else x.contiguous() for x in tensors]
+    return forward(*contiguous(x, weight, bias, tail, lengths, cu_seqlens), silu)
 
 
 def _check(x, weight, bias, tail, lengths, cu_seqlens, activation, impl):
