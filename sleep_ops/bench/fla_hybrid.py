@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sleep_ops import HybridConfig
 from sleep_ops.bench.providers import prepare_fla
-from sleep_ops.layers.attention import Attention, Segment
+from sleep_ops.layers.attention import Attention, SpanContext
 from sleep_ops.layers.block import SwiGLU
 from sleep_ops.model.hybrid import SleepOutput
 
@@ -100,11 +100,11 @@ class FlaHybrid(nn.Module):
 
     def _blocks(self, h: Tensor, states: LayerStates, start: int) -> Tensor:
         batch, tokens = h.shape[:2]
-        segment = Segment((tokens,) * batch, (0,) * batch, (start,) * batch, None, h.device)
+        context = SpanContext((tokens,) * batch, (0,) * batch, (start,) * batch, None, h.device)
         for i, (mixer, mlp) in enumerate(zip(self.mixers, self.mlps, strict=True)):
             x = self.mixer_norms[i](h)
             if isinstance(mixer, Attention):
-                y, _ = mixer(x, mixer.init_state(batch), segment)
+                y, _ = mixer(x, mixer.init_state(batch), context)
             else:
                 y, *_ = mixer(x, past_key_values=states, use_cache=True)
             h = h + y

@@ -29,11 +29,11 @@ from sleep_ops.bench.harness import (
     measure,
     run_of,
 )
-from sleep_ops.bench.providers import LIBRARIES, operator_problem, replay_of
-from sleep_ops.bench.settings import check_choices, check_counts, check_dtype
+from sleep_ops.bench.providers import operator_problem, replay_of
+from sleep_ops.bench.settings import KernelsSettings, check_choices, check_counts, check_dtype
 from sleep_ops.training.config import resolve_device
 
-PROVIDERS = ("ours", "torch", *LIBRARIES)
+PROVIDERS = KernelsSettings.providers
 FIRST_CALL = "first-call"
 COLUMNS = [
     *(*MACHINE, "case", "provider", "mode", "dtype", "batch", "tokens", "heads", "value_heads", "key_dim", "value_dim"),
@@ -53,27 +53,8 @@ WINDOW_SWEEP_PASSES = 4
 
 
 @dataclass(frozen=True)
-class KernelsBenchmark:
-    """The named cases (default: all of KERNEL_CASES) by the named providers.
-
-    sweep         None, or what to vary over SWEEPS: "tokens", or "window" (with at least four passes over each, for
-                  without replay windows make no difference; only those shorter than the case).
-    first_call    also time the first forward and backward of `ours` in a fresh process without compiled kernels.
-    passes, dtype    replace the cases' own.
-    repeats       timed runs for every figure: by default 20 on CUDA, 5 on the CPU.
-
-    Raises ValueError for a setting that is unknown or out of range.
-    """
-
-    cases: tuple[str, ...] = tuple(KERNEL_CASES["cpu"])
-    providers: tuple[str, ...] = PROVIDERS
-    sweep: str | None = None
-    first_call: bool = False
-    passes: int | None = None
-    dtype: str | None = None
-    repeats: int | None = None
-    seed: int = 0
-    device: str = "auto"
+class KernelsBenchmark(KernelsSettings):
+    """The benchmark of these settings. Raises ValueError for one that is unknown or out of range."""
 
     def __post_init__(self):
         check_choices(self, cases=KERNEL_CASES["cpu"], providers=PROVIDERS)

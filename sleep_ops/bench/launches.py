@@ -29,7 +29,7 @@ from sleep_ops.bench.harness import (
     run_of,
 )
 from sleep_ops.bench.providers import operator_problem, replay_of
-from sleep_ops.bench.settings import check_choices, check_counts, check_dtype
+from sleep_ops.bench.settings import LaunchesSettings, check_choices, check_counts, check_dtype
 from sleep_ops.training.config import resolve_device
 
 LAUNCHES = 20  # of a kernel in one graph: the launch of the graph is then no part of its time
@@ -49,20 +49,11 @@ class Launch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LaunchesBenchmark:
-    """The named cases of `bench kernels`, all by default; each with its own passes and dtype unless some are given.
+class LaunchesBenchmark(LaunchesSettings):
+    """The benchmark of these settings.
 
-    repeats  timed runs of every launch and of the call.
-
-    Raises ValueError for a setting that is unknown or out of range, and on anything but an NVIDIA GPU.
+    Raises ValueError for one that is unknown or out of range, and on anything but an NVIDIA GPU.
     """
-
-    cases: tuple[str, ...] = tuple(KERNEL_CASES["cuda"])
-    passes: int | None = None
-    dtype: str | None = None
-    repeats: int = 20
-    seed: int = 0
-    device: str = "auto"
 
     def __post_init__(self):
         check_choices(self, cases=KERNEL_CASES["cuda"])

@@ -13,11 +13,11 @@ from sleep_ops import SleepGDNLayer
 from sleep_ops.bench.cases import DTYPES, PASSES_CASES, Case, make_inputs
 from sleep_ops.bench.checks import ERRORS, operator_check, relative_errors, right_ones
 from sleep_ops.bench.harness import MACHINE, MODES, TIMES, Problem, default_repeats, environment, measure, run_of
-from sleep_ops.bench.providers import CHAINED, LIBRARIES, operator_problem, replay_of
-from sleep_ops.bench.settings import check_choices, check_counts, check_distinct_counts, check_dtype
+from sleep_ops.bench.providers import CHAINED, operator_problem, replay_of
+from sleep_ops.bench.settings import PassesSettings, check_choices, check_counts, check_distinct_counts, check_dtype
 from sleep_ops.training.config import resolve_device
 
-PROVIDERS = ("ours", "ours-chained", "layer", *LIBRARIES)
+PROVIDERS = PassesSettings.providers
 COLUMNS = [
     *(*MACHINE, "case", "provider", "mode", "dtype", "batch", "tokens", "heads", "head_dim", "window", "passes"),
     *("repeats", *TIMES, "peak_extra_mib", "saved_mib", *ERRORS),
@@ -51,31 +51,8 @@ def layer_check(case: Case, seed: int, device: torch.device) -> dict[str, float]
 
 
 @dataclass(frozen=True)
-class PassesBenchmark:
-    """The named cases with this device's sizes and dtype, unless some are given here.
-
-    passes        values of N; chained providers stop at max_chained.
-    cases         "mid" is one window, "windows" a long sequence in several.
-    providers     those of PROVIDERS to measure; one that is missing, unsuited or wrong is left out with a note.
-    batch, tokens, heads, head_dim, window, dtype    replace the cases' own.
-    repeats       timed runs for every figure: by default 20 on CUDA, 5 on the CPU.
-
-    Raises ValueError for a setting that is unknown or out of range.
-    """
-
-    passes: tuple[int, ...] = (1, 2, 3, 4, 8, 16, 64, 256)
-    cases: tuple[str, ...] = ("mid", "windows")
-    providers: tuple[str, ...] = PROVIDERS
-    batch: int | None = None
-    tokens: int | None = None
-    heads: int | None = None
-    head_dim: int | None = None
-    window: int | None = None
-    dtype: str | None = None
-    max_chained: int = 16
-    repeats: int | None = None
-    seed: int = 0
-    device: str = "auto"
+class PassesBenchmark(PassesSettings):
+    """The benchmark of these settings. Raises ValueError for one that is unknown or out of range."""
 
     def __post_init__(self):
         check_counts(self, "batch", "tokens", "heads", "head_dim", "window", "repeats", "max_chained", seed=0)

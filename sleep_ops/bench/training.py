@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from sleep_ops import HybridConfig, SleepHybridModel
 from sleep_ops.bench.fla_hybrid import load_fla_hybrid
 from sleep_ops.bench.harness import MACHINE, MIB, TIMES, Run, Stopwatch, environment, first_line, measure
-from sleep_ops.bench.settings import check_choices, check_counts, check_distinct_counts
+from sleep_ops.bench.settings import TrainSettings, check_choices, check_counts, check_distinct_counts
 from sleep_ops.tasks import Batch
 from sleep_ops.training.config import TrainConfig, resolve_device
 from sleep_ops.training.graph import StepGraphs
 from sleep_ops.training.optim import build_optimizers
 from sleep_ops.training.trainer import autocast
 
-PROVIDERS = ("ours", "fla")
+PROVIDERS = TrainSettings.providers
 CHECKPOINTING = {"off": False, "on": True}
 EAGER, GRAPH = "eager", "cuda-graph"
 COLUMNS = [
@@ -69,32 +69,11 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TrainBenchmark:
-    """The named presets (None: rule110, depo and 1.4b on CUDA, tiny on the CPU).
+class TrainBenchmark(TrainSettings):
+    """The benchmark of these settings.
 
-    passes          values of N.
-    windows         values of L for all presets (None: each preset's own); those no shorter than its text are left out.
-    checkpointing   "off", "on" or both; of ours alone.
-    providers       "ours", "fla".
-    cuda_graph      also ours with forward and backward as one recorded graph.
-    batch           replaces the presets' own.
-    precision       as in `TrainConfig`.
-    repeats         timed steps for every figure: by default 5 on CUDA, 3 on the CPU.
-
-    Raises ValueError for a setting that is unknown or out of range, and for cuda_graph without CUDA.
+    Raises ValueError for one that is unknown or out of range, and for cuda_graph without CUDA.
     """
-
-    presets: tuple[str, ...] | None = None
-    passes: tuple[int, ...] = (1, 2, 4, 8)
-    windows: tuple[int, ...] | None = None
-    checkpointing: tuple[str, ...] = tuple(CHECKPOINTING)
-    providers: tuple[str, ...] = PROVIDERS
-    cuda_graph: bool = False
-    batch: int | None = None
-    precision: str = "auto"
-    repeats: int | None = None
-    seed: int = 0
-    device: str = "auto"
 
     def __post_init__(self):
         device = resolve_device(self.device)

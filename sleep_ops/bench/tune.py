@@ -41,14 +41,14 @@ from sleep_ops.bench.harness import (
     run_of,
 )
 from sleep_ops.bench.providers import operator_problem, replayed
-from sleep_ops.bench.settings import check_choices, check_counts, check_dtype
+from sleep_ops.bench.settings import TuneSettings, check_choices, check_counts, check_dtype
 from sleep_ops.files import write_atomically
 from sleep_ops.training.config import resolve_device
 
-KERNELS = ("prepare", "scan", "reverse", "grad", "single_chunk")
+KERNELS = TuneSettings.kernels
 # The kernels whose launches are in a row of each table, after its first number.
 TABLES = {"LAUNCHES": KERNELS[:4], "SINGLE_CHUNK_LAUNCHES": KERNELS[4:]}
-CHUNKS = (16, 32, 64)
+CHUNKS = TuneSettings.chunks
 # Bytes a thread may spill: what the settings in use do at the most, up to K = V = 256 (tests/test_aot.py).
 MAX_SPILL_BYTES = 704
 REPLAYED = 4  # passes, enough to go through the map of a pass
@@ -84,24 +84,13 @@ class Compiled(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TuneBenchmark:
+class TuneBenchmark(TuneSettings):
     """Rows of the tables for the head dims of the named cases (those of `bench kernels`), each on that case.
-
-    chunks, kernels   what to vary, where the case has it; the rest is as in the row that holds now.
-    dtype             replaces the cases' own.
-    repeats           timed runs of every candidate, of ten replays of its graph each.
 
     `run` leaves the best rows in `found`, by table and key. Raises ValueError for a setting that is unknown or out of
     range, for cases that share a row, and on anything but an NVIDIA GPU.
     """
 
-    cases: tuple[str, ...] = ("long", "jet", "rule110")
-    chunks: tuple[int, ...] = CHUNKS
-    kernels: tuple[str, ...] = KERNELS
-    dtype: str | None = None
-    repeats: int = 20
-    seed: int = 0
-    device: str = "auto"
     found: dict[tuple[str, tuple], Row] = field(default_factory=dict)
 
     def __post_init__(self):

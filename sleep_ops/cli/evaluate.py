@@ -6,19 +6,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sleep_ops.cli.common import (
-    Device,
-    Resume,
-    Seed,
-    integers,
-    option,
-    parse_loads,
-    parse_passes,
-    print_evaluations,
-    refusals,
-)
+from sleep_ops.cli.common import print_evaluations
+from sleep_ops.cli.options import Device, Fields, Resume, Seed, command, count_or_inf, integers, option
+from sleep_ops.experiments.settings import RecallSettings
 
 
+@command
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, as written by train.")],
     passes: Annotated[
@@ -32,34 +25,34 @@ def evaluate(
 ) -> None:
     """Accuracy of a saved run on fresh sequences, of held-out strings if it has any, with any number of passes."""
     console = Console()
-    with refusals(console):
-        from sleep_ops.files import check_file, write_csv
-        from sleep_ops.model.sleeping import sleeping
-        from sleep_ops.training import load_run
-        from sleep_ops.training.trainer import autocast
+    from sleep_ops.files import check_file, write_csv
+    from sleep_ops.model.sleeping import sleeping
+    from sleep_ops.training import load_run
+    from sleep_ops.training.trainer import autocast
 
-        chosen = None if passes is None else tuple(map(parse_passes, passes.split(",")))
-        if chosen is not None and min(chosen) < 1:
-            raise ValueError(f"passes: expected integers >= 1, got {passes!r}")
-        if samples < 1 or batch < 1 or seed < 0:
-            raise ValueError(f"samples, batch, seed: expected >= 1, >= 1, >= 0, got {samples}, {batch}, {seed}")
-        if out is not None:
-            check_file("out", out, "CSV")
-        config, task, model, step = load_run(run, device=device, warn=console.print)
-        trained = sleeping(model).settings.passes
-        chosen = (trained,) if chosen is None else chosen
-        where = next(model.parameters()).device
-        found = []
-        for n in chosen:
-            with autocast(config.train.precision, where):
-                result = task.evaluate(model, samples=samples, batch_size=batch, seed=seed, passes=n, device=where)
-            found.append((n, result))
-        console.print(f"{run}: {task.to_dict()}, trained with N={trained} to step {step}", highlight=False)
-        print_evaluations(console, task, found)
-        if out is not None:
-            write_csv(out, [{"run": str(run), "step": step, "passes": n, "seed": seed, **r} for n, r in found])
+    chosen = None if passes is None else tuple(count_or_inf("passes", text) for text in passes.split(","))
+    if chosen is not None and min(chosen) < 1:
+        raise ValueError(f"passes: expected integers >= 1, got {passes!r}")
+    if samples < 1 or batch < 1 or seed < 0:
+        raise ValueError(f"samples, batch, seed: expected >= 1, >= 1, >= 0, got {samples}, {batch}, {seed}")
+    if out is not None:
+        check_file("out", out, "CSV")
+    config, task, model, step = load_run(run, device=device, warn=console.print)
+    trained = sleeping(model).settings.passes
+    chosen = (trained,) if chosen is None else chosen
+    where = next(model.parameters()).device
+    found = []
+    for n in chosen:
+        with autocast(config.train.precision, where):
+            result = task.evaluate(model, samples=samples, batch_size=batch, seed=seed, passes=n, device=where)
+        found.append((n, result))
+    console.print(f"{run}: {task.to_dict()}, trained with N={trained} to step {step}", highlight=False)
+    print_evaluations(console, task, found)
+    if out is not None:
+        write_csv(out, [{"run": str(run), "step": step, "passes": n, "seed": seed, **r} for n, r in found])
 
 
+@command
 def demo(
     passes: Annotated[str | None, option("Values of N, separated by commas; 1,2 on the CPU, 1,4 on CUDA.")] = None,
     steps: Annotated[int | None, option("Optimiser steps for each N; set for the machine by default.")] = None,
@@ -73,54 +66,30 @@ def demo(
     Tables, CSV files, figures and checkpoints.
     """
     console = Console()
-    with refusals(console):
-        from sleep_ops.experiments.demo import choose_scale, run_demo
+    from sleep_ops.experiments.demo import choose_scale, run_demo
 
-        chosen = None if passes is None else integers("passes", passes)
-        scale = choose_scale(device, seed, chosen, steps)
-        kind = scale.train.device.partition(":")[0]
-        stopped = run_demo(scale, out or Path("runs") / f"demo-{kind}", resume=resume, console=console)
+    chosen = None if passes is None else integers("passes", passes)
+    scale = choose_scale(device, seed, chosen, steps)
+    kind = scale.train.device.partition(":")[0]
+    stopped = run_demo(scale, out or Path("runs") / f"demo-{kind}", resume=resume, console=console)
     if stopped is not None:
         raise typer.Exit(128 + stopped)
 
 
+@command
 def recall(
-    loads: Annotated[str, option("Pairs per key dim, n/K, separated by commas.")] = "0.5,0.75,0.9,1,1.25",
-    passes: Annotated[
-        str, option("Values of N, separated by commas; infinity is added.")
-    ] = "1,2,4,8,16,32,64,128,256,512,1024",
-    key_dim: Annotated[int, option("Key dim of the memory, K.")] = 64,
-    value_dim: Annotated[int, option("Value dim of the memory, V.")] = 32,
-    codewords: Annotated[int, option("What a value can be: one of so many random vectors.")] = 1024,
-    memories: Annotated[int, option("Memories averaged over.")] = 32,
-    beta: Annotated[float, option("Write strength, in (0, 2).")] = 1.0,
-    decay: Annotated[float, option("Of the state at each token, as minus its log.")] = 0.0,
-    seed: Seed = 0,
-    device: Device = "auto",
+    settings: Annotated[dict, Fields(RecallSettings)],
     out: Annotated[Path, option("Folder for recall.csv and recall.png.")] = Path("runs/recall"),
 ) -> None:
     """What replay does for a memory, without training: recall of key/value pairs after N passes over them."""
-    console = Console()
-    with refusals(console):
-        from sleep_ops.experiments.recall import RecallExperiment, plot, table
-        from sleep_ops.files import check_folder, write_csv
+    from sleep_ops.experiments.recall import RecallExperiment, plot, table
+    from sleep_ops.files import check_folder, write_csv
 
-        experiment = RecallExperiment(
-            loads=parse_loads(loads),
-            passes=integers("passes", passes),
-            key_dim=key_dim,
-            value_dim=value_dim,
-            codewords=codewords,
-            memories=memories,
-            beta=beta,
-            decay=decay,
-            seed=seed,
-            device=device,
-        )
-        check_folder("out", out)
-        rows = experiment.run()
-        write_csv(out / "recall.csv", rows)
-        plot(rows, out / "recall.png")
+    console, experiment = Console(), RecallExperiment(**settings)
+    check_folder("out", out)
+    rows = experiment.run()
+    write_csv(out / "recall.csv", rows)
+    plot(rows, out / "recall.png")
     console.print(table(rows, "wrong"))
     console.print(table(rows, "error"))
     console.print(f"wrote {out / 'recall.csv'} and {out / 'recall.png'}")

@@ -9,12 +9,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sleep_ops.cli.common import Device, Resume, Seed, named_values, option, refusals, run_console
+from sleep_ops.cli.common import named_values, run_console
+from sleep_ops.cli.options import Device, Resume, Seed, command, option
 
 FigureName = Annotated[str | None, typer.Argument(help="fig2a, fig2b, ...; without one, they are listed.")]
 PresetName = Annotated[str, option("paper, small or tiny.")]
 
 
+@command
 def sweep(
     figure: FigureName = None,
     preset: PresetName = "paper",
@@ -35,46 +37,46 @@ def sweep(
 ) -> None:
     """All runs of one of the paper's figures, then its plot. Stopped, the same command goes on."""
     console = run_console()
-    with refusals(Console()):
-        from sleep_ops.experiments.figures import load_figure
+    from sleep_ops.experiments.figures import load_figure
 
-        if figure is None:
-            _list_figures(console)
-            return
-        chosen = load_figure(figure, preset).narrowed(named_values("grid", grid or []))
-        place = out or Path("runs") / f"{figure}-{preset}"
-        changes = {"train.seed": seed, "train.device": device} | named_values("set", set or [])
-        if chosen.kind == "throughput":
-            if model is not None or baselines:
-                raise ValueError(f"model, baselines: expected none for {figure}, got {model or baselines}")
-            _throughput(console, chosen, changes, place)
-            return
-        from sleep_ops.experiments.plot import plot
-        from sleep_ops.experiments.sweep import RESULTS_FILE
+    if figure is None:
+        _list_figures(console)
+        return
+    chosen = load_figure(figure, preset).narrowed(named_values("grid", grid or []))
+    place = out or Path("runs") / f"{figure}-{preset}"
+    changes = {"train.seed": seed, "train.device": device} | named_values("set", set or [])
+    if chosen.kind == "throughput":
+        if model is not None or baselines:
+            raise ValueError(f"model, baselines: expected none for {figure}, got {model or baselines}")
+        _throughput(chosen, changes, place)
+        return
+    from sleep_ops.experiments.plot import plot
+    from sleep_ops.experiments.sweep import RESULTS_FILE
 
-        options: dict = dict(changes=changes, resume=resume, console=console)
-        if chosen.kind == "finetune":
-            from sleep_ops.experiments.finetuned import sweep_finetuned
+    options: dict = dict(changes=changes, resume=resume, console=console)
+    if chosen.kind == "finetune":
+        from sleep_ops.experiments.finetuned import sweep_finetuned
 
-            if model is None or baselines:
-                got = "--baselines" if baselines else "none"
-                raise ValueError(f"model: expected a checkpoint folder (and no baselines) for {figure}, got {got}")
-            stopped = sweep_finetuned(chosen, preset, place, model, **options)
-        else:
-            from sleep_ops.experiments.sweep import sweep as run
+        if model is None or baselines:
+            got = "--baselines" if baselines else "none"
+            raise ValueError(f"model: expected a checkpoint folder (and no baselines) for {figure}, got {got}")
+        stopped = sweep_finetuned(chosen, preset, place, model, **options)
+    else:
+        from sleep_ops.experiments.sweep import sweep as run
 
-            if model is not None:
-                raise ValueError(f"model: expected none for {figure}, whose runs start from scratch, got {model}")
-            names = tuple(baselines.split(",")) if baselines else ()
-            stopped = run(chosen, preset, place, baselines=names, **options)
-        if stopped is not None:
-            console.print(f"stopped by signal {stopped.signal}, saved; the same command goes on")
-            raise typer.Exit(128 + stopped.signal)
-        if not console.quiet:
-            plot(chosen, place, place / f"{figure}.png")
+        if model is not None:
+            raise ValueError(f"model: expected none for {figure}, whose runs start from scratch, got {model}")
+        names = tuple(baselines.split(",")) if baselines else ()
+        stopped = run(chosen, preset, place, baselines=names, **options)
+    if stopped is not None:
+        console.print(f"stopped by signal {stopped.signal}, saved; the same command goes on")
+        raise typer.Exit(128 + stopped.signal)
+    if not console.quiet:
+        plot(chosen, place, place / f"{figure}.png")
     console.print(f"wrote {place / RESULTS_FILE} and {place / f'{figure}.png'}", soft_wrap=True)
 
 
+@command
 def plot(
     figure: Annotated[str, typer.Argument(help="fig2a, fig2b, ...")],
     preset: PresetName = "paper",
@@ -83,23 +85,23 @@ def plot(
 ) -> None:
     """A figure from what its sweep has written so far, with the paper's numbers where it gives any."""
     console = Console()
-    with refusals(console):
-        from sleep_ops.experiments.figures import load_figure
-        from sleep_ops.experiments.plot import plot as draw
-        from sleep_ops.files import check_file
+    from sleep_ops.experiments.figures import load_figure
+    from sleep_ops.experiments.plot import plot as draw
+    from sleep_ops.files import check_file
 
-        chosen, place = load_figure(figure, preset), out or Path("runs") / f"{figure}-{preset}"
-        if image is not None and not image.suffix:
-            raise ValueError(f"image: expected a name that ends in .png, .pdf or .svg, got {image}")
-        if chosen.kind == "throughput":
-            check_file("image", image := image or place / "train.png", "figure")
-            _draw_throughput(place, image)
-        else:
-            check_file("image", image := image or place / f"{figure}.png", "figure")
-            draw(chosen, place, image)
+    chosen, place = load_figure(figure, preset), out or Path("runs") / f"{figure}-{preset}"
+    if image is not None and not image.suffix:
+        raise ValueError(f"image: expected a name that ends in .png, .pdf or .svg, got {image}")
+    if chosen.kind == "throughput":
+        check_file("image", image := image or place / "train.png", "figure")
+        _draw_throughput(place, image)
+    else:
+        check_file("image", image := image or place / f"{figure}.png", "figure")
+        draw(chosen, place, image)
     console.print(f"wrote {image}", soft_wrap=True)
 
 
+@command
 def data(
     task: Annotated[str, typer.Argument(help="rule110, depo, ...")],
     count: Annotated[int, option("Instances.")] = 3,
@@ -113,34 +115,33 @@ def data(
 ) -> None:
     """Prints a task's instances with their answers, or exports them as JSONL."""
     console = Console()
-    with refusals(console):
-        from sleep_ops.tasks import TASKS
-        from sleep_ops.training.config import resolve_device
+    from sleep_ops.tasks import TASKS
+    from sleep_ops.training.config import resolve_device
 
-        resolve_device(device)
-        task = task.replace("-", "_")  # as `train` spells it
-        made = [name for name, found in TASKS.items() if hasattr(found, "render")]  # text is what its files have
-        if task not in made:
-            raise ValueError(f"task: expected one of {', '.join(made)}, got {task!r}")
-        if count < 1 or seed < 0:
-            raise ValueError(f"count, seed: expected >= 1, >= 0, got {count}, {seed}")
-        values = named_values("task_option", task_option or [])
-        unknown = sorted(values.keys() - {f.name for f in fields(TASKS[task])})
-        if unknown:
-            raise ValueError(f"task_option: expected settings of {task}, got {', '.join(unknown)}")
-        built = TASKS[task](**values)
-        if out is None:
-            batch = built.batch(seed, 0, count, split=split)
-            for row in zip(batch.input_ids, batch.labels, strict=True):
-                console.print(built.render(*row), highlight=False, markup=False, soft_wrap=True)
-                console.rule()
-            return
-        from sleep_ops.files import check_file, write_atomically
+    resolve_device(device)
+    task = task.replace("-", "_")  # as `train` spells it
+    made = [name for name, found in TASKS.items() if hasattr(found, "render")]  # text is what its files have
+    if task not in made:
+        raise ValueError(f"task: expected one of {', '.join(made)}, got {task!r}")
+    if count < 1 or seed < 0:
+        raise ValueError(f"count, seed: expected >= 1, >= 0, got {count}, {seed}")
+    values = named_values("task_option", task_option or [])
+    unknown = sorted(values.keys() - {f.name for f in fields(TASKS[task])})
+    if unknown:
+        raise ValueError(f"task_option: expected settings of {task}, got {', '.join(unknown)}")
+    built = TASKS[task](**values)
+    if out is None:
+        batch = built.batch(seed, 0, count, split=split)
+        for row in zip(batch.input_ids, batch.labels, strict=True):
+            console.print(built.render(*row), highlight=False, markup=False, soft_wrap=True)
+            console.rule()
+        return
+    from sleep_ops.files import check_file, write_atomically
 
-        check_file("out", out, "JSONL")
-        lines = [json.dumps(record, ensure_ascii=False) for record in records(built, seed, count, split)]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, ("\n".join(lines) + "\n").encode())
+    check_file("out", out, "JSONL")
+    lines = [json.dumps(record, ensure_ascii=False) for record in records(built, seed, count, split)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, ("\n".join(lines) + "\n").encode())
     if out is not None:
         console.print(f"wrote {count} instances to {out}", soft_wrap=True)
 
@@ -166,20 +167,17 @@ def _list_figures(console: Console) -> None:
     console.print(table)
 
 
-def _throughput(console: Console, figure, changes: dict, out: Path) -> None:
+def _throughput(figure, changes: dict, out: Path) -> None:
     """A figure of timed training steps is `bench train` with the figure's grid."""
-    from sleep_ops.cli.bench import bench_train
+    from sleep_ops.cli.bench import time_training
 
     known = {"train.seed": "seed", "train.device": "device", "train.batch_size": "batch", "train.repeats": "repeats"}
     unknown = sorted(changes.keys() - known.keys())
     if unknown:
         raise ValueError(f"set: expected {', '.join(known)} for {figure.name}, got {', '.join(unknown)}")
-    passes, windows = (",".join(map(str, figure.grid[name])) for name in ("model.passes", "window"))
+    grid = {"passes": tuple(figure.grid["model.passes"]), "windows": tuple(figure.grid["window"])}
     options = {known[name]: value for name, value in changes.items()}
-    settings = dict(preset=figure.task, passes=passes, window=windows, providers="ours")
-    # Called as a function, so every option is spelt out: typer's defaults are those of the command line alone.
-    settings |= dict(checkpointing="off,on", cuda_graph=False, batch=None, precision="auto", repeats=None)
-    bench_train(**settings | options, out=out)
+    time_training({"presets": (figure.task,), "providers": ("ours",)} | grid | options, out)
 
 
 def _draw_throughput(place: Path, image: Path) -> None:

@@ -8,8 +8,8 @@ import itertools
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 
+from sleep_ops.checks import check_choice, expect
 from sleep_ops.experiments.presets import SIZES, read_toml
-from sleep_ops.validation import check_choice, expect
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from sleep_ops.bench.harness import environment
+from sleep_ops.checks import check_count, expect
 from sleep_ops.experiments.figures import Figure
 from sleep_ops.experiments.sweep import Results, check_changes, folder_name
 from sleep_ops.files import check_folder, write_atomically
@@ -18,10 +19,9 @@ from sleep_ops.tasks import Text
 from sleep_ops.tasks.gsm_infinite.problem import Generator, write_jsonl
 from sleep_ops.tokenizer import load_tokenizer
 from sleep_ops.training import TrainResult
-from sleep_ops.training.config import TrainConfig, resolve_device
-from sleep_ops.training.finetune import RECIPE, FinetuneConfig, finetune
+from sleep_ops.training.config import RECIPE, FinetuneConfig, TrainConfig, resolve_device
+from sleep_ops.training.finetune import finetune
 from sleep_ops.training.parallel import World, local_device
-from sleep_ops.validation import check_count, expect
 
 DATA = {"problems": 100000, "eval_problems": 2048, "lengths": [2000, 3300], "ops": [1, 8]}
 
@@ -104,7 +104,7 @@ def sweep_finetuned(
     train = replace(RECIPE, **recipe)
     device = resolve_device(local_device(train.device))
     world, data = World.join(device), DATA | chosen["data"]
-    paths = world.first(lambda: write_problems(out / "data", checkpoint, train.seed, data, console, resume=resume))
+    paths = world.on_main(lambda: write_problems(out / "data", checkpoint, train.seed, data, console, resume=resume))
     task = Text(str(paths[0].resolve()), str(Path(checkpoint).resolve()), str(paths[1].resolve()), level="op")
     for point in figure.points():
         name = folder_name(point)

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from matplotlib.ticker import MaxNLocator
 
+from sleep_ops.checks import expect
 from sleep_ops.experiments.figures import Figure
 from sleep_ops.experiments.sweep import RESULTS_FILE, read_results
 from sleep_ops.files import pyplot, read_csv
 from sleep_ops.tasks import build_task
 from sleep_ops.training import RunConfig
 from sleep_ops.training.trainer import EVAL_FILE
-from sleep_ops.validation import expect
 
 _NAMES = {"model.passes": "N", "task.t": "t", "window": "L", "level": "level"}
 _LABELS = {

@@ -9,10 +9,10 @@ import math
 from dataclasses import fields
 from importlib.resources import files
 
+from sleep_ops.checks import check_choice, expect
 from sleep_ops.model.config import HybridConfig
 from sleep_ops.tasks import TASKS
 from sleep_ops.training.config import RunConfig, TrainConfig
-from sleep_ops.validation import check_choice, expect
 
 try:
     import tomllib

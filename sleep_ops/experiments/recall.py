@@ -29,42 +29,23 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from sleep_ops.checks import check_count, expect
+from sleep_ops.experiments.settings import RecallSettings
 from sleep_ops.files import pyplot
 from sleep_ops.ops.affine import segment_transition
 from sleep_ops.ops.gated_delta_rule import delta_rule_state
 from sleep_ops.training.config import resolve_device
-from sleep_ops.validation import check_count
 
+LARGEST = 2**30  # numbers in one tensor of float64: 8 GiB
 MARKS = {"delta": "o", "hebbian": "x", "least squares": "D"}
 
 
 @dataclass(frozen=True)
-class RecallExperiment:
+class RecallExperiment(RecallSettings):
     """Error of recall against N, for each load; N = infinity is always added.
 
-    loads                 pairs per key dim, n = round(load * key_dim), rising.
-    passes                values of N, rising.
-    key_dim, value_dim    K, V.
-    codewords             M, what a value can be.
-    memories              averaged over; all share the codebook, a heavier load only adds pairs.
-    beta                  write strength of every token, in (0, 2).
-    decay                 -g of every token, in [0, 1].
-    seed                  of keys, codebook and values.
-    device                "auto", "cpu", "cuda" or "cuda:i"; float64 on each.
-
-    Raises ValueError, naming the field, for a setting outside these.
+    Raises ValueError, naming the field, for a setting that can't be, and for sizes beyond `LARGEST`.
     """
-
-    loads: tuple[float, ...] = (0.5, 0.75, 0.9, 1.0, 1.25)
-    passes: tuple[int, ...] = tuple(2**i for i in range(11))
-    key_dim: int = 64
-    value_dim: int = 32
-    codewords: int = 1024
-    memories: int = 32
-    beta: float = 1.0
-    decay: float = 0.0
-    seed: int = 0
-    device: str = "auto"
 
     def __post_init__(self):
         for name in ("key_dim", "value_dim"):
@@ -88,6 +69,13 @@ class RecallExperiment:
             raise ValueError(f"beta: expected a number in (0, 2), got {self.beta!r}")
         if not _is_number(self.decay) or not 0 <= self.decay <= 1:
             raise ValueError(f"decay: expected a number in [0, 1], got {self.decay!r}")
+        rows = self.memories * max(self.pairs(self.loads[-1]), self.key_dim)
+        for names, numbers in (
+            ("loads, memories, key_dim, value_dim", rows * max(self.key_dim, self.value_dim)),
+            ("codewords, value_dim", self.codewords * self.value_dim),
+            ("codewords, loads, memories", self.codewords * rows),
+        ):
+            expect(numbers <= LARGEST, names, f"sizes of at most {LARGEST} numbers (8 GiB) together", numbers)
         resolve_device(self.device)
 
     def pairs(self, load: float) -> int:

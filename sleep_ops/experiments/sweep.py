@@ -6,12 +6,12 @@ from pathlib import Path
 from rich.console import Console
 
 from sleep_ops.bench.harness import environment
+from sleep_ops.checks import expect
 from sleep_ops.experiments.figures import Figure
 from sleep_ops.experiments.presets import preset, run_config, set_value
 from sleep_ops.files import check_folder, read_csv, read_table, write_csv
 from sleep_ops.training import RunConfig, Trainer, TrainResult
 from sleep_ops.training.trainer import EVAL_FILE
-from sleep_ops.validation import expect
 
 RESULTS_FILE, CURVES_FILE = "results.csv", "curves.csv"
 

@@ -1,29 +1,36 @@
-"""What a run is: the task, the model and the recipe, as plain data that a run folder keeps."""
+"""What a run is: the task, the model and the recipe, as plain data that a run folder keeps.
+
+The options of commands are made of these dataclasses, so that nothing here imports PyTorch at once.
+"""
 
 import json
 import math
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from sleep_ops.checks import check_choice, check_count, check_flags, expect
 from sleep_ops.files import write_atomically
-from sleep_ops.model.config import HybridConfig
-from sleep_ops.tasks import TASKS
-from sleep_ops.validation import check_choice, check_count, check_flags, expect
+from sleep_ops.model.config import HybridConfig, SleepSettings
+
+if TYPE_CHECKING:
+    import torch
 
 PRECISIONS = ("auto", "bf16", "float32")
 TRAINABLE = ("all", "fast_weights")
 PASSES_SCHEDULES = ("fixed", "random", "curriculum")
 PARALLEL = ("ddp", "fsdp")
 CONFIG_FILE = "config.json"
+MODEL_FOLDER = "model"
 _VERSION = 1
 # What may change when a run is taken up again: none of it enters the mathematics of a step.
 _FREE_ON_RESUME = {
     *("device", "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "cuda_graph"),
     *("stop_at", "patience", "parallel"),
 }
+_WARM_SEED = 1 << 32  # added to the seed: the two phases of fine-tuning go through the data in orders of their own
 _PASSES_STREAM = 1 << 62  # keeps the draws of N apart from the tasks' own random numbers
 
 
@@ -31,26 +38,33 @@ _PASSES_STREAM = 1 << 62  # keeps the draws of N apart from the tasks' own rando
 class TrainConfig:
     """The recipe. Defaults are those of the paper's Rule 110 runs, except warm-up and decay, which it leaves open.
 
-    steps, batch_size     optimiser steps, sequences per step.
+    steps                 optimiser steps.
+    batch_size            sequences per step.
     seed                  of the initialisation and of the data order; the data order depends on nothing else.
-    lr_muon, lr_adamw     peak learning rates.
+    lr_muon               peak learning rate of the weight matrices.
+    lr_adamw              peak learning rate of everything else.
     weight_decay          decoupled, of both optimisers, on matrices only.
     momentum              of Muon (Nesterov).
-    grad_clip             largest global gradient norm; math.inf switches clipping off.
-    warmup, decay         fractions of `steps` spent warming up from 0 and decaying to `final_lr` times the peak.
+    grad_clip             largest global gradient norm; inf switches clipping off.
+    warmup                fraction of the steps spent warming up from 0.
+    decay                 fraction of the steps spent decaying to the last learning rate.
+    final_lr              last learning rate, as a fraction of the peak.
     precision             "bf16" (autocast; parameters and fast weights stay float32), "float32", or "auto": bf16 on
                           CUDA, float32 elsewhere.
     max_skipped           a step whose loss or gradient is not finite is skipped and counted; the run stops after this
                           many in a row.
-    eval_every            steps between evaluations (0: only at the end), of `eval_samples` sequences.
-    checkpoint_every      steps between checkpoints (0: only at the end); the newest `keep_checkpoints` are kept.
-    device                "auto", "cpu", "cuda" or "cuda:i".
+    eval_every            steps between evaluations (0: only at the end).
+    eval_samples          sequences per evaluation.
+    checkpoint_every      steps between checkpoints (0: only at the end).
+    keep_checkpoints      newest checkpoints kept.
+    device                "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:i".
     micro_batch           sequences in one forward and backward, so many of which make up a batch; None: all at once.
     trainable             "all", or "fast_weights": the gated-delta-rule mixers, and inserted blocks as a whole; then
                           the rest stays as it is.
     passes_schedule       N of each training step: "fixed" is the model's; "random" is drawn from 1..N, each as likely;
-                          "curriculum" rises from 1 to N over the first `curriculum` (a fraction) of the steps. It
-                          depends on seed and step alone. Evaluation has the model's N always.
+                          "curriculum" rises from 1 to N. It depends on seed and step alone. Evaluation has the model's
+                          N always.
+    curriculum            fraction of the steps over which a curriculum's N rises.
     stop_at               end the run early, once an evaluation reaches this value of the task's metric; None: don't.
     patience              end it early, after this many evaluations in a row that were no better than the best; None:
                           don't.
@@ -155,8 +169,10 @@ class TrainConfig:
         return most
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str) -> "torch.device":
     """ "auto" is CUDA where there is one, else the CPU. Raises ValueError for a device this machine does not have."""
+    import torch
+
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -233,6 +249,8 @@ class RunConfig:
             )
 
     def _complete(self) -> dict:
+        from sleep_ops.tasks import TASKS
+
         task = _defaults(TASKS.get(self.task.get("name"))) | self.task
         model = self.model if "folder" in self.model else _defaults(HybridConfig) | self.model
         return {"task": task, "model": model, "train": asdict(self.train)}
@@ -241,3 +259,68 @@ class RunConfig:
 def _defaults(owner: type | None) -> dict:
     """The default values of a dataclass's fields; none of anything else."""
     return {f.name: f.default for f in fields(owner) if f.default is not MISSING} if is_dataclass(owner) else {}
+
+
+RECIPE = TrainConfig(steps=1000, batch_size=256, lr_muon=1e-3)  # the paper's of fine-tuning, but for the steps
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One run: its folder, where the model goes in the end, and its configuration."""
+
+    name: str
+    out: Path
+    export: Path
+    run: RunConfig
+
+    @property
+    def done(self) -> bool:
+        return self.export.exists()
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What to fine-tune, on what, and how.
+
+    folder      the checkpoint.
+    task        as a task's `to_dict()` gives it.
+    settings    of sleep, as `load_model` takes them, and `insert`; eviction is that of the second phase.
+    train       the recipe of the second phase, and of the first but for its steps.
+    warm_steps  steps of the first phase, in which only the fast weights learn, with hard eviction; 0 leaves it out.
+    """
+
+    folder: str
+    task: dict
+    settings: dict
+    train: TrainConfig = RECIPE
+    warm_steps: int = 0
+
+    def __post_init__(self):
+        if not isinstance(self.warm_steps, int) or isinstance(self.warm_steps, bool) or self.warm_steps < 0:
+            raise ValueError(f"warm_steps: expected an integer >= 0, got {self.warm_steps!r}")
+        if self.train.trainable != "all":
+            raise ValueError(f"trainable: expected 'all' (see warm_steps), got {self.train.trainable!r}")
+        # Checked now: those of the second phase would otherwise be found wanting after the first.
+        SleepSettings.from_dict({"window": 1} | {k: v for k, v in self._given().items() if k != "insert"})
+
+    def _given(self) -> dict:
+        given = {name: value for name, value in self.settings.items() if value is not None}
+        return given | {"passes": "inf"} if given.get("passes") == math.inf else given
+
+    def phases(self, out: Path) -> list[Phase]:
+        """The runs in their order. Folders in them are absolute, so that a run means the same from everywhere."""
+        from sleep_ops.adapters.loading import remembered
+
+        source, out = str(Path(self.folder).resolve()), Path(out)
+        settings, found = self._given(), []
+        if self.warm_steps:
+            seed = self.train.seed + _WARM_SEED
+            train = replace(self.train, steps=self.warm_steps, trainable="fast_weights", seed=seed)
+            model = {"folder": source, **settings, "eviction": "hard"}
+            found.append(Phase("warm", out / "warm", out / "warm" / MODEL_FOLDER, RunConfig(self.task, model, train)))
+            source = str(found[0].export.resolve())
+            settings.pop("insert", None)  # they are there now
+            # That folder remembers the first phase's eviction.
+            settings.setdefault("eviction", remembered(self.folder, "eviction") or "hard")
+        run = RunConfig(self.task, {"folder": source, **settings}, self.train)
+        return [*found, Phase("full", out / "full", out / MODEL_FOLDER, run)]

@@ -7,85 +7,18 @@ Source: Lee et al., arXiv 2605.26099, experiments with Jet-Nemotron and Ouro (on
 sliding window of Ouro).
 """
 
-import math
 import shutil
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from sleep_ops.adapters.loading import model_type, remembered, save_model
+from sleep_ops.adapters.loading import model_type, save_model
 from sleep_ops.files import check_folder, whole_folder
-from sleep_ops.model.config import SleepSettings
 from sleep_ops.tasks import Task, build_task
-from sleep_ops.training.config import CONFIG_FILE, RunConfig, TrainConfig, resolve_device
+from sleep_ops.training.config import CONFIG_FILE, FinetuneConfig, Phase, resolve_device
 from sleep_ops.training.parallel import World, local_device
 from sleep_ops.training.run import build_model, check_vocabulary, clear_run
 from sleep_ops.training.trainer import Trainer, TrainResult
-
-RECIPE = TrainConfig(batch_size=256, lr_muon=1e-3)  # the paper's
-MODEL_FOLDER = "model"
-_WARM_SEED = 1 << 32  # added to the seed: the two phases go through the data in orders of their own
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """What to fine-tune, on what, and how.
-
-    folder      the checkpoint.
-    task        as a task's `to_dict()` gives it.
-    settings    of sleep, as `load_model` takes them, and `insert`; eviction is that of the second phase.
-    train       the recipe of the second phase, and of the first but for its steps.
-    warm_steps  optimiser steps of the first phase; 0 leaves it out.
-    """
-
-    folder: str
-    task: dict
-    settings: dict
-    train: TrainConfig = RECIPE
-    warm_steps: int = 0
-
-    def __post_init__(self):
-        if not isinstance(self.warm_steps, int) or isinstance(self.warm_steps, bool) or self.warm_steps < 0:
-            raise ValueError(f"warm_steps: expected an integer >= 0, got {self.warm_steps!r}")
-        if self.train.trainable != "all":
-            raise ValueError(f"trainable: expected 'all' (see warm_steps), got {self.train.trainable!r}")
-        # Checked now: those of the second phase would otherwise be found wanting after the first.
-        SleepSettings.from_dict({"window": 1} | {k: v for k, v in self._given().items() if k != "insert"})
-
-    def _given(self) -> dict:
-        given = {name: value for name, value in self.settings.items() if value is not None}
-        return given | {"passes": "inf"} if given.get("passes") == math.inf else given
-
-    def phases(self, out: Path) -> list["Phase"]:
-        """The runs in their order. Folders in them are absolute, so that a run means the same from everywhere."""
-        source, out = str(Path(self.folder).resolve()), Path(out)
-        settings, found = self._given(), []
-        if self.warm_steps:
-            seed = self.train.seed + _WARM_SEED
-            train = replace(self.train, steps=self.warm_steps, trainable="fast_weights", seed=seed)
-            model = {"folder": source, **settings, "eviction": "hard"}
-            found.append(Phase("warm", out / "warm", out / "warm" / MODEL_FOLDER, RunConfig(self.task, model, train)))
-            source = str(found[0].export.resolve())
-            settings.pop("insert", None)  # they are there now
-            # That folder remembers the first phase's eviction.
-            settings.setdefault("eviction", remembered(self.folder, "eviction") or "hard")
-        run = RunConfig(self.task, {"folder": source, **settings}, self.train)
-        return [*found, Phase("full", out / "full", out / MODEL_FOLDER, run)]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One run: its folder, where the model goes in the end, and its configuration."""
-
-    name: str
-    out: Path
-    export: Path
-    run: RunConfig
-
-    @property
-    def done(self) -> bool:
-        return self.export.exists()
 
 
 def finetune(
@@ -129,7 +62,7 @@ def finetune(
                     clear_run(phase.out)
         return [phase.done for phase in phases]
 
-    done = world.first(begin)
+    done = world.on_main(begin)
     result, before = None, 0
     for phase, over in zip(phases, done, strict=True):
         if not over:
@@ -156,6 +89,6 @@ def _run(trainer: Trainer, phase: Phase, source: str, until: int | None) -> Trai
             with whole_folder(phase.export) as folder:
                 save_model(model, folder, source)
 
-        trainer.world.first(export)
+        trainer.world.on_main(export)
         trainer.console.print(f"wrote {phase.export}", soft_wrap=True)
     return result

@@ -1,0 +1,30 @@
+"""Checks of settings, which are plain values; those of tensors are in `validation`. Nothing here needs PyTorch."""
+
+RULES = ("delta", "hebbian")
+IMPLS = ("auto", "triton", "torch", "reference")
+BACKENDS = ("auto", "flash", "torch")  # of attention
+
+
+def expect(condition: bool, name: str, expected: str, got: object) -> None:
+    """ValueError in this project's words unless `condition`."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_flags(**flags: object) -> None:
+    """Raise unless every flag is True or False: the truth of anything else, as of "no", would be a guess."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise unless value is an int >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
