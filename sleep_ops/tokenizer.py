@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from sleep_ops.validation import expect
+from sleep_ops.checks import expect
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 TOKENIZER_FILES = (

@@ -1,1 +1,1 @@
-"""Existing models that sleep: Hugging Face hybrids, and ports of models that have no code to build on."""
+"""Existing models that sleep: those of transformers, and ports of two that are not in it."""

@@ -1,14 +1,15 @@
-"""Published checkpoints: a folder with config.json and safetensors files, read into a module and written back.
+"""Published checkpoints: folders with config.json and safetensors files, read and written.
 
     model.safetensors                                                      small models
-    model-00001-of-00003.safetensors, ..., model.safetensors.index.json    sharded: the index says where each tensor is
+    model-00001-of-00003.safetensors, ..., model.safetensors.index.json    sharded, with an index
 
-Tensors are read one at a time into a module that may have been built on the meta device, so loading needs the memory of
-the model and of its largest tensor, not of two models.
+Tensors are read one at a time into a module that may have been built on the meta device, so loading
+needs the memory of the model and of its largest tensor, not of two models.
 """
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -19,10 +20,14 @@ from torch import Tensor, nn
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 _LISTED = 20
+_FORMER = re.compile(r"\b([qkv])_conv\.weight$")  # `SleepGDNLayer`'s filters before they had fla's names
 
 
 def read_config(folder: str | os.PathLike) -> dict:
-    """The fields of a folder's config.json. FileNotFoundError where there is none, ValueError where it is damaged."""
+    """The fields of a folder's config.json.
+
+    FileNotFoundError where there is none, ValueError where it is damaged.
+    """
     return _read_json(_in_folder(folder, CONFIG_FILE))
 
 
@@ -38,20 +43,23 @@ def load_weights(
 ) -> list[str]:
     """Fill a module's parameters and persistent buffers from a folder.
 
-    Args:
-        module: on any device, the meta device included (`with torch.device("meta"): module = ...`). Parameters are
-            replaced by new ones with the same attributes; tied ones stay tied, and need only one of their names.
-        folder: with model.safetensors, or model.safetensors.index.json and its shards.
-        dtype: of the floating point tensors; None leaves each as it is stored.
-        device: where the tensors go.
-        missing_ok: prefixes of names that the checkpoint need not have, as of newly inserted layers. These must hold
-            values already (not be on the meta device), keep them, and are moved to dtype and device like the rest.
-        rename: maps a tensor's name in the checkpoint to its name in the module, or to None to leave it out.
-        variant: of the files, as in `model.fp16.safetensors`.
+    module: on any device, the meta device included (`with torch.device("meta"): module = ...`).
+        Parameters are replaced by new ones with the same attributes; tied ones stay tied, and need
+        only one of their names.
+    folder: with model.safetensors, or model.safetensors.index.json and its shards.
+    dtype: of the floating point tensors; None leaves each as it is stored.
+    device: where the tensors go.
+    missing_ok: prefixes of names that the checkpoint need not have, as of newly inserted layers.
+        These must hold values already (not be on the meta device), keep them, and are moved to
+        dtype and device like the rest.
+    rename: maps a tensor's name in the checkpoint to its name in the module, or to None to leave it
+        out.
+    variant: of the files, as in `model.fp16.safetensors`.
 
-    Returns the names of `missing_ok` that were not in the checkpoint. Raises FileNotFoundError where the folder has no
-    weights; ValueError listing every missing, unexpected and wrongly shaped name, for a missing or damaged file, and
-    for a name under missing_ok without values. The module is then as it was.
+    Returns the names of `missing_ok` that were not in the checkpoint. Raises FileNotFoundError
+    where the folder has no weights; ValueError listing every missing, unexpected and wrongly shaped
+    name, for a missing or damaged file, and for a name under missing_ok without values. The module
+    is then as it was.
     """
     places = _places(module)
     first = {id(tensor): name for name, (tensor, _) in reversed(places.items())}
@@ -61,6 +69,7 @@ def load_weights(
     for stored in shapes:
         name = stored if rename is None else rename(stored)
         if name is not None:
+            name = name if name in places else _FORMER.sub(r"\1_conv1d.weight", name)
             if name in sources:
                 raise ValueError(f"rename: expected one tensor for {name!r}, got {sources[name]!r} and {stored!r}")
             sources[name] = stored
@@ -113,9 +122,12 @@ def save_weights(
 ) -> None:
     """Write a module and its config.json as `load_weights` and `read_config` read them.
 
-    config: JSON values. max_shard_bytes: files get at most this many bytes of tensors each (but at least one tensor);
-    None for a single file. Tied parameters are written once, under their first name. The folder is made where there is
-    none; weights in it are replaced once all of the new ones are written. ValueError for a max_shard_bytes below 1.
+    config: JSON values.
+    max_shard_bytes: files get at most this many bytes of tensors each (but at least one tensor);
+        None for a single file, ValueError for less than 1.
+
+    Tied parameters are written once, under their first name. The folder is made where there is
+    none; weights in it are replaced once all of the new ones are written.
     """
     if max_shard_bytes is not None and (type(max_shard_bytes) is not int or max_shard_bytes < 1):
         raise ValueError(f"max_shard_bytes: expected an integer >= 1 or None, got {max_shard_bytes!r}")
@@ -159,7 +171,7 @@ def save_weights(
 
 
 def _places(module: nn.Module) -> dict[str, tuple[Tensor, tuple[nn.Module, str]]]:
-    """Every parameter and persistent buffer by name, tied ones under each of theirs, and whose attribute it is."""
+    """Every parameter and persistent buffer by (each) name, and whose attribute it is."""
     places = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         tensors = [*owner._parameters.items(), *owner._buffers.items()]
@@ -170,7 +182,7 @@ def _places(module: nn.Module) -> dict[str, tuple[Tensor, tuple[nn.Module, str]]
 
 
 def _put(owners: list[tuple[nn.Module, str]], tensor: Tensor) -> Tensor:
-    """Makes `tensor` the parameter or buffer of all its owners, with what the old one carried; returns the new one."""
+    """Makes `tensor` the parameter or buffer of its owners, with the old one's attributes."""
     for i, (owner, attribute) in enumerate(owners):
         old = getattr(owner, attribute)
         if i == 0 and isinstance(old, nn.Parameter):

@@ -1,8 +1,9 @@
 """Jet-Nemotron with sleep: a port that keeps the names of its published checkpoints.
 
-Gu et al., "Jet-Nemotron: Efficient Language Model with Post Neural Architecture Search", arXiv 2508.15884. Most layers
-mix tokens by a `JetBlock`, a few by attention or sliding attention. Sleep loops the middle half of the layers (7..20 of
-the 28 of the 2B model), as in Lee et al., arXiv 2605.26099.
+Gu et al., "Jet-Nemotron: Efficient Language Model with Post Neural Architecture Search", arXiv
+2508.15884. Most layers mix tokens by a `JetBlock`, a few by attention or sliding attention. Sleep
+loops the middle half of the layers (7..20 of the 28 of the 2B model), as in Lee et al., arXiv
+2605.26099.
 
     layer:  h <- h + self_attn(input_layernorm(h))
             h <- h + mlp(post_attention_layernorm(h))
@@ -19,12 +20,12 @@ from torch import nn
 
 from sleep_ops.adapters.checkpoint import load_weights, read_config
 from sleep_ops.adapters.port import Port
+from sleep_ops.checks import check_count, check_flags, expect
 from sleep_ops.layers.attention import Attention
 from sleep_ops.layers.block import Block, SwiGLU
 from sleep_ops.layers.jet import DynamicConvolution, JetBlock
 from sleep_ops.layers.mixer import GDNMixer
 from sleep_ops.model.config import SleepSettings
-from sleep_ops.validation import check_count, check_flags, expect
 
 LAYER_TYPES = ("attn", "swa", "jet")
 
@@ -41,12 +42,13 @@ _OWN = "sleep_ops"  # the key in config.json under which a saved model keeps its
 
 @dataclass(frozen=True, kw_only=True)
 class JetNemotronConfig(SleepSettings):
-    """Everything that defines a `JetNemotron`: its `SleepSettings`, and fields as a checkpoint's config.json has them.
+    """Everything that defines a `JetNemotron`: `SleepSettings`, and what its config.json says.
 
     loop: default the middle half of the layers, as in the sleep paper: (7, 20) of 28.
     layer_types: "attn", "swa" (sliding attention) or "jet" for each of num_hidden_layers.
-    efficient_attention_config: {"jet": {num_heads, head_dim, expand_v, conv_size, dconv_generator_reduction, norm_eps},
-        "swa": {window_size}}, for the types among the layers; window_size counts the token itself.
+    efficient_attention_config: {"jet": {num_heads, head_dim, expand_v, conv_size,
+        dconv_generator_reduction, norm_eps}, "swa": {window_size}}, for the types among the layers;
+        window_size counts the token itself.
 
     Raises ValueError, naming the field, for values that can't be.
     """
@@ -138,9 +140,11 @@ class JetNemotronConfig(SleepSettings):
     def from_checkpoint(cls, values: dict, **options) -> "JetNemotronConfig":
         """Of the contents of a checkpoint's config.json.
 
-        options: fields of `SleepSettings`, which a published config.json doesn't have, window first of all. One that
-        `to_checkpoint` made has them; options then replace them. Raises ValueError, naming the field, for the
-        config.json of another model, and for what this port doesn't do.
+        options: fields of `SleepSettings`, which a published config.json doesn't have, window first
+            of all. One that `to_checkpoint` made has them; options then replace them.
+
+        Raises ValueError, naming the field, for the config.json of another model, and for what this
+        port doesn't do.
         """
         settings = [f.name for f in dataclasses.fields(SleepSettings)]
         unknown = sorted(options.keys() - set(settings))
@@ -234,10 +238,13 @@ class JetNemotron(Port, nn.Module):
     ) -> "JetNemotron":
         """Reads a published checkpoint, or what `save_pretrained` wrote.
 
-        folder: with config.json and safetensors files. dtype: of all parameters, default as stored. options: fields of
-        `SleepSettings`, window first of all; see `JetNemotronConfig.from_checkpoint`. Raises FileNotFoundError or
-        ValueError for a folder without a Jet-Nemotron, with the names of missing, unexpected or wrongly shaped tensors,
-        and ValueError for options that can't be.
+        folder: with config.json and safetensors files.
+        dtype: of all parameters, default as stored.
+        options: fields of `SleepSettings`, window first of all; see
+            `JetNemotronConfig.from_checkpoint`.
+
+        Raises FileNotFoundError or ValueError for a folder without a Jet-Nemotron, with the names
+        of missing, unexpected or wrongly shaped tensors, and ValueError for options that can't be.
         """
         config = JetNemotronConfig.from_checkpoint(read_config(folder), **options)
         with torch.device("meta"):

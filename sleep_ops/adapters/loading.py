@@ -1,7 +1,7 @@
 """Checkpoint folders of any family that can sleep: one way in, one way out.
 
-`config.json` says what is inside: "jet_nemotron" and "ouro" are this project's ports, everything else is a causal
-language model of transformers (extra: hf).
+`config.json` says what is inside: "jet_nemotron" and "ouro" are this project's ports, everything
+else is a causal language model of transformers (extra: hf).
 """
 
 import os
@@ -10,22 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sleep_ops.adapters.checkpoint import CONFIG_FILE, read_config
 from sleep_ops.adapters.jet_nemotron import JetNemotron, JetNemotronConfig
 from sleep_ops.adapters.ouro import Ouro, OuroConfig
+from sleep_ops.checks import expect
 from sleep_ops.model.config import SleepSettings
-from sleep_ops.model.sleeping import SleepingModel, SleepOutput
-from sleep_ops.model.state import SleepState
+from sleep_ops.model.sleeping import Call, SleepingModel, SleepOutput
 from sleep_ops.tokenizer import TOKENIZER_FILES
-from sleep_ops.validation import expect
 
 PORTS: dict[str, tuple] = {"jet_nemotron": (JetNemotron, JetNemotronConfig), "ouro": (Ouro, OuroConfig)}
 
 
 class SleepingTransformer(nn.Module):
-    """A model that `sleepify` changed, called like `SleepHybridModel`; `model` is the transformers model itself."""
+    """A model of transformers, after `sleepify`, called like `SleepHybridModel`."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -39,36 +38,16 @@ class SleepingTransformer(nn.Module):
     def vocab_size(self) -> int:
         return self.sleep.vocab_size
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        passes: int | float | None = None,
-        state: SleepState | None = None,
-        *,
-        cu_seqlens: Tensor | None = None,
-        windows_by: str = "tokens",
-        all_logits: bool | None = None,
-        return_state: bool = True,
-    ) -> SleepOutput:
-        """See `SleepingModel.forward`; the model itself is called, so hooks and wrappers around it work."""
-        if all_logits is None:
-            all_logits = labels is None and loss_mask is None
-        out = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            shift_labels=labels,
-            loss_mask=loss_mask,
-            passes=passes,
-            state=state,
-            cu_seqlens=cu_seqlens,
-            windows_by=windows_by,
-            all_logits=all_logits,
-            return_state=return_state,
-        )
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if all_logits else out.positions
+    forward = SleepingModel.forward
+
+    def answer(self, call: Call) -> SleepOutput:
+        """What `forward` returns. The model itself is called, so hooks and wrappers work."""
+        given = call._asdict()
+        ids, labels = given.pop("input_ids"), given.pop("labels")
+        if call.all_logits is None:
+            given["all_logits"] = labels is None and call.loss_mask is None
+        out = self.model(ids, shift_labels=labels, **given)
+        positions = torch.arange(ids.shape[1], device=ids.device) if given["all_logits"] else out.positions
         return SleepOutput(out.logits, out.loss, out.state, positions)
 
 
@@ -80,16 +59,18 @@ def load_model(
     insert: Sequence[int] | None = None,
     **settings: object,
 ) -> nn.Module:
-    """The model of a checkpoint folder, on the CPU, with the arguments and results of `SleepHybridModel.forward`.
+    """The model of a checkpoint folder, on the CPU, called like `SleepHybridModel`.
 
-    weights: False for random weights, to be filled from elsewhere. dtype: of all parameters. insert: layers after which
-    a fast-weight block is inserted, for a folder that has none yet: an attention-only transformers model, which needs
-    it, or Ouro, whose default it replaces. New blocks are drawn from PyTorch's random numbers and change nothing at
-    first. settings: fields of `SleepSettings`, where they differ from what the folder remembers.
+    weights: False for random weights, to be filled from elsewhere.
+    dtype: of all parameters.
+    insert: layers after which a fast-weight block is inserted, for a folder that has none yet: an
+        attention-only transformers model, which needs it, or Ouro, whose default it replaces. New
+        blocks are drawn from PyTorch's random numbers and change nothing at first.
+    settings: fields of `SleepSettings`, where they differ from what the folder remembers.
 
-    Raises ValueError for a folder without a model that can sleep and for settings that can't be, FileNotFoundError or
-    ValueError where its weights are missing or are not those of such a model, ImportError naming the extra where
-    transformers is needed and missing.
+    Raises ValueError for a folder without a model that can sleep and for settings that can't be,
+    FileNotFoundError or ValueError where its weights are missing or are not those of such a model,
+    ImportError naming the extra where transformers is needed and missing.
     """
     given: dict = {name: value for name, value in settings.items() if value is not None}
     known = SleepSettings.__dataclass_fields__
@@ -111,10 +92,12 @@ def load_model(
 
 
 def save_model(module: nn.Module, folder: str | os.PathLike, source: str | os.PathLike | None = None) -> None:
-    """Writes what `load_model` made into a folder of the family's own layout, for `load_model` and `from_pretrained`.
+    """Writes what `load_model` made, in the family's own layout.
 
-    The names of weights are the checkpoint's, and config.json remembers the settings of sleep. source: a folder whose
-    tokenizer files are copied along, if it has any.
+    `load_model` and `from_pretrained` read it. The names of weights are the checkpoint's, and
+    config.json remembers the settings of sleep.
+
+    source: a folder whose tokenizer files are copied along, if it has any.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +108,7 @@ def save_model(module: nn.Module, folder: str | os.PathLike, source: str | os.Pa
 
 
 def remembered(folder: str | os.PathLike, setting: str) -> object:
-    """A setting of sleep that the configuration of a checkpoint folder keeps from an earlier run, or None."""
+    """A setting of sleep that a checkpoint folder keeps from an earlier run, or None."""
     config = read_config(folder)
     return (config.get("sleep") or config.get("sleep_ops") or {}).get(setting)
 

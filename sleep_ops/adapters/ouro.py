@@ -1,13 +1,14 @@
-"""Ouro, whose steps become passes over a window: a port that keeps the names of its published checkpoints.
+"""Ouro, whose steps become passes over a window: a port with the names of its checkpoints.
 
-Zhu et al., "Scaling Latent Reasoning via Looped Language Models", arXiv 2510.25741. A step of Ouro runs every layer and
-then the final norm; the next step is fed with the normed states. Sleep is that loop, over windows (Lee et al., arXiv
-2605.26099): passes 1..N are steps, the attention caches are evicted after them, and fast-weight layers inserted between
-Ouro's own carry what was read, from pass to pass and from window to window.
+Zhu et al., "Scaling Latent Reasoning via Looped Language Models", arXiv 2510.25741. A step of Ouro
+runs every layer and then the final norm; the next step is fed with the normed states. Sleep is that
+loop, over windows (Lee et al., arXiv 2605.26099): passes 1..N are steps, the attention caches are
+evicted after them, and fast-weight layers inserted between Ouro's own carry what was read, from
+pass to pass and from window to window.
 
     layer:     h <- h + input_layernorm_2(self_attn(input_layernorm(h)))
                h <- h + post_attention_layernorm_2(mlp(post_attention_layernorm(h)))
-    inserted:  h <- h + mixer(norm(h)), the mixer's output projection starting at zero: at first the model is Ouro
+    inserted:  h <- h + mixer(norm(h)), its output projection zero at first: then the model is Ouro
 """
 
 import dataclasses
@@ -21,12 +22,12 @@ from torch import Tensor, nn
 
 from sleep_ops.adapters.checkpoint import load_weights, read_config
 from sleep_ops.adapters.port import Port
-from sleep_ops.layers.attention import Attention, AttentionState, Segment
+from sleep_ops.checks import check_choice, check_count, check_flags, expect
+from sleep_ops.layers.attention import Attention, AttentionState, SpanContext
 from sleep_ops.layers.block import Block, SwiGLU
 from sleep_ops.layers.gdn import SleepGDNLayer
 from sleep_ops.layers.jet import JetBlock
 from sleep_ops.model.config import SleepSettings
-from sleep_ops.validation import check_choice, check_count, check_flags, expect
 
 MIXERS: dict[str, type] = {"jet": JetBlock, "gdn": SleepGDNLayer}
 NUM_INSERTED = 6  # as in the sleep paper, where Ouro has 24 layers
@@ -43,18 +44,22 @@ _INSERTED = "model.fast_weights."
 
 @dataclass(frozen=True, kw_only=True)
 class OuroConfig(SleepSettings):
-    """Everything that defines an `Ouro`: its `SleepSettings`, the sizes of a checkpoint, and what is inserted.
+    """Everything that defines an `Ouro`: `SleepSettings`, a checkpoint's sizes, what is inserted.
 
-    vocab_size .. initializer_range: as in a checkpoint's config.json; num_key_value_heads and head_dim default to
-        num_attention_heads and hidden_size / num_attention_heads. total_ut_steps is used by `Ouro.step_logits` alone:
-        with sleep the steps are `passes`.
+    vocab_size to initializer_range: as in a checkpoint's config.json.
+    num_key_value_heads: default num_attention_heads.
+    head_dim: default hidden_size / num_attention_heads.
+    total_ut_steps: of `Ouro.step_logits` alone; with sleep the steps are `passes`.
     mixer: of the inserted layers, "jet" (`JetBlock`) or "gdn" (`SleepGDNLayer`).
-    jet_layers: the layers after which one is inserted, ascending, first layer 0; default 6 spread evenly, the last one
-        at the end (3, 7, .., 23 of 24); () for none.
-    jet_num_heads, jet_head_dim, jet_head_v_dim, conv_size: H, K, V and the taps of the inserted mixers; default half
-        of attention's heads, its head dim, and twice that (8, 128 and 256 in Ouro 1.4B).
+    jet_layers: the layers after which one is inserted, ascending, first layer 0; default 6 spread
+        evenly, the last one at the end (3, 7, .., 23 of 24); () for none.
+    jet_num_heads: H of the inserted mixers, default half of attention's heads (8 in Ouro 1.4B).
+    jet_head_dim: their K, default attention's head dim (128).
+    jet_head_v_dim: their V, default twice that (256).
+    conv_size: taps of their convolutions.
 
-    An Ouro step runs every layer, so `loop` is None. Raises ValueError, naming the field, for values that can't be.
+    An Ouro step runs every layer, so `loop` is None. Raises ValueError, naming the field, for
+    values that can't be.
     """
 
     vocab_size: int
@@ -118,10 +123,12 @@ class OuroConfig(SleepSettings):
     def from_checkpoint(cls, values: dict, **options) -> "OuroConfig":
         """Of the contents of a checkpoint's config.json.
 
-        options: fields of this class that a published config.json doesn't have: window, which it needs, passes,
-        eviction, jet_layers and so on. One that `to_checkpoint` made has them all; options then replace its settings of
-        sleep, but can't move the inserted layers. Raises ValueError, naming the field, for the config.json of another
-        model, and for what this port doesn't do.
+        options: fields of this class that a published config.json doesn't have: window, which it
+            needs, passes, eviction, jet_layers and so on. One that `to_checkpoint` made has them
+            all; options then replace its settings of sleep, but can't move the inserted layers.
+
+        Raises ValueError, naming the field, for the config.json of another model, and for what this
+        port doesn't do.
         """
         saved = values.get(_OWN, {})
         given = sorted(options.keys() - {f.name for f in dataclasses.fields(SleepSettings)} - set(_PUBLISHED))
@@ -175,19 +182,19 @@ class OuroLayer(nn.Module):
         self.post_attention_layernorm_2 = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
 
     def forward(
-        self, h: Tensor, state: AttentionState, segment: Segment, *, return_writes: bool = False
+        self, h: Tensor, state: AttentionState, context: SpanContext, *, return_writes: bool = False
     ) -> tuple[Tensor, AttentionState, None]:
-        """h `[B, T, hidden_size]` at `segment` -> (h, the cache after it, None: it writes no fast weights)."""
-        y, state = self.self_attn(self.input_layernorm(h), state, segment)
+        """h `[B, T, hidden_size]` of a span -> (h, the cache after it, None for no writes)."""
+        y, state = self.self_attn(self.input_layernorm(h), state, context)
         h = h + self.input_layernorm_2(y)
         h = h + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(h)))
         return h, state, None
 
     def update_state(
-        self, h: Tensor, state: AttentionState, segment: Segment, *, return_writes: bool = False
+        self, h: Tensor, state: AttentionState, context: SpanContext, *, return_writes: bool = False
     ) -> tuple[AttentionState, None]:
         """The cache `forward` would return, without attending."""
-        return self.self_attn.update_state(self.input_layernorm(h), state, segment), None
+        return self.self_attn.update_state(self.input_layernorm(h), state, context), None
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> AttentionState:
         """An empty cache."""
@@ -195,7 +202,7 @@ class OuroLayer(nn.Module):
 
 
 class OuroModel(nn.Module):
-    """Ouro's embedding, layers, final norm and exit gate, and the inserted `fast_weights`, in their order."""
+    """Ouro's embedding, layers, final norm and exit gate, and the inserted `fast_weights`."""
 
     def __init__(self, config: OuroConfig):
         super().__init__()
@@ -209,8 +216,9 @@ class OuroModel(nn.Module):
 class StepLogits(NamedTuple):
     """What plain Ouro says after each of S steps.
 
-    logits `[B, T, S, vocab_size]`. exit_probabilities `[B, T, S]`, at least float32: of stopping after each step as the
-    gate has it, the last one taking what is left; they sum to one. Both zero at padding.
+    logits: `[B, T, S, vocab_size]`, zero at padding.
+    exit_probabilities: `[B, T, S]`, at least float32, zero at padding: of stopping after each step
+        as the gate has it, the last one taking what is left, so that they sum to one.
     """
 
     logits: Tensor
@@ -220,7 +228,8 @@ class StepLogits(NamedTuple):
 class Ouro(Port, nn.Module):
     """Ouro with sleep: passes are its steps over a window, predictions come from the first (awake).
 
-    Called like `SleepHybridModel`; runs in a `SleepSession`. `step_logits` is the model as it was published.
+    Called like `SleepHybridModel`; runs in a `SleepSession`. `step_logits` is the model as it was
+    published.
     """
 
     def __init__(self, config: OuroConfig):
@@ -249,12 +258,15 @@ class Ouro(Port, nn.Module):
         device: torch.device | str = "cpu",
         **options,
     ) -> "Ouro":
-        """Reads a published checkpoint, in which layers are then inserted, or what `save_pretrained` wrote.
+        """Reads a published checkpoint, then inserting layers, or what `save_pretrained` wrote.
 
-        folder: with config.json and safetensors files. dtype: of all parameters, default as stored. options: fields of
-        `OuroConfig`, window first of all; see `OuroConfig.from_checkpoint`. New layers are drawn from PyTorch's random
-        numbers on the CPU. Raises FileNotFoundError or ValueError for a folder without an Ouro, with the names of
-        missing, unexpected or wrongly shaped tensors, and ValueError for options that can't be.
+        folder: with config.json and safetensors files.
+        dtype: of all parameters, default as stored.
+        options: fields of `OuroConfig`, window first of all; see `OuroConfig.from_checkpoint`.
+
+        New layers are drawn from PyTorch's random numbers on the CPU. Raises FileNotFoundError or
+        ValueError for a folder without an Ouro, with the names of missing, unexpected or wrongly
+        shaped tensors, and ValueError for options that can't be.
         """
         values = read_config(folder)
         config = OuroConfig.from_checkpoint(values, **options)
@@ -281,21 +293,26 @@ class Ouro(Port, nn.Module):
     def step_logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, steps: int | None = None
     ) -> StepLogits:
-        """Plain Ouro: every layer over the whole text, step after step, without sleep, eviction or inserted layers.
+        """Plain Ouro: every layer over the whole text, step after step, and no sleep.
 
-        In each step a position attends to the keys that step itself gave the positions up to it, so all steps are
-        causal. input_ids: int32 or int64 `[B, T]`; attention_mask: `[B, T]`, 1 = real token; steps: S, default the
-        checkpoint's total_ut_steps. Raises ValueError naming the argument.
+        In each step a position attends to the keys that step itself gave the positions up to it, so
+        all steps are causal. Nothing is evicted, and inserted layers are left out.
+
+        input_ids: int32 or int64 `[B, T]`.
+        attention_mask: `[B, T]`, 1 = real token.
+        steps: S, default the checkpoint's total_ut_steps.
+
+        Raises ValueError naming the argument.
         """
         steps = self.config.total_ut_steps if steps is None else steps
         check_count("steps", steps)
         rows, ids = self.rows(input_ids, attention_mask)
         none = (0,) * len(rows.lengths)
-        segment = Segment(rows.lengths, none, none, None, ids.device)
+        context = SpanContext(rows.lengths, none, none, None, ids.device)
         h, logits, gates = self.embed(ids), [], []
         for _ in range(steps):
             for layer in self.model.layers:
-                h, _, _ = layer(h, layer.init_state(len(none)), segment)
+                h, _, _ = layer(h, layer.init_state(len(none)), context)
             h = self.model.norm(h)
             logits.append(self.lm_head(h))
             gates.append(self.model.early_exit_gate(h))
@@ -305,7 +322,7 @@ class Ouro(Port, nn.Module):
 
 
 def _exit_probabilities(gates: Tensor) -> Tensor:
-    """Of stopping at each step, from the gate's logits `[B, T, S]`: sigmoid(gate), if not stopped before."""
+    """Of stopping at each step, if not before: sigmoid of the gate's logits `[B, T, S]`."""
     stop = gates.to(torch.promote_types(gates.dtype, torch.float32)).sigmoid()
     going = (1 - stop[..., :-1]).cumprod(-1)  # past each step but the last
     before = torch.cat([torch.ones_like(stop[..., :1]), going], dim=-1)

@@ -1,4 +1,4 @@
-"""What the ports share: a published layout of embedding, layers, final norm and head, read by its own names."""
+"""What the ports share: a published layout of embedding, layers, final norm and head."""
 
 import os
 from typing import Any
@@ -11,7 +11,7 @@ from sleep_ops.model.sleeping import SleepingModel
 
 
 class Port(SleepingModel):
-    """A model with `config` (a `SleepSettings` with `to_checkpoint`), model.embed_tokens, model.norm and lm_head."""
+    """A model with config (`SleepSettings`), model.embed_tokens, model.norm and lm_head."""
 
     config: Any
     model: nn.Module
@@ -38,5 +38,5 @@ class Port(SleepingModel):
         return self.lm_head(self.model.norm(h))
 
     def save_pretrained(self, folder: str | os.PathLike, *, max_shard_bytes: int | None = None) -> None:
-        """Writes config.json, sleep settings included, and the weights, for `from_pretrained`; see `save_weights`."""
+        """Writes config.json, settings of sleep included, and weights; see `save_weights`."""
         save_weights(self, folder, self.config.to_checkpoint(), max_shard_bytes=max_shard_bytes)

@@ -1,7 +1,7 @@
 """How large a memory is, beside the attention cache it takes the place of.
 
-    python -m sleep_ops.adapters.sizes                # the supported families, in transformers' default sizes
-    python -m sleep_ops.adapters.sizes FOLDER ...     # checkpoints: only their config.json is read
+    python -m sleep_ops.adapters.sizes               # the supported families, in default sizes
+    python -m sleep_ops.adapters.sizes FOLDER ...    # checkpoints: only config.json is read
 
 Models are built on the meta device: nothing is loaded and nothing computed.
 """
@@ -51,8 +51,12 @@ _DEFAULTS = ("Qwen3_5TextConfig", "Qwen3_5MoeTextConfig", "OlmoHybridConfig", "Q
 
 
 class Sizes(NamedTuple):
-    """Of the model: parameters. Of one text, in bytes: its memory (float32 fast weights, convolution tails in the
-    model's dtype), and the attention cache it would have without eviction."""
+    """Of a model and a text.
+
+    parameters: how many the model has.
+    memory: bytes of the text's fast weights (float32) and convolution states (the model's dtype).
+    cache: bytes of the attention cache that the text would have without eviction.
+    """
 
     parameters: int
     memory: int
@@ -61,9 +65,9 @@ class Sizes(NamedTuple):
 
 def sizes(model: torch.nn.Module, tokens: int) -> Sizes:
     """The sizes for a model that sleeps; it may be on the meta device."""
-    reader: SleepingModel = sleeping(model)
+    sleeper: SleepingModel = sleeping(model)
     memory = cache = 0
-    for block, state in zip(reader.sleep_blocks, reader.init_state(1).blocks, strict=True):
+    for block, state in zip(sleeper.sleep_blocks, sleeper.init_state(1).blocks, strict=True):
         if isinstance(state, GDNState):
             memory += sum(x.nbytes for x in state)
         else:
@@ -74,7 +78,7 @@ def sizes(model: torch.nn.Module, tokens: int) -> Sizes:
 
 
 def _port(values: dict) -> torch.nn.Module | None:
-    """One of this project's ports on the meta device, in bfloat16, of a config.json; None for other models'."""
+    """A port of this project on the meta device, in bfloat16; None for a config.json of no port."""
     with torch.device("meta"):
         if values.get("model_type") == "jet_nemotron":
             return JetNemotron(JetNemotronConfig.from_checkpoint(values, window=_WINDOW)).bfloat16()

@@ -11,25 +11,30 @@ from sleep_ops.ragged import Lengths
 
 
 class AttentionState(NamedTuple):
-    """Cached keys (rotated to their absolute positions) and values, each `[B, S, HKV, D]`, oldest first."""
+    """Cached keys (rotated to absolute positions) and values, `[B, S, HKV, D]`, oldest first."""
 
     keys: Tensor
     values: Tensor
 
 
-class Segment:
-    """Where a run of tokens stands: what every block needs to know of it beyond the hidden states.
+class SpanContext:
+    """Where the tokens of a span stand: what blocks need to know beyond the hidden states.
 
-    lengths: tokens of each row (right-padded); held: keys each row's caches hold before them; seen: each row's
-    absolute position of its first token here; window: L, or None for no limit.
+    lengths: tokens of each row (right-padded).
+    cache_lengths: keys each row's caches hold before them.
+    position: each row's absolute position of its first token here.
+    window: L, or None for no limit.
     """
 
-    def __init__(self, lengths: Lengths, held: Lengths, seen: Lengths, window: int | None, device: torch.device):
-        self.lengths, self.held, self.seen, self.window, self.device = lengths, held, seen, window, device
+    def __init__(
+        self, lengths: Lengths, cache_lengths: Lengths, position: Lengths, window: int | None, device: torch.device
+    ):
+        self.lengths, self.cache_lengths, self.position = lengths, cache_lengths, position
+        self.window, self.device = window, device
         self.width = max(lengths)
         ragged_rows = not ragged.uniform(lengths)
         self.length_tensor = ragged.tensor(lengths, device) if ragged_rows else None
-        self.aligned = not ragged_rows and ragged.uniform(held)
+        self.aligned = not ragged_rows and ragged.uniform(cache_lengths)
         self.shared: dict[str, object] = {}  # what the blocks of another model work out once for all of them
         self._masks: dict[int | None, Tensor] = {}
         self._rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
@@ -42,19 +47,22 @@ class Segment:
         if self.aligned:
             return None
         if window not in self._masks:
-            keys = max(ragged.add(self.held, self.lengths))
-            offset, real = ragged.tensor(self.held, self.device), ragged.tensor(self.lengths, self.device)
+            keys = max(ragged.add(self.cache_lengths, self.lengths))
+            offset, real = ragged.tensor(self.cache_lengths, self.device), ragged.tensor(self.lengths, self.device)
             self._masks[window] = visible_keys(self.width, keys, offset, real, window)
         return self._masks[window]
 
     def positions(self) -> Tensor:
         """Absolute positions of the tokens, int64 `[B or 1, T]`."""
-        if ragged.uniform(self.seen):  # no copy from the host: it would end a CUDA graph capture
-            return torch.arange(self.seen[0], self.seen[0] + self.width, device=self.device)[None]
-        return ragged.tensor(self.seen, self.device)[:, None] + torch.arange(self.width, device=self.device)
+        if ragged.uniform(self.position):  # no copy from the host: it would end a CUDA graph capture
+            return torch.arange(self.position[0], self.position[0] + self.width, device=self.device)[None]
+        return ragged.tensor(self.position, self.device)[:, None] + torch.arange(self.width, device=self.device)
 
     def rotary(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 `[B or 1, T, 1, head_dim / 2]`, at the absolute positions (RoFormer, eq. 15)."""
+        """cos and sin of the absolute positions (RoFormer, eq. 15).
+
+        Each float32 `[B or 1, T, 1, head_dim / 2]`.
+        """
         if (head_dim, theta) not in self._rotary:
             positions = self.positions().double()
             frequency = theta ** (-torch.arange(0, head_dim, 2, device=self.device).double() / head_dim)
@@ -71,18 +79,22 @@ def narrower(a: int | None, b: int | None) -> int | None:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding over the two halves of the last axis. x `[B, T, H, D]`, same dtype back."""
+    """Rotary position embedding of x `[B, T, H, D]` over the halves of D, same dtype back."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     a, b = x.to(dtype).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head (or grouped-query) causal attention whose cache is passed in and returned, never kept inside.
+    """Multi-head or grouped-query causal attention; its cache is passed in and returned.
 
-    hidden_size: width; num_heads, num_kv_heads: query and key/value heads; head_dim: even; rope_theta: rotary base;
-    sliding_window: the most keys a query sees, where that is fewer than the model's window allows; qkv_bias: whether
-    the projections into queries, keys and values have one; backend: see `causal_attention`.
+    hidden_size: width.
+    num_heads, num_kv_heads: query and key/value heads.
+    head_dim: even.
+    rope_theta: rotary base.
+    sliding_window: the most keys a query sees, where that is fewer than the model's window allows.
+    qkv_bias: whether the projections into queries, keys and values have one.
+    backend: see `causal_attention`.
     """
 
     def __init__(
@@ -115,24 +127,24 @@ class Attention(nn.Module):
         )
         return AttentionState(empty, empty)
 
-    def forward(self, x: Tensor, state: AttentionState, segment: Segment) -> tuple[Tensor, AttentionState]:
-        """x `[B, T, hidden]` at `segment` -> (same shape, cache with this segment's keys and values appended)."""
-        q = rotate(self._heads(self.q_proj(x)), *segment.rotary(self.head_dim, self.rope_theta))
-        state = self.update_state(x, state, segment)
-        window = narrower(segment.window, self.sliding_window)
-        mask = segment.mask(window)
+    def forward(self, x: Tensor, state: AttentionState, context: SpanContext) -> tuple[Tensor, AttentionState]:
+        """x `[B, T, hidden]` of a span -> (same shape, cache with its keys and values appended)."""
+        q = rotate(self._heads(self.q_proj(x)), *context.rotary(self.head_dim, self.rope_theta))
+        state = self.update_state(x, state, context)
+        window = narrower(context.window, self.sliding_window)
+        mask = context.mask(window)
         y = causal_attention(q, state.keys, state.values, window=window, mask=mask, backend=self.backend)
         return self.o_proj(y.flatten(2)), state
 
-    def update_state(self, x: Tensor, state: AttentionState, segment: Segment) -> AttentionState:
+    def update_state(self, x: Tensor, state: AttentionState, context: SpanContext) -> AttentionState:
         """The cache `forward` would return, without attending."""
-        k = rotate(self._heads(self.k_proj(x)), *segment.rotary(self.head_dim, self.rope_theta))
+        k = rotate(self._heads(self.k_proj(x)), *context.rotary(self.head_dim, self.rope_theta))
         v = self._heads(self.v_proj(x))
         if state.keys.dtype != k.dtype:  # an empty cache made before autocast chose the dtype
             state = AttentionState(state.keys.to(k.dtype), state.values.to(v.dtype))
         return AttentionState(
-            ragged.append(state.keys, segment.held, k, segment.lengths),
-            ragged.append(state.values, segment.held, v, segment.lengths),
+            ragged.append(state.keys, context.cache_lengths, k, context.lengths),
+            ragged.append(state.values, context.cache_lengths, v, context.lengths),
         )
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from typing import TypeAlias
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sleep_ops.layers.attention import Attention, AttentionState, Segment
-from sleep_ops.layers.mixer import GDNMixer, GDNState, GDNWrites
+from sleep_ops.layers.attention import Attention, AttentionState, SpanContext
+from sleep_ops.layers.mixer import GDNMixer, GDNState, ReplayInputs
 
 BlockState: TypeAlias = AttentionState | GDNState
 
@@ -27,9 +27,10 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """h + mixer(norm(h)), then h + mlp(norm(h)); the mixer's state is passed in and returned.
 
-    intermediate_size: the MLP's; None for a block without one, which can be put between the blocks of another model.
-    `fast_weights` says whether the state is a fast-weight memory (GDN) or a cache of keys and values (attention);
-    `return_writes` and `replay` are for the former.
+    intermediate_size: the MLP's; None for a block without one, which can be put between the blocks
+        of another model.
+    fast_weights: whether the state is a fast-weight memory (GDN) or a cache of keys and values
+        (attention); `return_writes` and `replay` are for the former.
     """
 
     def __init__(self, mixer: Attention | GDNMixer, hidden_size: int, intermediate_size: int | None, norm_eps: float):
@@ -43,34 +44,34 @@ class Block(nn.Module):
         self.fast_weights = isinstance(mixer, GDNMixer)
 
     def forward(
-        self, h: Tensor, state: BlockState, segment: Segment, *, return_writes: bool = False
-    ) -> tuple[Tensor, BlockState, GDNWrites | None]:
-        """h `[B, T, hidden]` at `segment` -> (h, the state after it, what it wrote or None where that is not asked)."""
+        self, h: Tensor, state: BlockState, context: SpanContext, *, return_writes: bool = False
+    ) -> tuple[Tensor, BlockState, ReplayInputs | None]:
+        """h `[B, T, hidden]` of a span -> (h, the state after it, what it wrote if asked for)."""
         x, writes = self.mixer_norm(h), None
         if self.fast_weights:
-            y, state, writes = self.mixer(x, state=state, lengths=segment.length_tensor, return_writes=True)
+            y, state, writes = self.mixer(x, state=state, lengths=context.length_tensor, return_writes=True)
         else:
-            y, state = self.mixer(x, state, segment)
+            y, state = self.mixer(x, state, context)
         h = h + y
         if self.mlp is not None:
             h = h + self.mlp(self.mlp_norm(h))
         return h, state, writes if return_writes else None
 
     def update_state(
-        self, h: Tensor, state: BlockState, segment: Segment, *, return_writes: bool = False
-    ) -> tuple[BlockState, GDNWrites | None]:
-        """The state and writes `forward` would return, and nothing else: no output, gate, output projection or MLP."""
+        self, h: Tensor, state: BlockState, context: SpanContext, *, return_writes: bool = False
+    ) -> tuple[BlockState, ReplayInputs | None]:
+        """The state and writes `forward` would return, without computing outputs."""
         x, writes = self.mixer_norm(h), None
         if self.fast_weights:
-            state, writes = self.mixer.update_state(x, state, lengths=segment.length_tensor, return_writes=True)
+            state, writes = self.mixer.update_state(x, state, lengths=context.length_tensor, return_writes=True)
         else:
-            state = self.mixer.update_state(x, state, segment)
+            state = self.mixer.update_state(x, state, context)
         return state, writes if return_writes else None
 
     def replay(
-        self, writes: GDNWrites, fast_weights: Tensor, passes: int | float, lengths: Tensor | None = None
+        self, writes: ReplayInputs, fast_weights: Tensor, passes: int | float, lengths: Tensor | None = None
     ) -> Tensor:
-        """The fast weights `passes` further passes over `writes` make of `fast_weights`; see `SleepGDNLayer.replay`."""
+        """`fast_weights` after `passes` further passes over `writes`; see `GDNMixer.replay`."""
         return self.mixer.replay(writes, fast_weights, passes=passes, lengths=lengths)
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> BlockState:

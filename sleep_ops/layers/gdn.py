@@ -1,12 +1,15 @@
-"""The Gated DeltaNet mixer (Yang, Kautz, Hatamizadeh, arXiv 2412.06464), able to replay windows (sleep) on its own."""
+"""The Gated DeltaNet mixer (Yang, Kautz, Hatamizadeh, arXiv 2412.06464), able to replay windows."""
+
+import math
 
 import torch
 from torch import Tensor, nn
 
-from sleep_ops.layers.mixer import GDNWrites
-from sleep_ops.layers.projections import ProjectingMixer
+from sleep_ops.checks import IMPLS, RULES, check_choice, check_count, check_flags
+from sleep_ops.layers.mixer import GDNMixer, ReplayInputs
+from sleep_ops.ops.gated_norm import gated_rms_norm
 from sleep_ops.ops.short_conv import carried_tail, short_convolution
-from sleep_ops.validation import check_flags
+from sleep_ops.validation import check_eps, check_passes
 
 
 class ShortConvolution(nn.Module):
@@ -18,27 +21,43 @@ class ShortConvolution(nn.Module):
         # The range torch gives a depthwise Conv1d, as in the published layer.
         self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-(width**-0.5), width**-0.5))
 
-    def forward(self, x: Tensor, tail: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None):
-        """x [B, T, channels] and the tail [N, width - 1, channels] before it -> (output, new tail)."""
-        return short_convolution(x, self.weight, tail=tail, lengths=lengths, cu_seqlens=cu_seqlens, impl=self.impl)
+    def forward(self, x: Tensor, conv_state: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None):
+        """x [B, T, channels], conv_state [N, width - 1, channels] -> (output, new conv_state)."""
+        return short_convolution(
+            x, self.weight, tail=conv_state, lengths=lengths, cu_seqlens=cu_seqlens, impl=self.impl
+        )
 
 
-class SleepGDNLayer(ProjectingMixer):
-    """Gated DeltaNet mixer [B, T, hidden_size] -> the same shape; causal, so it stands in for an attention mixer.
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(x) * weight * SiLU(gate) over the last axis: weight [size]."""
 
-    Args:
-        hidden_size: width of the model.
-        num_heads, head_dim: query and key heads (H) and their size (K).
-        num_v_heads, head_v_dim: value heads (HV, a multiple of H) and their size (V); default H and K.
-        conv_size: taps of the short convolution over q, k and v.
-        allow_neg_eigval: beta in (0, 2) instead of (0, 1). In 16 bits keys that repeat with beta near 2 and next to no
-            decay are not computed well (see `gated_delta_rule`): state tracking of that kind wants float32 inputs.
-        norm_eps: of the output norm.
-        passes: replay passes over each window; 1 is plain Gated DeltaNet, math.inf replays to convergence.
-        window: tokens per window, counted from the first token of each call; None makes every call one window.
-        output_pass: "first" (causal) or "last" (outputs see their whole window).
-        rule: "delta" or "hebbian".
-        impl: as in `gated_delta_rule`.
+    def __init__(self, size: int, eps: float, impl: str = "auto"):
+        super().__init__()
+        self.eps, self.impl = eps, impl
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return gated_rms_norm(x, gate, self.weight, eps=self.eps, impl=self.impl)
+
+
+class SleepGDNLayer(GDNMixer):
+    """Gated DeltaNet mixer [B, T, hidden_size] -> the same shape; causal, as attention is.
+
+    hidden_size: width of the model.
+    num_heads, head_dim: query and key heads (H) and their size (K).
+    num_v_heads, head_v_dim: value heads (HV, a multiple of H) and their size (V); default H and K.
+    conv_size: taps of the short convolution over q, k and v.
+    allow_neg_eigval: beta in (0, 2) instead of (0, 1). In 16 bits keys that repeat with beta near 2
+        and next to no decay are not computed well (see `gated_delta_rule`): state tracking of that
+        kind wants float32 inputs.
+    norm_eps: of the output norm.
+    passes: replay passes over each window; 1 is plain Gated DeltaNet, math.inf replays to
+        convergence.
+    window: tokens per window, counted from the first token of each call; None makes every call one
+        window.
+    output_pass: "first" (causal) or "last" (outputs see their whole window).
+    rule: "delta" or "hebbian".
+    impl: as in `gated_delta_rule`.
 
     Gates, softplus and states are float32 under autocast too. Raises ValueError for a bad argument.
     """
@@ -61,39 +80,80 @@ class SleepGDNLayer(ProjectingMixer):
         impl: str = "auto",
     ):
         check_flags(allow_neg_eigval=allow_neg_eigval)
-        super().__init__(
-            hidden_size,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            num_v_heads=num_v_heads,
-            head_v_dim=head_v_dim,
-            conv_size=conv_size,
-            norm_eps=norm_eps,
-            passes=passes,
-            window=window,
-            output_pass=output_pass,
-            rule=rule,
-            impl=impl,
-        )
-        self.allow_neg_eigval = allow_neg_eigval
+        super().__init__()
+        num_v_heads = num_heads if num_v_heads is None else num_v_heads
+        head_v_dim = head_dim if head_v_dim is None else head_v_dim
+        counts = dict(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim, num_v_heads=num_v_heads)
+        counts |= dict(head_v_dim=head_v_dim, conv_size=conv_size)
+        for name, value in counts.items():
+            check_count(name, value)
+        if num_v_heads % num_heads:
+            raise ValueError(f"num_v_heads: expected a multiple of num_heads = {num_heads}, got {num_v_heads}")
+        check_eps("norm_eps", norm_eps)
+        check_passes(passes, window, output_pass)
+        check_choice("rule", rule, RULES)
+        check_choice("impl", impl, IMPLS)
+
+        self.hidden_size, self.conv_size = hidden_size, conv_size
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.num_v_heads, self.head_v_dim = num_v_heads, head_v_dim
+        self.passes, self.window, self.output_pass = passes, window, output_pass
+        self.rule, self.impl, self.allow_neg_eigval = rule, impl, allow_neg_eigval
+        self.key_channels, self.value_channels = num_heads * head_dim, num_v_heads * head_v_dim
+
+        self.q_proj = nn.Linear(hidden_size, self.key_channels, bias=False)
+        self.k_proj = nn.Linear(hidden_size, self.key_channels, bias=False)
+        self.v_proj = nn.Linear(hidden_size, self.value_channels, bias=False)
+        self.a_proj = nn.Linear(hidden_size, num_v_heads, bias=False)
+        self.b_proj = nn.Linear(hidden_size, num_v_heads, bias=False)
+        self.g_proj = nn.Linear(hidden_size, self.value_channels, bias=False)
+        self.o_proj = nn.Linear(self.value_channels, hidden_size, bias=False)
+        plain = "torch" if impl == "reference" else impl
+        self._build_convolutions(plain)
+        self.o_norm = GatedRMSNorm(head_v_dim, norm_eps, plain)
+
+        # Decay rates uniform in (0, 16), time steps log-uniform in [1e-3, 1e-1]; the first clamp
+        # keeps the log finite.
+        self.A_log = nn.Parameter(torch.empty(num_v_heads).uniform_(0, 16).clamp_(min=1e-4).log())
+        dt = torch.empty(num_v_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp_(min=1e-4)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self._mark_parameters()
+
+    def _mark_parameters(self) -> None:
+        for parameter in (self.A_log, self.dt_bias):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._mark_parameters()  # a copied parameter has lost the mark
 
     def _build_convolutions(self, impl: str) -> None:
-        self.tail_channels = 2 * self.key_channels + self.value_channels
-        self.q_conv = ShortConvolution(self.key_channels, self.conv_size, impl)
-        self.k_conv = ShortConvolution(self.key_channels, self.conv_size, impl)
-        self.v_conv = ShortConvolution(self.value_channels, self.conv_size, impl)
+        self.conv_channels = 2 * self.key_channels + self.value_channels
+        self.q_conv1d = ShortConvolution(self.key_channels, self.conv_size, impl)
+        self.k_conv1d = ShortConvolution(self.key_channels, self.conv_size, impl)
+        self.v_conv1d = ShortConvolution(self.value_channels, self.conv_size, impl)
 
-    def _project(self, x, tail, lengths, cu_seqlens):
-        q_tail, k_tail, v_tail = self._tails(tail)
-        writes, k_tail, v_tail = self._writes(x, k_tail, v_tail, lengths, cu_seqlens)
-        q, q_tail = self.q_conv(self.q_proj(x), q_tail, lengths, cu_seqlens)
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        """Takes fla's filters [channels, 1, width] too, and the former names q_conv, ..."""
+        for name in ("q_conv", "k_conv", "v_conv"):
+            weight, former = f"{prefix}{name}1d.weight", f"{prefix}{name}.weight"
+            if former in state_dict:
+                state_dict[weight] = state_dict.pop(former)
+            if weight in state_dict and state_dict[weight].dim() == 3:
+                state_dict[weight] = state_dict[weight].squeeze(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _project(self, x, conv_state, lengths, cu_seqlens):
+        q_state, k_state, v_state = self._split_state(conv_state)
+        writes, k_state, v_state = self._writes(x, k_state, v_state, lengths, cu_seqlens)
+        q, q_state = self.q_conv1d(self.q_proj(x), q_state, lengths, cu_seqlens)
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        return q, writes, torch.cat([q_tail, k_tail, v_tail], dim=-1), self._gate(x)
+        return q, writes, torch.cat([q_state, k_state, v_state], dim=-1), self._gate(x)
 
-    def _project_writes(self, x, tail, lengths):
-        """Queries only for the tail."""
-        q_tail, k_tail, v_tail = self._tails(tail)
-        writes, k_tail, v_tail = self._writes(x, k_tail, v_tail, lengths, None)
+    def _project_writes(self, x, conv_state, lengths):
+        """Queries only for the convolution's state."""
+        q_state, k_state, v_state = self._split_state(conv_state)
+        writes, k_state, v_state = self._writes(x, k_state, v_state, lengths, None)
         kept = self.conv_size - 1
         if lengths is None:
             last, real = x[:, max(x.shape[1] - kept, 0) :], None
@@ -102,20 +162,30 @@ class SleepGDNLayer(ProjectingMixer):
             index = (first[:, None] + torch.arange(min(kept, x.shape[1]), device=x.device)).clamp(max=x.shape[1] - 1)
             last = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
         if kept:
-            q_tail = carried_tail(self.q_proj(last), self.conv_size, q_tail, real)
+            q_state = carried_tail(self.q_proj(last), self.conv_size, q_state, real)
         else:
-            q_tail = writes.k.new_zeros(x.shape[0], 0, self.key_channels)
-        return writes, torch.cat([q_tail, k_tail, v_tail], dim=-1)
+            q_state = writes.k.new_zeros(x.shape[0], 0, self.key_channels)
+        return writes, torch.cat([q_state, k_state, v_state], dim=-1)
 
-    def _writes(self, x, k_tail, v_tail, lengths, cu_seqlens):
-        """What x writes, and the new tails of k and v."""
-        k, k_tail = self.k_conv(self.k_proj(x), k_tail, lengths, cu_seqlens)
-        v, v_tail = self.v_conv(self.v_proj(x), v_tail, lengths, cu_seqlens)
+    def _writes(self, x, k_state, v_state, lengths, cu_seqlens):
+        """What x writes, and the new convolution states of k and v."""
+        k, k_state = self.k_conv1d(self.k_proj(x), k_state, lengths, cu_seqlens)
+        v, v_state = self.v_conv1d(self.v_proj(x), v_state, lengths, cu_seqlens)
         k = k.unflatten(-1, (self.num_heads, self.head_dim))
         v = v.unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        return GDNWrites(k, v, self.a_proj(x), self.b_proj(x)), k_tail, v_tail
+        return ReplayInputs(k, v, self.a_proj(x), self.b_proj(x)), k_state, v_state
 
-    def _tails(self, tail):
-        if tail is None:
+    def _split_state(self, conv_state):
+        if conv_state is None:
             return None, None, None
-        return tail.split([self.key_channels, self.key_channels, self.value_channels], dim=-1)
+        return conv_state.split([self.key_channels, self.key_channels, self.value_channels], dim=-1)
+
+    def _dtype(self) -> torch.dtype:
+        return self.k_proj.weight.dtype
+
+    def _gate(self, x: Tensor) -> Tensor:
+        return self.g_proj(x).unflatten(-1, (self.num_v_heads, self.head_v_dim))
+
+    def _emit(self, o: Tensor, gate: Tensor) -> Tensor:
+        # A padded position has q = 0, so o, the norm of it and its bias-free projection are exactly 0.
+        return self.o_proj(self.o_norm(o, gate).flatten(2))

@@ -1,23 +1,23 @@
-"""The Jet block (Gu et al., "Jet-Nemotron", arXiv 2508.15884): Gated DeltaNet with a dynamic convolution on v alone."""
+"""The Jet block (Gu et al., arXiv 2508.15884): Gated DeltaNet with a dynamic convolution on v."""
 
 from collections import OrderedDict
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sleep_ops.layers.mixer import GDNWrites
-from sleep_ops.layers.projections import ProjectingMixer
+from sleep_ops.checks import check_count
+from sleep_ops.layers.gdn import SleepGDNLayer
+from sleep_ops.layers.mixer import ReplayInputs
 from sleep_ops.ops.dynamic_conv import dynamic_convolution
-from sleep_ops.validation import check_count
 
 KERNEL_REDUCTION = 8  # v channels per hidden unit of the kernel generator, as published
 
 
 class DynamicConvolution(nn.Module):
-    """Causal depthwise convolution with SiLU whose kernels a small network makes of each token's features.
+    """Causal depthwise convolution with SiLU; a network makes its kernels of each token's features.
 
-    kernel_generator: features [..., in_features] -> w1 -> SiLU -> w2 (with bias) -> kernels [..., channels * width],
-    the taps of a channel side by side.
+    kernel_generator: w1 -> SiLU -> w2 (with bias), features [..., in_features] -> kernels
+        [..., channels * width], the taps of a channel side by side.
     """
 
     def __init__(self, channels: int, width: int, in_features: int, hidden: int):
@@ -28,35 +28,36 @@ class DynamicConvolution(nn.Module):
         self.start_static()
 
     def start_static(self, std: float = 0.02) -> None:
-        """Makes the kernels the same for every token, w2's bias; w2 learns from the first step on, w1 after it."""
+        """Makes the kernels equal w2's bias for every token; w2 learns from the first step on."""
         generator = self.kernel_generator
         nn.init.normal_(generator.w1.weight, std=std)  # not zero as well: then neither would ever have a gradient
         nn.init.zeros_(generator.w2.weight)
         nn.init.normal_(generator.w2.bias, std=std)
 
     def forward(
-        self, x: Tensor, features: Tensor, tail: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
+        self, x: Tensor, features: Tensor, conv_state: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None
     ):
-        """x [B, T, channels], features [B, T, in_features], tail [N, width - 1, channels] -> (output, new tail)."""
+        """x [B, T, channels], features [B, T, in_features] -> (output, new conv_state)."""
         kernels = self.kernel_generator(features).unflatten(-1, (self.channels, self.width))
-        return dynamic_convolution(x, kernels, tail=tail, lengths=lengths, cu_seqlens=cu_seqlens)
+        return dynamic_convolution(x, kernels, tail=conv_state, lengths=lengths, cu_seqlens=cu_seqlens)
 
 
-class JetBlock(ProjectingMixer):
-    """Jet mixer [B, T, hidden_size] -> the same shape; causal, so it stands in for an attention mixer.
+class JetBlock(SleepGDNLayer):
+    """Jet mixer [B, T, hidden_size] -> the same shape; causal, as attention is.
 
-    q = SiLU(W_q x), k = SiLU(W_k x), v = DynamicConvolution(W_v x; kernels from x); then as in `SleepGDNLayer`, with
-    beta in (0, 1) and parameters under their published names.
+    q = SiLU(W_q x), k = SiLU(W_k x), v = DynamicConvolution(W_v x; kernels from x); then as in
+    `SleepGDNLayer`, with beta in (0, 1) and parameters under their published names.
 
-    Args:
-        hidden_size: width of the model.
-        num_heads, head_dim: query and key heads (H) and their size (K).
-        num_v_heads, head_v_dim: value heads (HV, a multiple of H) and their size (V); default H and K. Published
-            blocks have HV = H.
-        conv_size: taps of the dynamic convolution.
-        kernel_hidden: hidden units of its kernel generator; default an eighth of v's channels, as published.
-        norm_eps: of the output norm.
-        passes, window, output_pass, rule, impl: as in `SleepGDNLayer`. The convolution is PyTorch's whatever impl is.
+    hidden_size: width of the model.
+    num_heads, head_dim: query and key heads (H) and their size (K).
+    num_v_heads, head_v_dim: value heads (HV, a multiple of H) and their size (V); default H and K.
+        Published blocks have HV = H.
+    conv_size: taps of the dynamic convolution.
+    kernel_hidden: hidden units of its kernel generator; default an eighth of v's channels, as
+        published.
+    norm_eps: of the output norm.
+    passes, window, output_pass, rule: as in `SleepGDNLayer`.
+    impl: likewise, but for the convolution, which is always PyTorch's.
 
     Gates, softplus and states are float32 under autocast too. Raises ValueError for a bad argument.
     """
@@ -82,37 +83,28 @@ class JetBlock(ProjectingMixer):
             check_count("kernel_hidden", kernel_hidden)
         self._kernel_hidden = kernel_hidden
         super().__init__(
-            hidden_size,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            num_v_heads=num_v_heads,
-            head_v_dim=head_v_dim,
-            conv_size=conv_size,
-            norm_eps=norm_eps,
-            passes=passes,
-            window=window,
-            output_pass=output_pass,
-            rule=rule,
+            hidden_size, num_heads=num_heads, head_dim=head_dim, num_v_heads=num_v_heads, head_v_dim=head_v_dim,
+            conv_size=conv_size, norm_eps=norm_eps, passes=passes, window=window, output_pass=output_pass, rule=rule,
             impl=impl,
-        )
+        )  # fmt: skip
 
     def _build_convolutions(self, impl: str) -> None:
-        self.tail_channels = self.value_channels
+        self.conv_channels = self.value_channels
         hidden = self._kernel_hidden or max(self.value_channels // KERNEL_REDUCTION, 1)
         self.dynamic_conv1d = DynamicConvolution(self.value_channels, self.conv_size, self.hidden_size, hidden)
 
-    def _project(self, x, tail, lengths, cu_seqlens):
-        writes, tail = self._writes(x, tail, lengths, cu_seqlens)
+    def _project(self, x, conv_state, lengths, cu_seqlens):
+        writes, conv_state = self._writes(x, conv_state, lengths, cu_seqlens)
         q = F.silu(self.q_proj(x)).unflatten(-1, (self.num_heads, self.head_dim))
-        return q, writes, tail, self._gate(x)
+        return q, writes, conv_state, self._gate(x)
 
-    def _project_writes(self, x, tail, lengths):
+    def _project_writes(self, x, conv_state, lengths):
         """No queries and no gate."""
-        return self._writes(x, tail, lengths, None)
+        return self._writes(x, conv_state, lengths, None)
 
-    def _writes(self, x, tail, lengths, cu_seqlens):
-        """What x writes, and the new tail."""
+    def _writes(self, x, conv_state, lengths, cu_seqlens):
+        """What x writes, and the new convolution state."""
         k = F.silu(self.k_proj(x)).unflatten(-1, (self.num_heads, self.head_dim))
-        v, tail = self.dynamic_conv1d(self.v_proj(x), x, tail, lengths, cu_seqlens)
+        v, conv_state = self.dynamic_conv1d(self.v_proj(x), x, conv_state, lengths, cu_seqlens)
         v = v.unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        return GDNWrites(k, v, self.a_proj(x), self.b_proj(x)), tail
+        return ReplayInputs(k, v, self.a_proj(x), self.b_proj(x)), conv_state

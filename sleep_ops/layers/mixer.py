@@ -1,7 +1,7 @@
 """What all gated-delta-rule mixers share: an explicit state, padding, packing, replay passes.
 
-Yang, Kautz, Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464, with the replay passes of Lee et al., "Do Language
-Models Need Sleep?", arXiv 2605.26099, over fixed q, k, v, g, beta.
+Yang, Kautz, Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464, with the replay passes of Lee et
+al., "Do Language Models Need Sleep?", arXiv 2605.26099, over fixed q, k, v, g, beta.
 """
 
 from typing import NamedTuple
@@ -25,21 +25,23 @@ MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, to
 
 
 class GDNState(NamedTuple):
-    """What a GDN layer keeps of the tokens before: N is the batch size, or the number of packed sequences.
+    """What a GDN layer keeps of the tokens before; N: the batch size, or that of packed sequences.
 
-    fast_weights [N, HV, K, V], float32 (float64 in a float64 layer); conv_tail [N, conv_size - 1, channels], the last
-    convolution inputs, oldest first, channels being those of q, k and v in this order (of v alone in a `JetBlock`).
+    fast_weights: [N, HV, K, V], float32 (float64 in a float64 layer).
+    conv_state: [N, conv_size - 1, channels], the last inputs of the convolutions, oldest first; the
+        channels are those of q, k and v in this order (of v alone in a `JetBlock`).
     """
 
     fast_weights: Tensor
-    conv_tail: Tensor
+    conv_state: Tensor
 
 
-class GDNWrites(NamedTuple):
-    """What the tokens of a pass write, whatever fast weights they meet: all that replaying the pass needs.
+class ReplayInputs(NamedTuple):
+    """What the tokens of a pass write, whatever fast weights they meet: all that a replay needs.
 
-    k [B, T, H, K] and v [B, T, HV, V], convolved; a, b [B, T, HV], the raw inputs of the decay and of beta, closed at
-    padding (it leaves the fast weights as they are).
+    k, v: [B, T, H, K] and [B, T, HV, V], convolved.
+    a, b: [B, T, HV], the raw inputs of the decay and of beta, closed at padding (it leaves the fast
+        weights as they are).
     """
 
     k: Tensor
@@ -49,17 +51,21 @@ class GDNWrites(NamedTuple):
 
 
 class GDNMixer(nn.Module):
-    """What every gated-delta-rule mixer does with its projections: states, padding, packing, passes and replays.
+    """What gated-delta-rule mixers do with their projections: states, padding, passes, replays.
 
-    A subclass has the sizes hidden_size, num_heads (H), head_dim (K), num_v_heads (HV), head_v_dim (V), conv_size and
-    tail_channels (what its convolutions carry from token to token), the parameters A_log and dt_bias [HV], and
+    A subclass has the sizes hidden_size, num_heads (H), head_dim (K), num_v_heads (HV), head_v_dim
+    (V), conv_size and conv_channels (what its convolutions carry from token to token), the
+    parameters A_log and dt_bias [HV], and
 
-        _dtype()                                           what it expects of x
-        _project(x, tail, lengths, cu_seqlens)             -> (q [B, T, H, K], GDNWrites, new tail, gate)
-        _project_writes(x, tail, lengths)                  -> (GDNWrites, new tail), where no output is wanted
-        _emit(o [B, T, HV, V], gate)                       -> y [B, T, hidden_size], zero where o is
+        _dtype()                                      what it expects of x
+        _project(x, conv_state, lengths, cu_seqlens)  -> (q [B, T, H, K], writes, conv_state, gate)
+        _project_writes(x, conv_state, lengths)       -> (writes, conv_state): no output is wanted
+        _emit(o [B, T, HV, V], gate)                  -> y [B, T, hidden_size], zero where o is
 
-    Padded positions of x are zero and `lengths` marks them at the right; the gates are closed there by this class.
+    writes are `ReplayInputs`, and the conv_state returned is the one after x.
+
+    Padded positions of x are zero, and `lengths` marks them at the right; this class closes the
+    gates there.
     """
 
     passes: int | float = 1
@@ -67,19 +73,21 @@ class GDNMixer(nn.Module):
     output_pass, rule, impl = "first", "delta", "auto"
     allow_neg_eigval = False
 
-    def _project_writes(self, x: Tensor, tail: Tensor | None, lengths: Tensor | None) -> tuple[GDNWrites, Tensor]:
-        _, writes, tail, _ = self._project(x, tail, lengths, None)
-        return writes, tail
+    def _project_writes(
+        self, x: Tensor, conv_state: Tensor | None, lengths: Tensor | None
+    ) -> tuple[ReplayInputs, Tensor]:
+        _, writes, conv_state, _ = self._project(x, conv_state, lengths, None)
+        return writes, conv_state
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> GDNState:
-        """A state of zeros: fast weights in float32 (float64 in a float64 layer), the tail in `dtype`."""
+        """A state of zeros, the convolution's in `dtype`."""
         device = self.A_log.device if device is None else device
         kept = torch.float64 if self._dtype() == torch.float64 else torch.float32
         if dtype is None:  # a quantised projection's is that of its storage
             dtype = self._dtype() if self._dtype() in FLOAT_DTYPES else self.dt_bias.dtype
         return GDNState(
             torch.zeros(batch_size, self.num_v_heads, self.head_dim, self.head_v_dim, device=device, dtype=kept),
-            torch.zeros(batch_size, self.conv_size - 1, self.tail_channels, device=device, dtype=dtype),
+            torch.zeros(batch_size, self.conv_size - 1, self.conv_channels, device=device, dtype=dtype),
         )
 
     def forward(
@@ -92,20 +100,21 @@ class GDNMixer(nn.Module):
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
         return_writes: bool = False,
-    ) -> Tensor | tuple[Tensor, GDNState] | tuple[Tensor, GDNState, GDNWrites]:
+    ) -> Tensor | tuple[Tensor, GDNState] | tuple[Tensor, GDNState, ReplayInputs]:
         """Mix the tokens of x.
 
-        Args:
-            x: [B, T, hidden_size].
-            state: what the tokens before left behind; None for none. With passes > 1 every call begins a new window.
-            attention_mask: [B, T], nonzero at real tokens. Padding may lie anywhere in a row: its output is zero,
-                windows count real tokens only, and a row of padding keeps its state.
-            lengths: int64 [B], real tokens per row, padding at the right: the same without moving tokens.
-            cu_seqlens: int32 or int64 [num_seqs + 1], borders of sequences packed into B = 1.
+        x: [B, T, hidden_size].
+        state: what the tokens before left behind; None for none. With passes > 1 every call begins
+            a new window.
+        attention_mask: [B, T], nonzero at real tokens. Padding may lie anywhere in a row: its
+            output is zero, windows count real tokens only, and a row of padding keeps its state.
+        lengths: int64 [B], real tokens per row, padding at the right: the same without moving
+            tokens.
+        cu_seqlens: int32 or int64 [num_seqs + 1], borders of sequences packed into B = 1.
 
-        Returns y, (y, state) with `return_state`, or (y, state, writes) with `return_writes`: what `replay` takes, the
-        real tokens at the left of their row. Raises ValueError for a wrong shape, dtype or device, or for more than one
-        of attention_mask, lengths and cu_seqlens.
+        Returns y, (y, state) with `return_state`, or (y, state, writes) with `return_writes`: what
+        `replay` takes, the real tokens at the left of their row. Raises ValueError for a wrong
+        shape, dtype or device, or for more than one of attention_mask, lengths and cu_seqlens.
         """
         self._check(x, state, attention_mask, lengths, cu_seqlens)
         if attention_mask is None:
@@ -121,33 +130,38 @@ class GDNMixer(nn.Module):
 
     def update_state(
         self, x: Tensor, state: GDNState | None, *, lengths: Tensor | None = None, return_writes: bool = False
-    ) -> GDNState | tuple[GDNState, GDNWrites]:
-        """The state `forward` leaves behind, without outputs: and of the rest as little as the mixer can.
+    ) -> GDNState | tuple[GDNState, ReplayInputs]:
+        """The state `forward` leaves behind, without computing outputs.
 
-        x [B, T, hidden_size]; lengths int64 [B] or None, as in `forward`. Returns state, or (state, writes) with
-        `return_writes`.
+        x: [B, T, hidden_size].
+        lengths: int64 [B] or None, as in `forward`.
+
+        Returns state, or (state, writes) with `return_writes`.
         """
         self._check(x, state, None, lengths, None)
         if lengths is not None:
             x = x.masked_fill(_padded(x, lengths), 0)
-        fast_weights, tail = (None, None) if state is None else state
-        writes, tail = self._project_writes(x, tail, lengths)
+        fast_weights, conv_state = (None, None) if state is None else state
+        writes, conv_state = self._project_writes(x, conv_state, lengths)
         writes = _closed(writes, lengths)
         fast_weights = delta_rule_state(
             *writes, passes=self.passes, window=self.window if self.passes > 1 else None,
             initial_state=fast_weights, **self._rule_options(),
         )  # fmt: skip
-        state = GDNState(fast_weights, tail)
+        state = GDNState(fast_weights, conv_state)
         return (state, writes) if return_writes else state
 
     def replay(
-        self, writes: GDNWrites, fast_weights: Tensor, *, passes: int | float, lengths: Tensor | None = None
+        self, writes: ReplayInputs, fast_weights: Tensor, *, passes: int | float, lengths: Tensor | None = None
     ) -> Tensor:
-        """The fast weights [B, HV, K, V] that `passes` further passes over the same writes make of `fast_weights`.
+        """`fast_weights` [B, HV, K, V] after `passes` further passes over the same writes.
 
-        writes: of B rows, from `forward` or `update_state`, or several calls' joined along T. passes: >= 1, or math.inf
-        for the fixed point. lengths: int64 [B], how many of each row's writes count, from the left; None for all.
-        Raises ValueError for a wrong shape, dtype, device or number, and with math.inf where passes don't converge.
+        writes: of B rows, from `forward` or `update_state`, or several calls' joined along T.
+        passes: >= 1, or math.inf for the fixed point.
+        lengths: int64 [B], how many of each row's writes count, from the left; None for all.
+
+        Raises ValueError for a wrong shape, dtype, device or number, and with math.inf where passes
+        don't converge.
         """
         self._check_replay(writes, fast_weights, lengths)
         writes = _closed(writes, lengths)
@@ -156,8 +170,8 @@ class GDNMixer(nn.Module):
     def _mix(self, x, state, lengths, cu_seqlens):
         if lengths is not None:
             x = x.masked_fill(_padded(x, lengths), 0)  # whatever stands there, NaN included, reaches no gradient
-        fast_weights, tail = (None, None) if state is None else state
-        q, writes, tail, gate = self._project(x, tail, lengths, cu_seqlens)
+        fast_weights, conv_state = (None, None) if state is None else state
+        q, writes, conv_state, gate = self._project(x, conv_state, lengths, cu_seqlens)
         writes = _closed(writes, lengths)
         options = self._rule_options()
         if self.passes > 1:
@@ -172,7 +186,7 @@ class GDNMixer(nn.Module):
         else:
             o, fast_weights = gated_delta_rule(q, *writes, initial_state=fast_weights, cu_seqlens=cu_seqlens, **options)
 
-        return self._emit(o, gate), GDNState(fast_weights, tail), writes
+        return self._emit(o, gate), GDNState(fast_weights, conv_state), writes
 
     def _rule_options(self):
         A_log, dt_bias = (p if p.dtype == torch.float64 else p.float() for p in (self.A_log, self.dt_bias))
@@ -203,16 +217,16 @@ class GDNMixer(nn.Module):
         if state is None:
             return
         if not isinstance(state, tuple) or len(state) != 2:
-            raise ValueError(f"state: expected GDNState(fast_weights, conv_tail), got {type(state).__name__}")
-        fast_weights, tail = state
+            raise ValueError(f"state: expected GDNState(fast_weights, conv_state), got {type(state).__name__}")
+        fast_weights, conv_state = state
         shape = (num_seqs, self.num_v_heads, self.head_dim, self.head_v_dim)
         check_state("state.fast_weights", fast_weights, shape, x)
-        shape = (num_seqs, self.conv_size - 1, self.tail_channels)
-        check_tensor("state.conv_tail", tail, shape, "[N, conv_size - 1, channels]", x.device)
+        shape = (num_seqs, self.conv_size - 1, self.conv_channels)
+        check_tensor("state.conv_state", conv_state, shape, "[N, conv_size - 1, channels]", x.device)
 
     def _check_replay(self, writes, fast_weights, lengths):
         if not isinstance(writes, tuple) or len(writes) != 4:
-            raise ValueError(f"writes: expected GDNWrites(k, v, a, b), got {type(writes).__name__}")
+            raise ValueError(f"writes: expected ReplayInputs(k, v, a, b), got {type(writes).__name__}")
         k, v, a, b = writes
         check_full("writes.k", k, 4, "[B, T, H, K]")
         batch, tokens, device = k.shape[0], k.shape[1], self.A_log.device
@@ -227,13 +241,13 @@ class GDNMixer(nn.Module):
 
 
 def _left_places(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each token of mask [B, T] goes when real ones move to the left in order, and how many are real."""
+    """Where tokens of mask [B, T] go when real ones move to the left, and how many are real."""
     lengths = mask.sum(1)
     place = torch.where(mask, mask.cumsum(1) - 1, lengths[:, None] + (~mask).cumsum(1) - 1)
     return place, lengths
 
 
-def _closed(writes: GDNWrites, lengths: Tensor | None) -> GDNWrites:
+def _closed(writes: ReplayInputs, lengths: Tensor | None) -> ReplayInputs:
     """The writes with the raw gates a and b [B, T, HV] shut at the right padding."""
     if lengths is None:
         return writes

@@ -5,8 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sleep_ops.ops.attention import BACKENDS
-from sleep_ops.validation import IMPLS, RULES, check_choice, check_count, check_flags, expect
+from sleep_ops.checks import BACKENDS, IMPLS, RULES, check_choice, check_count, check_flags, expect
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,7 +41,7 @@ class SleepSettings:
     eviction: "hard" empties the caches after every window; "sliding" keeps the last L - 1 tokens' keys and values.
     sleep_on: "every" full window sleeps before it is evicted; "unlabelled": only those without a loss token (the
         paper's Algorithm 1 to the letter).
-    conv_boundary: convolution tail that refining passes start from: "snapshot" (as when the window began) or "zero".
+    conv_boundary: convolution state that refining passes start from: "snapshot" (as when the window began) or "zero".
     backprop_passes: gradients go through the last so many passes of every sleep, and what the first of them starts from
         is taken as given, so nothing is learnt through a sleep of more; None for all. For refining alone.
     attention_backend: "auto", "flash" or "torch" (see `causal_attention`); impl: kernels (see `gated_delta_rule`).
@@ -115,21 +114,28 @@ class SleepSettings:
 class HybridConfig(SleepSettings):
     """Everything that defines a `SleepHybridModel`: its `SleepSettings` and its sizes.
 
-    vocab_size, hidden_size: tokens and width.
+    vocab_size: tokens there are.
+    hidden_size: width.
     layers: per block, first block first, one of "attn", "swa" (attention to the `sliding_window` most recent tokens, or
         to the window's where those are fewer), "gdn" (`SleepGDNLayer`) and "jet" (`JetBlock`).
-    num_heads, num_kv_heads, head_dim: attention's query heads, key/value heads (default num_heads) and head dim
-        (default hidden_size / num_heads).
-    gdn_num_heads, gdn_num_v_heads, gdn_head_dim, gdn_head_v_dim, conv_size, rule: of "gdn" and "jet" blocks, see
-        `SleepGDNLayer`; heads and head dim default to attention's. allow_neg_eigval: of "gdn" blocks.
+    num_heads: heads, attention's query heads among them.
+    num_kv_heads: attention's key/value heads, default num_heads.
+    head_dim: of attention and, unless they have their own, of fast weights; default hidden_size / num_heads.
+    gdn_num_heads, gdn_num_v_heads, gdn_head_dim, conv_size: of "gdn" and "jet" blocks, see `SleepGDNLayer`; heads and
+        head dim default to attention's.
+    gdn_head_v_dim: value head dim of "gdn" and "jet" blocks, see `SleepGDNLayer`.
+    rule: of the writes of "gdn" and "jet" blocks, "delta" or "hebbian".
+    allow_neg_eigval: let beta of "gdn" blocks be in (0, 2).
     jet_kernel_hidden: of "jet" blocks, see `JetBlock`.
-    intermediate_size: SwiGLU width, default 8/3 hidden_size rounded up to a multiple of 16. rope_theta: base of the
-        rotary positions. norm_eps: of every RMSNorm. tie_embeddings: the head shares the embedding's weight.
-        initializer_range: standard deviation of the weights.
+    intermediate_size: SwiGLU width, default 8/3 hidden_size rounded up to a multiple of 16.
+    rope_theta: base of the rotary positions.
+    norm_eps: of every RMSNorm.
+    tie_embeddings: the head shares the embedding's weight.
+    initializer_range: standard deviation of the weights.
     tied_repeats: how often the blocks stand one after another, sharing their weights but not their states: the loop of
         a model that loops at prediction time too. `loop` counts them all.
-    loop_gate, reinject: two ways to keep many refining passes stable. With x what the loop was fed awake and h what a
-        pass put out, the next pass is fed x + gate (h - x), a gate per channel that starts at zero; or h + x.
+    loop_gate, reinject: keep many refining passes stable. With x what the loop was fed awake and h what a pass put out,
+        the next pass is fed x + gate (h - x), a gate per channel that starts at zero (loop_gate); or h + x (reinject).
 
     Raises ValueError, naming the field, for values that can't be.
     """

@@ -15,7 +15,7 @@ from sleep_ops.model.sleeping import SleepOutput as SleepOutput
 
 
 class SleepHybridModel(SleepingModel, nn.Module):
-    """Attention and fast-weight blocks; every window sleeps N passes before it is evicted (arXiv 2605.26099)."""
+    """Attention and fast-weight blocks; a window sleeps before its eviction (arXiv 2605.26099)."""
 
     def __init__(self, config: HybridConfig):
         super().__init__()
@@ -31,7 +31,7 @@ class SleepHybridModel(SleepingModel, nn.Module):
             self.lm_head.weight = self.embed.weight
 
     def _initialise(self) -> None:
-        """Normal weights; what writes into the residual stream is scaled by 1/sqrt(2 D), as in GPT-2."""
+        """Normal weights; those into the residual stream scaled by 1/sqrt(2 D), as in GPT-2."""
         std = self.config.initializer_range
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):

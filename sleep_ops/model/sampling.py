@@ -14,8 +14,8 @@ def sample(
 ) -> Tensor:
     """One token per row from logits `[B, vocab_size]`: int64 `[B]`. Greedy at temperature 0.
 
-    top_k keeps the likeliest tokens; top_p the smallest set whose probability reaches it (nucleus sampling, Holtzman et
-    al. 2019), after top_k.
+    top_k keeps the likeliest tokens; top_p the smallest set whose probability reaches it (nucleus
+    sampling, Holtzman et al. 2019), after top_k.
     """
     if temperature == 0:
         return logits.argmax(-1)

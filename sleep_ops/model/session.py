@@ -1,4 +1,4 @@
-"""Inference: a text read token by token, by chunks or at once, that sleeps when its window is full."""
+"""Inference: a text read by token, by chunk or at once, that sleeps when its window is full."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sleep_ops import ragged
-from sleep_ops.layers.mixer import GDNState, GDNWrites
+from sleep_ops.layers.mixer import GDNState, ReplayInputs
 from sleep_ops.model.sampling import check_sampling, sample
 from sleep_ops.model.sleeping import SleepingModel, sleeping
 from sleep_ops.model.spans import marked
@@ -21,16 +21,17 @@ from sleep_ops.model.state import SleepState
 from sleep_ops.ragged import Lengths
 
 FORMAT = "sleep-ops session"
-VERSION = 2  # since 2, a state at the start of a window is left out where it is the present one
+VERSION = 3  # before 2, a window's first states are there even where they are the present ones; before 3, conv_tail
 
 
 class SleepSession:
-    """A running text (or a batch of them) over a model: fast weights, caches of the live window, position.
+    """A running text, or a batch of them, over a model.
 
-    Reading costs one pass per token; when a row's live window reaches L tokens the row sleeps N - 1 further passes and
-    its attention caches are evicted, so memory does not grow with the text. Nothing here is differentiable.
+    Reading costs one pass per token; when a row's open window reaches L tokens the row sleeps N - 1
+    further passes and its attention caches are evicted, so memory does not grow with the text.
+    Nothing here is differentiable.
 
-    passes: N, instead of the model's own. Raises ValueError where the model can't take it.
+    passes: N, instead of the model's own; a ValueError where the model can't take it.
     """
 
     def __init__(self, model: SleepingModel, passes: int | float | None = None):
@@ -41,29 +42,33 @@ class SleepSession:
 
     @property
     def passes(self) -> int | float:
-        """N, the sleep duration; fixed, since a live window is begun for it."""
+        """N, the sleep duration; fixed, since an open window is begun for it."""
         return self._passes
 
     @property
-    def seen(self) -> Lengths:
+    def position(self) -> Lengths:
         """Tokens read so far, per row."""
-        return () if self.state is None else self.state.seen
+        return () if self.state is None else self.state.position
 
     @torch.no_grad()
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, all_logits: bool = False) -> Tensor:
         """Reads tokens after those read before.
 
-        input_ids: integer `[B, T]`, or `[T]` for one text; attention_mask `[B, T]`, 1 = real token, padding anywhere.
-        Returns the logits after each row's last real token `[B, vocab_size]`; with all_logits those after every token,
-        `[B, T, vocab_size]`, zero at padding. Raises ValueError naming the argument; the session is then as before.
+        input_ids: integer `[B, T]`, or `[T]` for one text.
+        attention_mask: `[B, T]`, 1 = real token, padding anywhere.
+        all_logits: those after every token, not after the last one alone.
+
+        Returns the logits after each row's last real token `[B, vocab_size]`; with all_logits those
+        after every token, `[B, T, vocab_size]`, zero at padding. Raises ValueError naming the
+        argument; the session is then as before.
         """
         if isinstance(input_ids, Tensor) and input_ids.dim() == 1:
             input_ids = input_ids[None]
         rows, ids = self.model.rows(input_ids, attention_mask)
         lengths = rows.lengths
         state = self.model.init_state(len(lengths)) if self.state is None else self.state
-        if len(state.seen) != len(lengths):
-            raise ValueError(f"input_ids: expected {len(state.seen)} rows as before, got {len(lengths)}")
+        if len(state.position) != len(lengths):
+            raise ValueError(f"input_ids: expected {len(state.position)} rows as before, got {len(lengths)}")
         last, pieces = self.logits, []
         ends = [[0] * n + [1] for n in lengths]
         wanted = [range(n + 1) for n in lengths] if all_logits else ends
@@ -83,7 +88,7 @@ class SleepSession:
         return rows.unpack(pieces)[0] if all_logits else last
 
     def step(self, token_ids: Tensor) -> Tensor:
-        """Reads one token per row. token_ids: integer `[B]` -> logits `[B, vocab_size]`."""
+        """Reads one token per row: token_ids, integer `[B]`, -> logits `[B, vocab_size]`."""
         if not isinstance(token_ids, Tensor) or token_ids.dim() != 1:
             got = tuple(token_ids.shape) if isinstance(token_ids, Tensor) else type(token_ids).__name__
             raise ValueError(f"token_ids: expected a tensor [B], got {got}")
@@ -91,12 +96,12 @@ class SleepSession:
 
     @torch.no_grad()
     def sleep(self) -> None:
-        """Sleeps now, before the window is full, and evicts; with nothing read since the last sleep it does nothing."""
+        """Sleeps now, before the window is full, and evicts; nothing where the window is empty."""
         if self.model.settings.window is None:
             raise ValueError("window: expected a model with a window, got None (it neither evicts nor sleeps)")
-        if self.state is None or max(self.state.live) == 0:
+        if self.state is None or max(self.state.in_window) == 0:
             return
-        rows = tuple(n > 0 for n in self.state.live)
+        rows = tuple(n > 0 for n in self.state.in_window)
         stack = self.model.stack
         self.state = stack.evict(stack.sleep(self.state, passes=self.passes, rows=rows), rows=rows)
 
@@ -115,20 +120,25 @@ class SleepSession:
         generator: torch.Generator | None = None,
         on_token: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """Reads input_ids (None: goes on from what was read) and generates up to max_new_tokens per row.
+        """Reads input_ids (None: goes on from before) and generates up to max_new_tokens per row.
 
-        temperature 0 is greedy; otherwise logits are divided by it and sampled, from the top_k likeliest tokens and the
-        smallest set whose probability reaches top_p. A row that has produced eos_token_id stops, and is filled with
-        pad_token_id (default: eos_token_id). on_token receives every new `[B]` as it appears. The session has then read
-        every token returned but this filling. Returns the new tokens only, int64 `[B, <= max_new_tokens]`. Raises
-        ValueError naming the argument.
+        temperature: 0 is greedy; otherwise logits are divided by it and sampled.
+        top_k: from that many likeliest tokens.
+        top_p: from the smallest set whose probability reaches it.
+        eos_token_id: a row that has produced it stops, and is filled with pad_token_id.
+        pad_token_id: default eos_token_id.
+        generator: of random numbers.
+        on_token: receives every new `[B]` as it appears.
+
+        Returns the new tokens only, int64 `[B, <= max_new_tokens]`; the session has then read all
+        of them but the filling. Raises ValueError naming the argument.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p, eos_token_id, self.model.vocab_size)
         if input_ids is not None:
             self.read(input_ids, attention_mask)
-        if self.logits is None or 0 in self.seen:
-            held = "only a memory to go on from" if self.seen else "nothing has been read yet"
-            got = f"tokens read so far: {self.seen}" if 0 in self.seen else f"None, and {held}"
+        if self.logits is None or 0 in self.position:
+            held = "only a memory to go on from" if self.position else "nothing has been read yet"
+            got = f"tokens read so far: {self.position}" if 0 in self.position else f"None, and {held}"
             raise ValueError(f"input_ids: expected a prompt for every row, got {got}")
         pad = eos_token_id if pad_token_id is None else pad_token_id
         alive = torch.ones(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
@@ -149,19 +159,19 @@ class SleepSession:
         return torch.stack(tokens, dim=1)
 
     def fork(self) -> "SleepSession":
-        """An independent session that stands where this one does. States are shared until either reads on."""
+        """An independent session that goes on from where this one stands."""
         other = SleepSession(self.model, self.passes)
         other.state, other.logits = self.state, self.logits
         return other
 
     def select(self, rows: Sequence[int]) -> "SleepSession":
-        """An independent session of some of the rows, in this order: one of a batch, or one several times over.
+        """An independent session of these rows in this order; a row may come several times.
 
         Raises ValueError for rows that are not there, and where nothing has been read yet.
         """
         if self.state is None:
             raise ValueError("session: expected something to have been read before selecting, got an empty session")
-        rows, count = list(rows), len(self.state.seen)
+        rows, count = list(rows), len(self.state.position)
         if not rows or not all(type(b) is int and 0 <= b < count for b in rows):
             raise ValueError(f"rows: expected numbers from 0 to {count - 1}, got {rows}")
         other = SleepSession(self.model, self.passes)
@@ -173,15 +183,19 @@ class SleepSession:
     def save(self, path: str | os.PathLike, *, memory_only: bool = False) -> None:
         """Writes the session to one safetensors file, whole or not at all.
 
-        The header holds the format's version, the configuration it belongs to and a digest of the tensors.
-        memory_only: of a session that has slept, the fast weights (and convolution tails) alone: neither the logits,
-        so that the next thing must be to read, nor the keys a sliding window keeps. Its size does not depend on the
-        text's length. Raises ValueError where nothing has been read yet, and for memory_only with a window begun.
+        The header holds the format's version, the configuration it belongs to and a digest of the
+        tensors.
+
+        memory_only: of a session that has slept, the fast weights (and convolution states) alone:
+            neither the logits, so that the next thing must be to read, nor the keys a sliding
+            window keeps. Its size does not depend on the text's length.
+
+        Raises ValueError where nothing has been read yet, and for memory_only with a window begun.
         """
         if self.state is None:
             raise ValueError("session: expected something to have been read before saving, got an empty session")
-        if memory_only and max(self.state.live) > 0:
-            got = f"{max(self.state.live)} tokens of an unfinished window"
+        if memory_only and max(self.state.in_window) > 0:
+            got = f"{max(self.state.in_window)} tokens of an unfinished window"
             raise ValueError(f"memory_only: expected a session that has slept (see sleep), got {got}")
         path = Path(path)
         if not path.parent.is_dir() or path.is_dir():
@@ -195,7 +209,7 @@ class SleepSession:
             "format": FORMAT,
             "version": str(VERSION),
             "config": json.dumps(self.model.identity(), sort_keys=True),
-            "rows": json.dumps([state.seen, state.live, state.kept, state.labelled, state.absent]),
+            "rows": json.dumps([state.position, state.in_window, state.carried, state.labelled, state.padded]),
             "passes": str(self.passes),
         }
         header["digest"] = _digest(tensors, header)
@@ -210,9 +224,10 @@ class SleepSession:
     def load(cls, path: str | os.PathLike, model: SleepingModel) -> "SleepSession":
         """Reads what `save` wrote, onto the model's device and no wider than its dtype.
 
-        The configuration must be the model's; that its weights are those the session was read with is up to the caller.
-        Raises FileNotFoundError, and ValueError for a file that is damaged, of another format or version, or of a model
-        with another configuration or states of other shapes.
+        The configuration must be the model's; that its weights are those the session was read with
+        is up to the caller. Raises FileNotFoundError, and ValueError for a file that is damaged, of
+        another format or version, or of a model with another configuration or states of other
+        shapes.
         """
         model = sleeping(model)
         if not Path(path).exists():
@@ -228,6 +243,7 @@ class SleepSession:
             raise ValueError(f"path: expected format {FORMAT!r} version 1 to {VERSION}, got {got}")
         if header.pop("digest", None) != _digest(tensors, header):
             raise ValueError("path: expected what was saved, got other contents (their digest differs)")
+        tensors = {name.replace("conv_tail", "conv_state"): x for name, x in tensors.items()}
         saved, own = json.loads(header["config"]), json.loads(json.dumps(model.identity()))
         saved.setdefault("sleep_kind", "refine")  # of files written when there was no other kind
         different = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))
@@ -236,7 +252,7 @@ class SleepSession:
             raise ValueError(f"path: expected a session of this model's configuration, got {got}")
         session = cls(model, math.inf if header["passes"] == "inf" else int(header["passes"]))
         rows = tuple(tuple(x) for x in json.loads(header["rows"]))
-        rows += () if len(rows) == 5 else ((0,) * len(rows[0]),)  # of version 1: nothing was absent
+        rows += () if len(rows) == 5 else ((0,) * len(rows[0]),)  # of version 1: no places were padded
         empty = model.init_state(len(rows[0]))
 
         def tensor(part: str, i: int, name: str) -> Tensor:
@@ -258,7 +274,7 @@ class SleepSession:
             )
 
         writes = tuple(
-            GDNWrites(*(tensors[f"writes.{i}.{name}"] for name in GDNWrites._fields))
+            ReplayInputs(*(tensors[f"writes.{i}.{name}"] for name in ReplayInputs._fields))
             if f"writes.{i}.k" in tensors
             else None
             for i in range(len(empty.blocks))
@@ -274,13 +290,13 @@ class SleepSession:
 
 def _forget_keys(state: SleepState, model: SleepingModel) -> SleepState:
     """The state of a text that has slept, without the keys and values kept from it."""
-    empty = model.init_state(len(state.seen)).blocks
+    empty = model.init_state(len(state.position)).blocks
     blocks = (s if isinstance(s, GDNState) else e for s, e in zip(state.blocks, empty, strict=True))
-    return state._replace(blocks=tuple(blocks), kept=(0,) * len(state.seen))
+    return state._replace(blocks=tuple(blocks), carried=(0,) * len(state.position))
 
 
 def _named(state: SleepState) -> dict[str, Tensor]:
-    """Every tensor of a state by name; those a window starts from only where they are not the present ones."""
+    """Every tensor of a state by name; a window's first ones where they aren't the present ones."""
 
     def held(i: int, name: str) -> Tensor | None:
         return getattr(state.blocks[i], name, None)

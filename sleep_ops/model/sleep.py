@@ -1,21 +1,23 @@
 """Sleep: windows, passes and eviction over a stack of blocks (Algorithm 1 of arXiv 2605.26099).
 
-A window of at most L tokens is read *awake*: one pass, from which every prediction comes. When it is full it *sleeps*:
-N - 1 further passes over the window, each starting from the fast weights that the pass before left behind. Then the
-attention caches are evicted. Training, evaluation and sessions all go through one loop, `Reading`, so a text read at
-once, in chunks or token by token leaves the same state. There are two kinds of further pass.
+A window of at most L tokens is read *awake*: one pass, from which every prediction comes. When it
+is full it *sleeps*: N - 1 further passes over the window, each starting from the fast weights that
+the pass before left behind. Then the attention caches are evicted. Training, evaluation and
+sessions all go through one loop, `Reading`, so a text read at once, in chunks or token by token
+leaves the same state. There are two kinds of further pass.
 
-"refine" (Algorithm 1): the looped blocks run again, each time fed with the hidden states of the pass before, so what
-they write changes from pass to pass. The cost is linear in N.
+"refine" (Algorithm 1): the looped blocks run again, each time fed with the hidden states of the
+pass before, so what they write changes from pass to pass. The cost is linear in N.
 
     window tokens --embed--> [before | looped | after] --> predictions          pass 1, awake
                                      h ^  | h, S
                                        +--+                                     passes 2..N, asleep
                              then: after the loop, once more; evict
 
-"replay": every GDN block of the loop, on its own, repeats what it wrote awake, the same k, v, g and beta. Nothing else
-is computed anew: attention caches, convolution tails and the other blocks stay as pass 1 left them. A pass is then an
-affine map of S, so the cost hardly grows with N, which may be infinite.
+"replay": every GDN block of the loop, on its own, repeats what it wrote awake, the same k, v, g and
+beta. Nothing else is computed anew: attention caches, convolution states and the other blocks stay
+as pass 1 left them. A pass is then an affine map of S, so the cost hardly grows with N, which may
+be infinite.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +28,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sleep_ops import ragged
-from sleep_ops.layers.attention import AttentionState, Segment
+from sleep_ops.layers.attention import AttentionState, SpanContext
 from sleep_ops.layers.block import Block, BlockState
-from sleep_ops.layers.mixer import GDNState, GDNWrites
+from sleep_ops.layers.mixer import GDNState, ReplayInputs
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.model.spans import Span
 from sleep_ops.model.state import SleepState, each
@@ -36,10 +38,15 @@ from sleep_ops.ragged import Lengths
 
 
 class Reading:
-    """A text being read: iterating over it gives each span with the outputs of its first pass (None if not wanted).
+    """A text being read: an iterator over its spans, with the outputs of their first pass.
 
-    embed: int64 ids `[B, T]` -> `[B, T, hidden]`. ids: `[B, T]`, of which `spans` are spans. `state` is what has been
-    read leaves behind, and in the end what a continuation starts from. passes: N.
+    embed: int64 ids `[B, T]` -> `[B, T, hidden]`.
+    ids: `[B, T]`.
+    spans: the spans of ids, in order.
+    state: what has been read leaves behind; in the end, what a continuation starts from.
+    passes: N.
+
+    Outputs that nothing asks for are None.
     """
 
     def __init__(
@@ -67,11 +74,14 @@ class Reading:
 class SleepStack:
     """The blocks of a model and the rules by which they wake, sleep and forget.
 
-    blocks: objects with the methods of `Block`; settings: the rules, see `SleepSettings`.
-    feed: feed(h, loop_input) is what a refining pass is fed with, of the looped blocks' outputs h and, with
-        feed_from_input, what the loop was fed awake (else None). None feeds h.
-    training: whether activations are checkpointed, where the settings say so. One unit is recomputed per window and
-        pass; all replays of a block over a window are one unit, and what it replays is stored.
+    blocks: objects with the methods of `Block`.
+    settings: the rules, see `SleepSettings`.
+    feed: feed(h, loop_input) is what a refining pass gets in place of h, the looped blocks' outputs
+        in the pass before; None for h itself.
+    feed_from_input: loop_input is what the loop was fed awake; otherwise it is None.
+    training: in training activations are checkpointed, if the settings say so. Recomputed at a time
+        is one pass over one window, or all replays of a block over it, of which the writes are
+        stored.
     random: blocks draw random numbers (dropout), the same ones again when they are recomputed.
     """
 
@@ -109,49 +119,49 @@ class SleepStack:
             raise ValueError(
                 f"state: expected one of sleep_kind {self.settings.sleep_kind!r}, got one of the other kind"
             )
-        if len(state.seen) != batch_size:
-            raise ValueError(f"state: expected {batch_size} rows, got {len(state.seen)}")
+        if len(state.position) != batch_size:
+            raise ValueError(f"state: expected {batch_size} rows, got {len(state.position)}")
 
     def wake(
         self, h: Tensor, state: SleepState, span: Span, *, passes: int | float
     ) -> tuple[Tensor | None, SleepState]:
-        """The first pass over a span, which fits into the live window.
+        """The first pass over a span, which fits into the open window.
 
-        h `[B, T, hidden]` embeddings -> (outputs of the last block, or None if not wanted; the state after it). What
-        the sleep right after it computes anew is left out.
+        h `[B, T, hidden]`, embeddings -> (outputs of the last block, the state after it). Outputs
+        that are not wanted are None. What a sleep right after it computes anew is left out.
         """
         if passes > 1:
             self._check_begun(state, passes)
         lengths, output = span.lengths, span.wanted
-        held = ragged.add(state.kept, state.live)
-        live = ragged.add(state.live, lengths)
+        cache_lengths = ragged.add(state.carried, state.in_window)
+        in_window = ragged.add(state.in_window, lengths)
         closed = all(span.full)
-        segment = Segment(lengths, held, state.seen, self.window, h.device)
+        context = SpanContext(lengths, cache_lengths, state.position, self.window, h.device)
         blocks, hidden, begin = state.blocks, None, 0
         refining = passes > 1 and self.settings.sleep_kind == "refine"
         if refining:
             first, begin = self.loop[0], self.loop[1] + 1
             if self.feed_from_input:
-                h, blocks, _ = self._run(range(first), h, blocks, segment, output=True, closed=closed)
+                h, blocks, _ = self._run(range(first), h, blocks, context, output=True, closed=closed)
             loop_input, rest = h, range(first if self.feed_from_input else 0, begin)
-            h, blocks, _ = self._run(rest, h, blocks, segment, output=True, closed=closed)
+            h, blocks, _ = self._run(rest, h, blocks, context, output=True, closed=closed)
             hidden = torch.cat([h, loop_input.to(h.dtype)], dim=-1) if self.feed_from_input else h
             if state.hidden is not None:
-                hidden = ragged.append(state.hidden.to(h.dtype), state.live, hidden, lengths)
+                hidden = ragged.append(state.hidden.to(h.dtype), state.in_window, hidden, lengths)
         writes = (None,) * len(self.blocks)
         if output or not (refining and all(span.asleep)):
             recorded = self.replayed if passes > 1 else ()
             rest = range(begin, len(self.blocks))
-            h, blocks, new = self._run(rest, h, blocks, segment, output=output, closed=closed, recorded=recorded)
-            writes = tuple(_append(old, state.live, w, lengths) for old, w in zip(state.writes, new, strict=True))
-        seen = ragged.add(state.seen, lengths)
+            h, blocks, new = self._run(rest, h, blocks, context, output=output, closed=closed, recorded=recorded)
+            writes = tuple(_append(old, state.in_window, w, lengths) for old, w in zip(state.writes, new, strict=True))
+        position = ragged.add(state.position, lengths)
         state = state._replace(
-            blocks=blocks, hidden=hidden, writes=writes, seen=seen, live=live, labelled=span.labelled
+            blocks=blocks, hidden=hidden, writes=writes, position=position, in_window=in_window, labelled=span.labelled
         )
         return h if output else None, state
 
     def sleep(self, state: SleepState, *, passes: int | float, rows: Sequence[bool]) -> SleepState:
-        """Passes 2..N over the live window of the rows marked True; nothing is evicted yet.
+        """Passes 2..N over the open window of the rows marked True; nothing is evicted yet.
 
         Raises ValueError for passes=math.inf where some row's replays don't converge.
         """
@@ -167,7 +177,7 @@ class SleepStack:
     def _replay(self, state: SleepState, passes: int | float, rows: Sequence[bool]) -> SleepState:
         # Without the rows that stay awake: theirs need not converge, and would be for nothing.
         asleep = [b for b, sleeps in enumerate(rows) if sleeps]
-        lengths = tuple(state.live[b] for b in asleep)
+        lengths = tuple(state.in_window[b] for b in asleep)
         device = state.blocks[0][0].device
         index = None if len(asleep) == len(rows) else ragged.tensor(asleep, device)
         real = None if ragged.uniform(lengths) else ragged.tensor(lengths, device)
@@ -175,9 +185,9 @@ class SleepStack:
         for i in self.replayed:
             writes, fast_weights = state.writes[i], state.blocks[i].fast_weights
             if index is not None:
-                writes = GDNWrites(*(x.index_select(0, index) for x in writes))
+                writes = ReplayInputs(*(x.index_select(0, index) for x in writes))
                 fast_weights = fast_weights.index_select(0, index)
-            writes = GDNWrites(*(x[:, : max(lengths)] for x in writes))
+            writes = ReplayInputs(*(x[:, : max(lengths)] for x in writes))
             new = self._unit(self.blocks[i].replay, writes, fast_weights, passes - 1, real)
             if index is not None:
                 new = state.blocks[i].fast_weights.index_copy(0, index, new)
@@ -192,8 +202,8 @@ class SleepStack:
         blocks = list(state.blocks)
         most = self.settings.backprop_passes
         given = 0 if most is None else passes - most  # no gradient goes through so many passes
-        begun = ragged.subtract(state.seen, state.live)
-        segment = Segment(state.live, state.kept, begun, self.window, h.device)
+        begun = ragged.subtract(state.position, state.in_window)
+        context = SpanContext(state.in_window, state.carried, begun, self.window, h.device)
         after = range(last + 1, len(self.blocks))
         refine_after = any(self._outlives(i, True) for i in after)
         for n in range(2, passes + 1):
@@ -205,29 +215,31 @@ class SleepStack:
             output = n < passes or refine_after
             with torch.no_grad() if n <= given else nullcontext():
                 h = h if self.feed is None else self.feed(h, loop_input)
-                h, run, _ = self._run(range(first, last + 1), h, tuple(blocks), segment, output=output, closed=True)
+                h, run, _ = self._run(range(first, last + 1), h, tuple(blocks), context, output=output, closed=True)
             blocks = list(run)
         if refine_after:
             for i in after:
-                begun_state = state.start[i] if self.blocks[i].fast_weights else self._kept_keys(state.blocks[i], state)
+                begun_state = (
+                    state.start[i] if self.blocks[i].fast_weights else self._carried_keys(state.blocks[i], state)
+                )
                 blocks[i] = begun_state
-            _, run, _ = self._run(after, h, tuple(blocks), segment, output=False, closed=True)
+            _, run, _ = self._run(after, h, tuple(blocks), context, output=False, closed=True)
             blocks = list(run)
         for i, old in enumerate(state.blocks):
             blocks[i] = _select(rows, blocks[i], old) if self._outlives(i, True) else old
         return state._replace(blocks=tuple(blocks))
 
     def evict(self, state: SleepState, *, rows: Sequence[bool]) -> SleepState:
-        """Ends the live window of the rows marked True and forgets what the eviction rule says."""
+        """Ends the open window of the rows marked True and forgets what the eviction rule says."""
         if not any(rows):
             return state
-        held = ragged.add(state.kept, state.live)
+        cache_lengths = ragged.add(state.carried, state.in_window)
         limit = self.window - 1 if self.settings.eviction == "sliding" else 0
-        kept = tuple(min(limit, n) if r else k for r, n, k in zip(rows, held, state.kept, strict=True))
-        live = tuple(0 if r else n for r, n in zip(rows, state.live, strict=True))
-        hold = ragged.add(kept, live)
+        carried = tuple(min(limit, n) if r else k for r, n, k in zip(rows, cache_lengths, state.carried, strict=True))
+        in_window = tuple(0 if r else n for r, n in zip(rows, state.in_window, strict=True))
+        left = ragged.add(carried, in_window)
         blocks = tuple(
-            s if b.fast_weights else AttentionState(*(ragged.take_last(x, held, hold) for x in s))
+            s if b.fast_weights else AttentionState(*(ragged.take_last(x, cache_lengths, left) for x in s))
             for b, s in zip(self.blocks, state.blocks, strict=True)
         )
         start = tuple(
@@ -235,27 +247,28 @@ class SleepStack:
             for new, old in zip(self._starts(blocks), state.start, strict=True)
         )
         hidden, writes = None, (None,) * len(self.blocks)
-        if max(live) > 0:
-            hidden = None if state.hidden is None else ragged.take_last(state.hidden, state.live, live)
+        if max(in_window) > 0:
+            hidden = None if state.hidden is None else ragged.take_last(state.hidden, state.in_window, in_window)
             writes = tuple(
-                w if w is None else GDNWrites(*(ragged.take_last(x, state.live, live) for x in w)) for w in state.writes
+                w if w is None else ReplayInputs(*(ragged.take_last(x, state.in_window, in_window) for x in w))
+                for w in state.writes
             )
         labelled = tuple(m and not r for r, m in zip(rows, state.labelled, strict=True))
-        absent = tuple(0 if r else n for r, n in zip(rows, state.absent, strict=True))
-        return SleepState(blocks, start, hidden, writes, state.seen, live, kept, labelled, absent)
+        padded = tuple(0 if r else n for r, n in zip(rows, state.padded, strict=True))
+        return SleepState(blocks, start, hidden, writes, state.position, in_window, carried, labelled, padded)
 
     def _run(
         self,
         indices: range,
         h: Tensor,
         blocks: tuple,
-        segment: Segment,
+        context: SpanContext,
         *,
         output: bool,
         closed: bool,
         recorded: Sequence[int] = (),
     ) -> tuple[Tensor | None, tuple, tuple]:
-        """Runs the blocks at `indices`, and without `output` only as far as a later token can see it.
+        """Runs the blocks at `indices`; without `output`, only as far as a later token can see it.
 
         Returns (h, every block's state, what every block wrote; None for those not in `recorded`).
         """
@@ -271,9 +284,9 @@ class SleepStack:
             for place, i in enumerate(indices):
                 block, record = self.blocks[i], i in recorded
                 if i == indices[-1] and not output:
-                    states[place], writes[place] = block.update_state(h, states[place], segment, return_writes=record)
+                    states[place], writes[place] = block.update_state(h, states[place], context, return_writes=record)
                 else:
-                    h, states[place], writes[place] = block(h, states[place], segment, return_writes=record)
+                    h, states[place], writes[place] = block(h, states[place], context, return_writes=record)
             return h, tuple(states), tuple(writes)
 
         inside = slice(indices.start, indices.stop)
@@ -281,31 +294,32 @@ class SleepStack:
         return h, blocks[: indices.start] + states + blocks[indices.stop :], tuple(written)
 
     def _unit(self, function: Callable, *arguments):
-        """function(*arguments); with checkpointing, its inputs are stored and the rest is computed again backward."""
+        """function(*arguments); with checkpointing, computed again backward from its inputs."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=self.random)
         return function(*arguments)
 
     def _check_begun(self, state: SleepState, passes: int | float) -> None:
-        """Raises ValueError unless what further passes start from has been kept since the live window began."""
+        """Raises ValueError unless the open window was begun with further passes in view."""
         refine = self.settings.sleep_kind == "refine"
         missing = state.hidden is None if refine else any(state.writes[i] is None for i in self.replayed)
-        if missing and max(state.live) > 0:
-            raise ValueError(f"passes: expected 1, with which the live window was begun, got {passes}")
+        if missing and max(state.in_window) > 0:
+            raise ValueError(f"passes: expected 1, with which the open window was begun, got {passes}")
 
     def _outlives(self, i: int, closed: bool) -> bool:
-        """Whether later tokens see block i's state once this run is over (`closed`: the run ends the window)."""
+        """Whether later tokens see block i's state after a run; closed: it ends the window."""
         return self.blocks[i].fast_weights or not closed or self.settings.eviction == "sliding"
 
     def _pass_start(self, i: int, current: BlockState, state: SleepState) -> BlockState:
-        """Block i's state at the start of a further pass: fast weights carried on, this window's keys forgotten."""
+        """Block i's state as a further pass starts: fast weights go on, the window's keys don't."""
         if not self.blocks[i].fast_weights:
-            return self._kept_keys(state.blocks[i], state)
-        tail = state.start[i].conv_tail
-        return current._replace(conv_tail=tail if self.settings.conv_boundary == "snapshot" else torch.zeros_like(tail))
+            return self._carried_keys(state.blocks[i], state)
+        snapshot = state.start[i].conv_state
+        zero = self.settings.conv_boundary == "zero"
+        return current._replace(conv_state=torch.zeros_like(snapshot) if zero else snapshot)
 
-    def _kept_keys(self, cache: AttentionState, state: SleepState) -> AttentionState:
-        return AttentionState(*(ragged.take(x, (0,) * len(state.kept), state.kept) for x in cache))
+    def _carried_keys(self, cache: AttentionState, state: SleepState) -> AttentionState:
+        return AttentionState(*(ragged.take(x, (0,) * len(state.carried), state.carried) for x in cache))
 
     def _starts(self, blocks: Sequence[BlockState]) -> tuple[GDNState | None, ...]:
         """Those of the states at the start of a window to which refining passes return."""
@@ -321,9 +335,11 @@ def _select(rows: Sequence[bool], new: BlockState, old: BlockState) -> BlockStat
     return type(new)(*(torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, old, strict=True)))
 
 
-def _append(old: GDNWrites | None, old_lengths: Lengths, new: GDNWrites | None, lengths: Lengths) -> GDNWrites | None:
+def _append(
+    old: ReplayInputs | None, old_lengths: Lengths, new: ReplayInputs | None, lengths: Lengths
+) -> ReplayInputs | None:
     """Row by row, what was written before and then `new`; None where nothing is recorded."""
     if old is None or new is None:
         return new
     pairs = zip(old, new, strict=True)
-    return GDNWrites(*(ragged.append(x.to(y.dtype), old_lengths, y, lengths) for x, y in pairs))
+    return ReplayInputs(*(ragged.append(x.to(y.dtype), old_lengths, y, lengths) for x, y in pairs))

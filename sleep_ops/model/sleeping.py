@@ -1,4 +1,4 @@
-"""Reading a text with sleep, whatever the model: from token ids to windows, and from outputs to logits and loss."""
+"""Reading a text with sleep, whatever the model: from token ids to windows, logits and loss."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,21 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sleep_ops import ragged
+from sleep_ops.checks import check_choice, expect
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.model.sleep import Reading, SleepStack
 from sleep_ops.model.spans import Counts, Span, marked, spans
 from sleep_ops.model.state import SleepState
 from sleep_ops.ragged import Lengths, Rows
-from sleep_ops.validation import check_choice, expect
 
 
 class SleepOutput(NamedTuple):
     """What a model that sleeps returns.
 
-    logits: `[B, T', vocab_size]`, from first passes only (causal). positions: int64 `[T']`, the columns of input_ids
-    they belong to: all T with all_logits or with padded or packed input (zero where none was computed), else those of
-    the windows that have loss. loss: mean cross-entropy over the loss tokens, at least float32, or None. state: what a
-    continuation passes in, or None.
+    logits: `[B, T', vocab_size]`, from first passes only (causal).
+    positions: int64 `[T']`, the columns of input_ids they belong to: all T with all_logits or with
+        padded or packed input (zero where none was computed), else those of the windows that have
+        loss.
+    loss: mean cross-entropy over the loss tokens, at least float32, or None.
+    state: what a continuation passes in, or None.
     """
 
     logits: Tensor | None
@@ -31,12 +33,30 @@ class SleepOutput(NamedTuple):
     positions: Tensor | None
 
 
+class Call(NamedTuple):
+    """The arguments of `SleepingModel.forward`, as they are given."""
+
+    input_ids: Tensor
+    labels: Tensor | None = None
+    loss_mask: Tensor | None = None
+    attention_mask: Tensor | None = None
+    passes: int | float | None = None
+    state: SleepState | None = None
+    cu_seqlens: Tensor | None = None
+    windows_by: str = "tokens"
+    all_logits: bool | None = None
+    return_state: bool = True
+
+
 class Plan(NamedTuple):
     """A checked call: what the host decides by, and what the device computes from.
 
-    rows: where the tokens stand. ids: `[rows, max(lengths)]`.
-    labels: int64 likewise, or None; counted: bool likewise, the positions whose loss is taken.
-    loss: counts of the tokens with loss, see `spans`; loss_tokens: how many there are.
+    rows: where the tokens stand.
+    ids: `[rows, max(lengths)]`.
+    labels: int64 likewise, or None.
+    counted: bool likewise, the positions whose loss is taken.
+    loss: counts of the tokens with loss, see `spans`.
+    loss_tokens: how many there are.
     passes, state, all_logits, return_state: as in `SleepingModel.forward`, resolved.
     padded: places of each row's first window that padding takes up.
     """
@@ -68,9 +88,13 @@ _FREE = (
 class SleepingModel:
     """What a model made of blocks gains by sleeping. A class that has it also has
 
-    settings: its `SleepSettings`. sleep_blocks: the blocks, first one first, with the methods of `layers.block.Block`.
-    embed(ids): int64 `[B, T]` -> `[B, T, hidden_size]`. predict(h): block outputs -> logits. vocab_size.
-    embedding_weight: any parameter that shows the device and dtype of embeddings. training: as an `nn.Module`'s.
+    settings: its `SleepSettings`.
+    sleep_blocks: the blocks, first one first, with the methods of `layers.block.Block`.
+    vocab_size: tokens there are.
+    embedding_weight: any parameter that shows the device and dtype of embeddings.
+    training: as an `nn.Module`'s.
+    embed: int64 ids `[B, T]` -> `[B, T, hidden_size]`.
+    predict: outputs of the last block -> logits.
     """
 
     settings: SleepSettings
@@ -107,8 +131,8 @@ class SleepingModel:
         loss: Counts | None = None,
         close: bool = True,
     ) -> Reading:
-        """Algorithm 1 over ids `[rows, max(lengths)]` from `state`; the other arguments are those of `spans`."""
-        filled, window = ragged.add(state.live, state.absent), self.settings.window
+        """Algorithm 1 over ids `[rows, max(lengths)]` from `state`; the rest as in `spans`."""
+        filled, window = ragged.add(state.in_window, state.padded), self.settings.window
         cut = spans(lengths, window, filled=filled, labelled=state.labelled, wanted=wanted, loss=loss, close=close)
         return Reading(self.stack, self.embed, ids, cut, state, passes)
 
@@ -117,14 +141,14 @@ class SleepingModel:
         return self.stack.init_state(batch_size)
 
     def identity(self) -> dict:
-        """What a saved session must agree on: all that changes the meaning or the shape of a state, as plain values."""
+        """What a saved session must agree on: plain values that decide what a state means."""
         kept = {k: v for k, v in self.settings.to_dict().items() if k not in _FREE}
         return kept | {"loop": self.settings.resolve_loop(len(self.sleep_blocks))}
 
     def rows(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Rows, Tensor]:
-        """The real tokens of an input as left-aligned rows, checked: (rows, token ids `[rows, max(lengths)]`)."""
+        """The real tokens of an input, checked: (rows, left-aligned ids `[rows, max(lengths)]`)."""
         device = self.embedding_weight.device
         for name, x in (("input_ids", input_ids), ("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens)):
             given = isinstance(x, Tensor) or (x is None and name != "input_ids")
@@ -155,67 +179,55 @@ class SleepingModel:
         all_logits: bool | None = None,
         return_state: bool = True,
     ) -> SleepOutput:
-        """Algorithm 1: reads the text window by window, predicts awake, sleeps on full windows, evicts.
+        """Algorithm 1: reads window by window, predicts awake, sleeps on full windows, evicts.
 
-        input_ids: int32 or int64 `[B, T]`. labels: likewise, and *not shifted here*: `labels[b, t]` is what position t
-        has to predict (for language modelling, the next token), -100 for no loss. loss_mask: bool `[B, T]`, the
-        positions that count (default: `labels != -100`); on the CPU it saves a wait for the device, and every position
-        it marks must then have a label. attention_mask: `[B, T]`, 1 = real token; padding may stand anywhere.
-        cu_seqlens: packed input, `[num_seqs + 1]` with B = 1. windows_by: "tokens", a window is full with L real
-        tokens; or "positions", without padding between real tokens: windows end at columns L, 2L, ..., padding or not.
-        passes: N, instead of the configuration's. state: from an earlier call, to read on. all_logits: logits of every
-        window (default: only when there is neither a label nor a loss mask). return_state=False saves what only a
-        continuation would see: the sleep on a last full window, and any window after the last loss.
+        input_ids: int32 or int64 `[B, T]`.
+        labels: likewise, and *not shifted here*: `labels[b, t]` is what position t has to predict
+            (for language modelling, the next token), -100 for no loss.
+        loss_mask: bool `[B, T]`, the positions that count (default: `labels != -100`); on the CPU
+            it saves a wait for the device, and every position it marks must then have a label.
+        attention_mask: `[B, T]`, 1 = real token; padding may stand anywhere.
+        cu_seqlens: packed input, `[num_seqs + 1]` with B = 1.
+        windows_by: "tokens", a window is full with L real tokens; or "positions", without padding
+            between real tokens: windows end at columns L, 2L, ..., padding or not.
+        passes: N, instead of the configuration's.
+        state: from an earlier call, to read on.
+        all_logits: logits of every window (default: only when there is neither a label nor a loss
+            mask).
+        return_state: False saves what only a continuation would see: the sleep on a last full
+            window, and any window after the last loss.
 
-        Returns a SleepOutput: logits of the windows with loss alone (or of all, see all_logits), the columns they
-        belong to in `positions`, the mean loss, and the state.
+        Returns a SleepOutput: logits of the windows with loss alone (or of all, see all_logits),
+        the columns they belong to in `positions`, the mean loss, and the state.
 
-        Raises ValueError naming the argument for wrong shapes, dtypes or values, for labels without a loss token, and
-        for passes=math.inf where a window's replays don't converge.
+        Raises ValueError naming the argument for wrong shapes, dtypes or values, for labels without
+        a loss token, and for passes=math.inf where a window's replays don't converge.
         """
-        plan = self.plan(
-            input_ids,
-            labels,
-            loss_mask,
-            attention_mask,
-            passes,
-            state,
-            cu_seqlens=cu_seqlens,
-            windows_by=windows_by,
-            all_logits=all_logits,
-            return_state=return_state,
-        )
-        return self.run(plan)
+        call = Call(
+            input_ids, labels, loss_mask, attention_mask, passes, state,
+            cu_seqlens, windows_by, all_logits, return_state,
+        )  # fmt: skip
+        return self.answer(call)
 
-    def plan(
-        self,
-        input_ids: Tensor,
-        labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        passes: int | float | None = None,
-        state: SleepState | None = None,
-        *,
-        cu_seqlens: Tensor | None = None,
-        windows_by: str = "tokens",
-        all_logits: bool | None = None,
-        return_state: bool = True,
-        may_lack_loss: bool = False,
-    ) -> Plan:
-        """The first half of a call, with the arguments and errors of `forward`.
+    def answer(self, call: Call) -> SleepOutput:
+        """What `forward` returns."""
+        return self.run(self.plan(call))
 
-        Checks, and works out all that the host must know. may_lack_loss: labels without a loss token are no error; it
-        is then up to the caller not to `run` for a loss.
+    def plan(self, call: Call, *, may_lack_loss: bool = False) -> Plan:
+        """The first half of a call: checks, and works out all that the host must know.
 
-        Waits for the device only to read an attention_mask, cu_seqlens, or a loss mask that is not on the CPU.
+        may_lack_loss: labels without a loss token are no error; it is then up to the caller not to
+            `run` for a loss.
+
+        Waits for the device only to read an attention_mask, cu_seqlens, or a loss mask that is not
+        on the CPU. Errors as of `forward`.
         """
-        rows, ids = self.rows(input_ids, attention_mask, cu_seqlens)
-        check_choice("windows_by", windows_by, ("tokens", "positions"))
-        padded = (0,) * len(rows.lengths)
-        if windows_by == "positions":
-            padded = self._padded(rows, attention_mask, cu_seqlens, state)
-        self._check(tuple(input_ids.shape), labels, loss_mask)
-        passes = self.settings.resolve_passes(passes)
+        labels, loss_mask, state, all_logits = call.labels, call.loss_mask, call.state, call.all_logits
+        rows, ids = self.rows(call.input_ids, call.attention_mask, call.cu_seqlens)
+        check_choice("windows_by", call.windows_by, ("tokens", "positions"))
+        padded = self._padded(rows, call) if call.windows_by == "positions" else (0,) * len(rows.lengths)
+        self._check(call)
+        passes = self.settings.resolve_passes(call.passes)
         if state is not None:
             self.stack.check(state, len(rows.lengths))
             if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
@@ -236,19 +248,20 @@ class SleepingModel:
                 expected = f"0 to {self.vocab_size - 1}, or -100"
                 expect(bool(valid.all()), "labels", expected, labels[~valid][:1].tolist())
             counted = rows.pack(ragged.send(loss_mask.bool(), ids.device))
-        return Plan(rows, ids, labels, counted, loss, loss_tokens, passes, state, padded, all_logits, return_state)
+        return Plan(rows, ids, labels, counted, loss, loss_tokens, passes, state, padded, all_logits, call.return_state)
 
     def run(self, plan: Plan, predict: Callable[[Tensor], Tensor] | None = None) -> SleepOutput:
-        """The second half: the work, queued without waiting for the device (but to check math.inf passes).
+        """The second half: the work, queued without waiting for the device (but for math.inf).
 
-        predict: what makes the output's `logits` of the last block's outputs, instead of this model's own.
+        predict: what makes the output's `logits` of the last block's outputs, instead of this
+            model's own.
 
-        Where all rows are full, in phase and alike in which of their windows sleep, nothing is copied from the host
-        either, so a CUDA graph can capture this and its backward.
+        Where all rows are full, in phase and alike in which of their windows sleep, nothing is
+        copied from the host either, so a CUDA graph can capture this and its backward.
         """
         rows, state, loss = plan.rows, plan.state, None
         if state is None:
-            state = self.init_state(len(rows.lengths))._replace(absent=plan.padded)
+            state = self.init_state(len(rows.lengths))._replace(padded=plan.padded)
         predict = self.predict if predict is None else predict
         reading = self.read(
             plan.ids,
@@ -271,11 +284,11 @@ class SleepingModel:
             loss = sum(losses) / plan.loss_tokens
         return SleepOutput(logits, loss, reading.state if plan.return_state else None, positions)  # type: ignore[arg-type]
 
-    def _padded(self, rows: Rows, mask: Tensor | None, cu_seqlens: Tensor | None, state: SleepState | None) -> Lengths:
-        """How many columns of the window in which each row's first real token stands are padding."""
-        expect(cu_seqlens is None, "cu_seqlens", "None with windows_by 'positions'", "a tensor")
-        expect(state is None, "state", "None with windows_by 'positions'", "a state")
-        window, width = self.settings.window, rows.shape[1]
+    def _padded(self, rows: Rows, call: Call) -> Lengths:
+        """How many columns of the window with each row's first real token are padding."""
+        expect(call.cu_seqlens is None, "cu_seqlens", "None with windows_by 'positions'", "a tensor")
+        expect(call.state is None, "state", "None with windows_by 'positions'", "a state")
+        mask, window, width = call.attention_mask, self.settings.window, rows.shape[1]
         if mask is None or window is None:
             return (0,) * len(rows.lengths)
         mask, column = mask.bool(), torch.arange(width, device=mask.device)
@@ -285,19 +298,19 @@ class SleepingModel:
         expect(fits, "attention_mask", "no padding between real tokens with windows_by 'positions'", "some")
         return tuple(n % window for n in first[:, 0].tolist())
 
-    def _check(self, shape: tuple, labels: Tensor | None, loss_mask: Tensor | None) -> None:
-        for name, x in (("labels", labels), ("loss_mask", loss_mask)):
+    def _check(self, call: Call) -> None:
+        labels, shape, device = call.labels, tuple(call.input_ids.shape), self.embedding_weight.device
+        for name, x in (("labels", labels), ("loss_mask", call.loss_mask)):
             if x is not None:
                 expect(isinstance(x, Tensor), name, "a tensor", type(x).__name__)
                 expect(tuple(x.shape) == shape, name, f"shape {shape}", tuple(x.shape))
         if labels is not None:
             expect(labels.dtype in (torch.int32, torch.int64), "labels", "int32 or int64", labels.dtype)
-            device = self.embedding_weight.device
             expect(labels.device == device, "labels", f"a tensor on {device}", str(labels.device))
 
 
 def _loss(plan: Plan, span: Span, logits: Tensor) -> Tensor:
-    """The span's cross-entropy, summed over its tokens with loss; logits `[rows, max(span.lengths), vocab_size]`."""
+    """The span's summed cross-entropy; logits `[rows, max(span.lengths), vocab_size]`."""
     targets, counted = (ragged.take(x, span.starts, span.lengths) for x in (plan.labels, plan.counted))
     if not ragged.uniform(span.lengths):
         counted = counted & plan.rows.real(span.lengths, logits.device)
@@ -306,12 +319,15 @@ def _loss(plan: Plan, span: Span, logits: Tensor) -> Tensor:
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether the host can look at values without waiting for a device or leaving a compiled graph."""
+    """Whether the host can look at values without waiting, or leaving a compiled graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def sleeping(model: object) -> SleepingModel:
-    """The model itself, or what `sleepify` gave a model of another library. ValueError for one that does not sleep."""
+    """The model itself, or what `sleepify` gave a model of another library.
+
+    ValueError for one that does not sleep.
+    """
     found = find_sleeping(model)
     expect(found is not None, "model", "one that sleeps (see sleepify)", type(model).__name__)
     return found

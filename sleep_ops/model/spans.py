@@ -1,4 +1,4 @@
-"""How a text is cut into spans, none of which crosses the end of a window: integers on the host, no tensors."""
+"""How a text is cut into spans, none across the end of a window: host integers, no tensors."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
@@ -43,12 +43,14 @@ def spans(
 ) -> Iterator[Span]:
     """The spans of a text of `lengths[b]` tokens a row, in order.
 
-    window: L tokens, None for no end. filled: places of each row's live window that are taken already.
+    window: L tokens, None for no end.
+    filled: places of each row's open window that are taken already.
     wanted: counts of the tokens whose outputs are asked for.
-    loss: counts of those with loss, where windows that have one do not sleep; None where every full window sleeps.
-    labelled: rows whose live window has had one before.
-    close: False ends with the last output wanted. No later token is read, and no window is evicted, or sleeps, that
-    nothing wanted comes after.
+    loss: counts of those with loss, where windows that have one do not sleep; None where every full
+        window sleeps.
+    labelled: rows whose open window has had one before.
+    close: False ends with the last output wanted. No later token is read, and no window is evicted,
+        or sleeps, that nothing wanted comes after.
     """
     starts = (0,) * len(lengths)
     while starts != lengths:

@@ -8,40 +8,44 @@ from torch import Tensor
 
 from sleep_ops import ragged
 from sleep_ops.layers.block import BlockState
-from sleep_ops.layers.mixer import GDNState, GDNWrites
+from sleep_ops.layers.mixer import GDNState, ReplayInputs
 from sleep_ops.ragged import Lengths
 
 
 class SleepState(NamedTuple):
-    """Everything a text leaves behind, for B rows. Tensors are never changed in place; the lengths are host integers.
+    """Everything a text leaves behind, for B rows.
 
-    blocks: each block's state: fast weights and convolution tail, or cached keys and values.
-    start: the GDN blocks' states when the live window began (None for attention, and where sleep replays).
-    hidden: `[B, live, hidden_size]`, what the looped blocks put out awake for the live window; None with one pass, and
-        where sleep replays. Where passes come back to it, what the loop was fed awake stands behind that in the last
-        axis.
-    writes: what the GDN blocks of the loop wrote in the live window, `[B, live, ...]` each, where sleep replays; None
-        with one pass, and for every other block.
-    seen: tokens read so far; live: those in the unfinished window; kept: keys kept from earlier windows.
-    labelled: whether the live window has had a loss token (counted for `sleep_on="unlabelled"` alone).
-    absent: places of the live window that stand empty, and make it full the sooner: left padding, where windows are cut
-        by position.
+    Tensors are never changed in place; lengths are host integers, one a row.
+
+    blocks: each block's state: fast weights and convolution state, or cached keys and values.
+    start: the GDN blocks' states when the open window began, which refining passes go back to; None
+        for attention, and where sleep replays.
+    hidden: `[B, in_window, hidden_size]`, what the looped blocks put out awake for the open window.
+        With a feed that needs it, what the loop was fed awake is joined to that along the last
+        axis. None with one pass, and where sleep replays.
+    writes: what each GDN block of the loop wrote in the open window, `[B, in_window, ...]`, where
+        sleep replays; None with one pass, and for every other block.
+    position: tokens read so far, and so where the next one stands.
+    in_window: those of them in the open window.
+    carried: keys and values carried over from earlier windows (`eviction="sliding"`).
+    labelled: whether the open window has had a token with loss (`sleep_on="unlabelled"` alone).
+    padded: places of the open window that padding takes up (`windows_by="positions"` alone).
     """
 
     blocks: tuple[BlockState, ...]
     start: tuple[GDNState | None, ...]
     hidden: Tensor | None
-    writes: tuple[GDNWrites | None, ...]
-    seen: Lengths
-    live: Lengths
-    kept: Lengths
+    writes: tuple[ReplayInputs | None, ...]
+    position: Lengths
+    in_window: Lengths
+    carried: Lengths
     labelled: tuple[bool, ...]
-    absent: Lengths
+    padded: Lengths
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> "SleepState":
-        """The same state elsewhere, or in another dtype; fast weights stay float32, or float64 for dtype float64."""
+        """The same state elsewhere, or in another dtype, fast weights no narrower than float32."""
 
-        def move(state: BlockState | GDNWrites | None) -> BlockState | GDNWrites | None:
+        def move(state: BlockState | ReplayInputs | None) -> BlockState | ReplayInputs | None:
             if state is None:
                 return None
             moved = type(state)(*(x.to(device=device, dtype=dtype) for x in state))
@@ -57,10 +61,11 @@ class SleepState(NamedTuple):
     def select(self, rows: Sequence[int]) -> "SleepState":
         """The state of these rows, in this order; a row may come several times."""
         index = ragged.tensor(rows, self.blocks[0][0].device)
-        seen, live, kept, labelled, absent = (
-            tuple(values[b] for b in rows) for values in (self.seen, self.live, self.kept, self.labelled, self.absent)
+        position, in_window, carried, labelled, padded = (
+            tuple(values[b] for b in rows)
+            for values in (self.position, self.in_window, self.carried, self.labelled, self.padded)
         )
-        held = ragged.add(kept, live)
+        cache_lengths = ragged.add(carried, in_window)
 
         def pick(x: Tensor, width: int | None = None) -> Tensor:
             return x.index_select(0, index)[:, :width]  # no wider than the longest of these rows
@@ -68,17 +73,19 @@ class SleepState(NamedTuple):
         def picked(s: tuple | None, width: int | None = None) -> tuple | None:
             return s if s is None else type(s)(*(pick(x, width) for x in s))
 
-        blocks = tuple(picked(s, None if isinstance(s, GDNState) else max(held)) for s in self.blocks)
-        hidden = None if self.hidden is None or max(live) == 0 else pick(self.hidden, max(live))
-        writes = tuple(None if max(live) == 0 else picked(w, max(live)) for w in self.writes)
-        return SleepState(blocks, tuple(map(picked, self.start)), hidden, writes, seen, live, kept, labelled, absent)
+        blocks = tuple(picked(s, None if isinstance(s, GDNState) else max(cache_lengths)) for s in self.blocks)
+        hidden = None if self.hidden is None or max(in_window) == 0 else pick(self.hidden, max(in_window))
+        writes = tuple(None if max(in_window) == 0 else picked(w, max(in_window)) for w in self.writes)
+        return SleepState(
+            blocks, tuple(map(picked, self.start)), hidden, writes, position, in_window, carried, labelled, padded
+        )
 
     def detach(self) -> "SleepState":
         """The same state, cut from the autograd graph (truncated backpropagation)."""
         return self._each(Tensor.detach)
 
     def recordable(self) -> "SleepState":
-        """The same state, with copies of what was made under inference_mode: autograd can't save those tensors."""
+        """The same state, with copies of inference_mode's tensors, which autograd can't save."""
         return self._each(lambda x: x.clone() if x.is_inference() else x)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "SleepState":

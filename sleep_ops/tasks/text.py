@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from sleep_ops.checks import check_choice, check_count, check_flags, expect
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
 from sleep_ops.tokenizer import load_tokenizer
-from sleep_ops.validation import check_choice, check_count, check_flags, expect
 
 OVERFLOWS = ("error", "cut")
 _SETTINGS = ("data", "tokenizer", "eval_data", "held_out", "seq_len", "overflow", "end_token", "level", "digest")

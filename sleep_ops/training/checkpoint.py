@@ -1,8 +1,9 @@
 """Checkpoints that are either whole or not there.
 
-A checkpoint is a folder `step-00000600` with model.safetensors, state.pt (optimisers, random generators, position in
-the data) and manifest.json (sizes and SHA-256 of the other two). It is written under a temporary name, flushed to disk
-and then renamed, so a folder with the final name is complete; the manifest catches what happens to it afterwards.
+A checkpoint is a folder `step-00000600` with model.safetensors, state.pt (optimisers, random
+generators, position in the data) and manifest.json (sizes and SHA-256 of the other two). It is
+written under a temporary name, flushed to disk and then renamed, so a folder with the final name is
+complete; the manifest catches what happens to it afterwards.
 """
 
 import hashlib
@@ -43,7 +44,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder`/step-XXXXXXXX and delete all but the newest `keep`.
 
-    model  a state dict. state  nested dicts, lists, numbers, strings and tensors only (it is read with weights_only).
+    model: a state dict.
+    state: nested dicts, lists, numbers, strings and tensors only (it is read with weights_only).
     """
     final = checkpoint_path(folder, step)
     with whole_folder(final) as temporary:
@@ -69,7 +71,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint folder, on the CPU. Raises CheckpointError unless every byte is as it was written."""
+    """Read one checkpoint folder, on the CPU.
+
+    Raises CheckpointError unless every byte is as it was written.
+    """
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
         if manifest["version"] != _VERSION:

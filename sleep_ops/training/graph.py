@@ -1,7 +1,8 @@
-"""Forward, loss and backward of a training step as CUDA graphs: recorded once, then launched as one.
+"""Forward, loss and backward of a training step as a CUDA graph: recorded once, then launched.
 
-A step of a small model is thousands of short kernels, one or more for every window, pass and block, and the host can't
-queue them as fast as a GPU runs them. What they are depends on shapes and on where loss is taken, not on tokens.
+A step of a small model is thousands of short kernels, one or more for every window, pass and block,
+and the host can't queue them as fast as a GPU runs them. What they are depends on shapes and on
+where loss is taken, not on tokens.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sleep_ops.model.hybrid import SleepHybridModel
+from sleep_ops.model.sleeping import Call
 from sleep_ops.tasks import Batch
 
 MAX_GRAPHS = 3  # each keeps the memory of a whole step's activations
@@ -19,11 +21,15 @@ WARM_UP = 3  # steps before recording: kernels are compiled, libraries allocate 
 
 
 class StepGraphs:
-    """Losses and gradients of a model in training, by one graph for every kind of batch among the first few.
+    """Losses and gradients of a model in training, by one graph for every kind of batch.
 
-    Batches are of a kind that agree in shapes, dtypes, loss mask and number of passes: all that the host decides by.
-    context: makes the context (autocast) of the forward. Gradients stand in buffers of their own,
-    the same for all graphs; clearing a parameter's `.grad` doesn't free them.
+    Batches are of a kind that agree in shapes, dtypes, loss mask and number of passes: all that the
+    host decides by.
+
+    context: makes the context (autocast) of the forward.
+
+    Gradients stand in buffers of their own, the same for all graphs; clearing a parameter's `.grad`
+    doesn't free them.
     """
 
     def __init__(self, model: SleepHybridModel, context: Callable[[], AbstractContextManager]):
@@ -36,12 +42,13 @@ class StepGraphs:
         return len(self._graphs)
 
     def __call__(self, batch: Batch, passes: int | None = None) -> Tensor | None:
-        """The loss of `batch`, its gradients left in the parameters; both are overwritten by the next call.
+        """The loss of `batch`, its gradients left in the parameters; the next call overwrites both.
 
         passes: N, instead of the model's.
 
-        None, and nothing done, where no graph serves: for a loss mask that is not on the CPU, padding, endless passes,
-        rows of which some sleep and others don't, and for further kinds of batches once there are MAX_GRAPHS.
+        None, and nothing done, where no graph serves: for a loss mask that is not on the CPU,
+        padding, endless passes, rows of which some sleep and others don't, and for further kinds of
+        batches once there are MAX_GRAPHS.
         """
         kind = self._kind(batch, passes)
         if kind is None or (kind not in self._graphs and len(self) == MAX_GRAPHS):
@@ -67,9 +74,9 @@ class _StepGraph:
 
     def __init__(self, owner: StepGraphs, batch: Batch, passes: int | None):
         self.owner = owner
-        reading = owner.model.plan(batch.input_ids, **batch.arguments(), passes=passes, return_state=False)
-        self.ids, self.labels = reading.ids.clone(), reading.labels.clone()
-        self.reading = reading._replace(ids=self.ids, labels=self.labels)
+        plan = owner.model.plan(Call(batch.input_ids, **batch.arguments(), passes=passes, return_state=False))
+        self.ids, self.labels = plan.ids.clone(), plan.labels.clone()
+        self.plan = plan._replace(ids=self.ids, labels=self.labels)
         self.loss = torch.empty((), device=self.ids.device)
         self.used: list[bool] = []
         self.launch = _record(self._step, self.ids.device)
@@ -86,7 +93,7 @@ class _StepGraph:
     def _step(self) -> None:
         owner = self.owner
         with owner.context():  # left again inside the graph: weights that autocast has cast must not outlive a step
-            loss = owner.model.run(self.reading).loss
+            loss = owner.model.run(self.plan).loss
         # Not backward(), whose accumulators belong to the stream of whatever graph has kept them alive.
         found = torch.autograd.grad(loss, owner.parameters, allow_unused=True)
         self.used = [x is not None for x in found]

@@ -1,4 +1,4 @@
-"""A run's records: CSV files that a resumed run continues exactly, TensorBoard where installed, a progress bar."""
+"""A run's records: CSV files that a resumed run continues, TensorBoard, a progress bar."""
 
 import csv
 import io
@@ -12,7 +12,10 @@ from sleep_ops.files import write_atomically
 
 
 class CsvLog:
-    """Rows of `path`, appended. Opened at `step`, it first drops rows of later steps (a stopped run's surplus)."""
+    """Rows of `path`, appended.
+
+    Opened at `step`, it first drops rows of later steps (a stopped run's surplus).
+    """
 
     def __init__(self, path: Path, columns: list[str], step: int):
         self.columns = columns
@@ -53,7 +56,7 @@ def tensorboard_writer(folder: Path, step: int):
 
 
 class RunLog:
-    """What a run writes of itself, from `step` on: metrics, evaluations, TensorBoard events in a folder `board`.
+    """What a run writes of itself, from `step` on: metrics, evaluations, TensorBoard events.
 
     active: False for one that writes nothing.
     """
@@ -99,7 +102,7 @@ class RunLog:
 
 
 class ProgressBar:
-    """Loss, tokens per second and time left; a plain line now and then where the output is not a terminal."""
+    """Loss, tokens per second and time left; plain lines where the output is not a terminal."""
 
     def __init__(self, console: Console, label: str, step: int, steps: int, every: float = 15.0):
         self._console, self._label, self._steps, self._every = console, label, steps, every

@@ -9,9 +9,9 @@ _HEAD_NAMES = ("lm_head", "head", "output_head", "unembed")
 def split_parameters(model: nn.Module) -> tuple[dict, dict]:
     """Name -> parameter of (Muon's, AdamW's) share of the trainable parameters.
 
-    Muon gets the weights of nn.Linear modules, except an output head (a module called lm_head, head, output_head or
-    unembed, or one that shares its weight with an embedding). Embeddings, heads, norms, convolutions, biases and free
-    parameters (A_log, dt_bias) are AdamW's.
+    Muon gets the weights of nn.Linear modules, except an output head (a module called lm_head,
+    head, output_head or unembed, or one that shares its weight with an embedding). Embeddings,
+    heads, norms, convolutions, biases and free parameters (A_log, dt_bias) are AdamW's.
     """
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = {
@@ -38,8 +38,10 @@ def build_optimizers(
 ) -> dict[str, Optimizer]:
     """{"muon": ..., "adamw": ...}, each only where it has parameters.
 
-    Weight decay applies to the weights of nn.Linear and nn.Embedding modules, unless they are marked
-    `_no_weight_decay = True`, and to nothing else. matrix_optimizer: Muon, or one for matrices kept in other ways.
+    Weight decay applies to the weights of nn.Linear and nn.Embedding modules, unless they are
+    marked `_no_weight_decay = True`, and to nothing else.
+
+    matrix_optimizer: Muon, or one for matrices kept in other ways.
     """
     weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
 

@@ -1,9 +1,9 @@
-"""A run in several processes, as `torchrun` starts them: who they are, and what they tell one another.
+"""A run in several processes, as `torchrun` starts them, and what they tell one another.
 
-Every process makes the whole batch of a step and trains on rows of its own. Gradients are summed once a step, after the
-last backward: windows and passes share the weights, so a gradient is complete only when the first window's backward is,
-and no earlier sum could hide behind the computation. It also leaves every process free to read as many windows as its
-rows need.
+Every process makes the whole batch of a step and trains on rows of its own. Gradients are summed
+once a step, after the last backward: windows and passes share the weights, so a gradient is
+complete only when the first window's backward is, and no earlier sum could hide behind the
+computation. It also leaves every process free to read as many windows as its rows need.
 """
 
 import atexit
@@ -25,7 +25,11 @@ _BUCKET = 1 << 24  # elements in one sum of gradients
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: this one's rank among `size`, and their group for messages between hosts."""
+    """The processes of a run.
+
+    rank: this one's among `size`.
+    hosts: their group for messages between hosts; None for one process.
+    """
 
     rank: int = 0
     size: int = 1
@@ -33,7 +37,7 @@ class World:
 
     @classmethod
     def join(cls, device: torch.device) -> "World":
-        """The processes that `torchrun` started, or those of a process group that is there already; else this alone.
+        """The processes of `torchrun`, or of a process group that is there already; else this one.
 
         device: where this process trains; gradients travel by NCCL from GPUs and by gloo from CPUs.
         """
@@ -53,8 +57,8 @@ class World:
         """Whether this is the first process: it alone evaluates, writes and prints."""
         return self.rank == 0
 
-    def first(self, function: Callable[[], Any]) -> Any:
-        """What function() returns in the first process, in all of them; what it raises there, all raise."""
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """function() in the first process; all return what it returns, or raise what it raises."""
         if self.size == 1:
             return function()
         told: list = [None, None]
@@ -68,7 +72,7 @@ class World:
             raise told[1]
         return told[0]
 
-    def largest(self, values: Sequence[int]) -> list[int]:
+    def max(self, values: Sequence[int]) -> list[int]:
         """Number by number, the largest that a process has."""
         if self.size == 1:
             return list(values)
@@ -76,7 +80,7 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.hosts)
         return tensor.tolist()
 
-    def all(self, value: object) -> list:
+    def all_gather(self, value: object) -> list:
         """Every process's value, in the order of their ranks."""
         found = [value] * self.size
         if self.size > 1:
@@ -91,7 +95,7 @@ class World:
 
 
 class Replicated:
-    """A model that every process holds as a whole ("ddp"): what a step needs to know of how parameters are kept.
+    """A model that every process holds as a whole ("ddp"), and what a step does with it.
 
     model: moved to `device`; the same one in every process.
     """
@@ -108,7 +112,7 @@ class Replicated:
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
-        """Within it parameters are whole and backward passes run; after it, they have the sums of their gradients."""
+        """Backward passes run within it, on whole parameters; after it, gradients are summed."""
         yield
         if self.world.size == 1:
             return
@@ -123,15 +127,15 @@ class Replicated:
             torch._foreach_copy_(bucket, [part.view_as(x) for part, x in zip(parts, bucket, strict=True)])
 
     def used(self, gradients: Iterator[Tensor | None]) -> list[int]:
-        """Which of the gradients any process has; what none has stays None, as in a run of one process."""
-        return self.world.largest([x is not None for x in gradients])
+        """Which of the gradients any process has; what none has stays None, as in one process."""
+        return self.world.max([x is not None for x in gradients])
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Clip the gradients to a global norm, and return what it was."""
         return nn.utils.clip_grad_norm_(parameters, limit)
 
     def whole(self, state: Any) -> Any:
-        """Nested dicts and lists with every tensor whole, as one process would have it; the first process's alone."""
+        """Nested dicts and lists with every tensor whole; for the first process alone."""
         return state
 
     def split(self, state: dict, optimizer: Optimizer) -> dict:
@@ -140,7 +144,7 @@ class Replicated:
 
 
 def local_device(device: str) -> str:
-    """The `device` of this process: with several on a node, "auto" and "cuda" are the GPU with its local rank.
+    """The `device` of this process: of several on a node, the GPU with its local rank.
 
     Raises ValueError where several processes are to use one GPU.
     """

@@ -27,9 +27,10 @@ OWN = (CHECKPOINTS, BOARD, METRICS_FILE, EVAL_FILE)  # what a run writes beside 
 
 
 def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
-    """The model a run begins with, on the CPU; new weights are drawn from the run's seed (the same on every device).
+    """The model a run begins with, on the CPU; new weights are drawn from the run's seed.
 
-    weights: False leaves those of a checkpoint folder unread, for a model whose own are about to be loaded.
+    weights: False leaves those of a checkpoint folder unread, for a model whose own are about to be
+        loaded.
     """
     torch.manual_seed(config.train.seed)
     if "folder" in config.model:
@@ -61,7 +62,10 @@ def check_vocabulary(model: nn.Module, task: Task) -> None:
 
 
 def load_run(folder: Path, *, device: str = "auto", warn=print) -> tuple[RunConfig, Task, nn.Module, int]:
-    """The configuration, task, trained model and step of a run folder. ValueError where it holds no checkpoint."""
+    """The configuration, task, trained model and step of a run folder.
+
+    ValueError where it holds no checkpoint.
+    """
     config = RunConfig.load(folder)
     checkpoint = load_newest(folder / CHECKPOINTS, warn)
     if checkpoint is None:
@@ -76,7 +80,8 @@ def newest_checkpoint(config: RunConfig, folder: Path, warn, *, extend: bool = F
 
     extend: a run that has taken all its steps may be given more.
 
-    ValueError where the folder holds a run with other settings, a run's files without one, or files for folders.
+    ValueError where the folder holds a run with other settings, a run's files without one, or files
+    for folders.
     """
     if not (folder / CONFIG_FILE).exists():
         found = [name for name in OWN if kind(folder / name)]
@@ -100,7 +105,7 @@ def newest_checkpoint(config: RunConfig, folder: Path, warn, *, extend: bool = F
 
 
 @contextmanager
-def alone(folder: Path):
+def locked(folder: Path):
     """Hold a run folder against a second trainer, which would overwrite this one's records."""
     if fcntl is None:
         yield
@@ -118,7 +123,7 @@ def alone(folder: Path):
 
 def clear_run(folder: Path) -> None:
     """Delete a run's own files in `folder`, and nothing else."""
-    with alone(folder):
+    with locked(folder):
         for name in (CONFIG_FILE, *OWN):
             remove(folder / name)
 
@@ -132,7 +137,7 @@ def autocast(precision: str, device: torch.device):
 
 @contextmanager
 def deterministic(device: torch.device):
-    """The same seed gives the same bits: PyTorch's deterministic algorithms while a CUDA run trains.
+    """The same seed gives the same bits: deterministic algorithms while a CUDA run trains.
 
     Where an operation has none, PyTorch warns. The CPU needs nothing.
     """

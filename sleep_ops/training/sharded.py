@@ -1,8 +1,9 @@
-"""A model split over the processes of a run by FSDP2 (`fully_shard`), and Muon for matrices that are.
+"""A model split over the processes of a run by FSDP2, and Muon for matrices that are.
 
-Between steps a process holds its part of every parameter and of the optimiser's state. For a step the parameters are
-gathered once, block by block, and let go after the last backward, instead of around every call of a block: there is one
-for each window and pass, and how many depends on the rows a process has.
+Between steps a process holds its part of every parameter and of the optimiser's state. For a step
+the parameters are gathered once, block by block, and let go after the last backward, instead of
+around every call of a block: there is one for each window and pass, and how many depends on the
+rows a process has.
 """
 
 import warnings
@@ -21,7 +22,7 @@ from sleep_ops.training.parallel import Replicated, World
 
 
 class ShardedMuon(Muon):
-    """Muon for sharded matrices: momentum stays in parts, and the update is gathered to be orthogonalised whole."""
+    """Muon for sharded matrices: momentum stays in parts, updates are orthogonalised whole."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -121,7 +122,7 @@ class Sharded(Replicated):
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered at a time: a model's blocks, which are the members of its outermost lists of modules."""
+    """What is gathered at a time: blocks, the members of a model's outermost lists of modules."""
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from child.children()

@@ -1,4 +1,4 @@
-"""The training loop: one recipe for every task and any number of processes, stopped and taken up without a trace."""
+"""The training loop: for every task and any number of processes, stopped and resumed exactly."""
 
 import math
 import signal
@@ -29,12 +29,12 @@ from sleep_ops.training.run import (
     CHECKPOINTS,
     EVAL_FILE,
     METRICS_FILE,
-    alone,
     autocast,
     build_model,
     check_vocabulary,
     clear_run,
     deterministic,
+    locked,
     newest_checkpoint,
     select_parameters,
 )
@@ -49,8 +49,15 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """step reached; whether the run is over, by its last step or an early stop; the signal that stopped it, if one did;
-    the last evaluation; seconds of training over all sessions; steps skipped."""
+    """What a session of training came to.
+
+    step: the one reached.
+    finished: whether the run is over, by its last step or an early stop.
+    signal: the one that stopped it, if one did.
+    evaluation: the last one.
+    seconds: of training, over all sessions.
+    skipped: steps without a finite loss and gradient.
+    """
 
     step: int
     finished: bool
@@ -63,14 +70,17 @@ class TrainResult:
 class Trainer:
     """Trains `config` in the folder `out`.
 
-    resume  take up the newest whole checkpoint of `out`, if there is one; otherwise the run begins anew, and a run
-            already there is deleted. ValueError where the folder holds a different run.
-    extend  take up a run that has taken all its steps with more of them too; the learning rates of those are the ones
-            that so many steps have there.
-    model   the module to train, where it is not the one that `config.model` describes.
+    resume: take up the newest whole checkpoint of `out`, if there is one; otherwise the run begins
+        anew, and a run already there is deleted. ValueError where the folder holds another run.
+    extend: take up a run that has taken all its steps with more of them too; their learning rates
+        are those that so many steps have there.
+    label: of the progress bar.
+    model: the module to train, where it is not the one that `config.model` describes.
+    task: likewise, for `config.task`.
 
-    Under `torchrun` every process makes a trainer with the same arguments and calls the same methods. All see the same
-    results and errors; the first one evaluates, writes and prints. How many there are may change between sessions.
+    Under `torchrun` every process makes a trainer with the same arguments and calls the same
+    methods. All see the same results and errors; the first one evaluates, writes and prints. How
+    many there are may change between sessions.
     """
 
     def __init__(
@@ -95,7 +105,7 @@ class Trainer:
             raise ValueError(f"batch_size: expected at least {self.world.size}, one per process, got {t.batch_size}")
         self.console = (console or Console()) if self.world.main else Console(quiet=True)
         self.task = task or build_task(config.task)
-        self.world.first(partial(check_folder, "out", self.out))
+        self.world.on_main(partial(check_folder, "out", self.out))
         checkpoint = self._newest(extend) if resume else None
         model = model or build_model(config, weights=checkpoint is None)
         if checkpoint is not None:
@@ -127,7 +137,7 @@ class Trainer:
             torch.manual_seed(t.seed + self.world.rank)  # dropout differs from process to process
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.world.first(partial(self._begin, resumed=checkpoint is not None))
+        self.world.on_main(partial(self._begin, resumed=checkpoint is not None))
         self._noted: int | None = None  # a signal to this process
         self._signal: int | None = None  # one to any process, known to all
 
@@ -140,10 +150,11 @@ class Trainer:
         return self.step >= t.steps or reached or (t.patience is not None and self.stale >= t.patience)
 
     def fit(self, until: int | None = None) -> TrainResult:
-        """Train up to step `until` (default: the last), evaluating, logging and checkpointing on the way.
+        """Train up to step `until` (default: the last), with evaluations, logs and checkpoints.
 
-        SIGTERM and the first Ctrl-C, to any process, end the step in hand, save and return; a second Ctrl-C raises
-        KeyboardInterrupt. Raises TrainingDiverged after `max_skipped` steps in a row without a finite gradient.
+        SIGTERM and the first Ctrl-C, to any process, end the step in hand, save and return; a
+        second Ctrl-C raises KeyboardInterrupt. Raises TrainingDiverged after `max_skipped` steps in
+        a row without a finite gradient.
         """
         t = self.config.train
         last = t.steps if until is None else min(until, t.steps)
@@ -166,7 +177,7 @@ class Trainer:
             ProgressBar(self.console, self.label, self.step, t.steps) as bar,
             ThreadPoolExecutor(1, thread_name_prefix="data") as pool,
         ):
-            self.world.first(lambda: stack.enter_context(alone(self.out)))
+            self.world.on_main(lambda: stack.enter_context(locked(self.out)))
             coming = pool.submit(self._make_batch, self.step)
             mark, mark_step = time.perf_counter(), self.step
             while not self._stopped() and self.step < last and not self.finished:
@@ -220,14 +231,14 @@ class Trainer:
                 )
 
         with self.layout.gathered():
-            return self.world.first(score)
+            return self.world.on_main(score)
 
     def save(self) -> Path:
-        """Write a checkpoint of everything the next step depends on: the same, however many processes there are."""
+        """Write a checkpoint of all the next step needs: the same for any number of processes."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        first, *others = self.world.all(rng)
+        first, *others = self.world.all_gather(rng)
         state = {
             "optimizers": {name: self.layout.whole(o.state_dict()) for name, o in self.optimizers.items()},
             "rng": first,
@@ -241,10 +252,10 @@ class Trainer:
         }
         model = self.layout.whole(self.model.state_dict())
         keep = self.config.train.keep_checkpoints
-        return self.world.first(lambda: save_checkpoint(self.out / CHECKPOINTS, self.step, model, state, keep=keep))
+        return self.world.on_main(lambda: save_checkpoint(self.out / CHECKPOINTS, self.step, model, state, keep=keep))
 
     def whole_model(self) -> nn.Module | None:
-        """The model with all its parameters in one piece, on the CPU if they are shared out; the first process's alone.
+        """The model with all its parameters, in the first process; on the CPU if they were shared out.
 
         Every process has to call it.
         """
@@ -258,7 +269,10 @@ class Trainer:
         return model
 
     def _train_step(self, batch: Batch) -> dict:
-        """One optimiser step. Skipped, but counted, where the loss or the gradient norm is not finite."""
+        """One optimiser step.
+
+        Skipped, but counted, where the loss or the gradient norm is not finite.
+        """
         t = self.config.train
         factor = t.learning_rate_factor(self.step)
         rates = {"muon": t.lr_muon * factor, "adamw": t.lr_adamw * factor}
@@ -289,8 +303,7 @@ class Trainer:
         }
 
     def _loss_and_gradients(self, batch: Batch) -> Tensor:
-        """The mean loss of the whole batch; its gradients are left in the parameters, of which each process has summed
-        those of its own rows."""
+        """The mean loss of the whole batch; its gradients, summed, are left in the parameters."""
         total = int(batch.loss_mask.sum())
         with self.layout.gradients():
             loss = self._own_loss(batch.rows(slice(self.world.rank, None, self.world.size)), total)
@@ -344,7 +357,10 @@ class Trainer:
         return steps * self.config.train.batch_size * self.task.seq_len
 
     def _passes(self, model: nn.Module) -> int | float | None:
-        """The model's own N; None for one that doesn't sleep. ValueError where it can't be scheduled."""
+        """The model's own N; None for one that doesn't sleep.
+
+        ValueError where it can't be scheduled.
+        """
         found = find_sleeping(model)
         passes = None if found is None else found.settings.passes
         schedule = self.config.train.passes_schedule
@@ -371,7 +387,7 @@ class Trainer:
             found = newest_checkpoint(self.config, self.out, warn, extend=extend)
             return None if found is None else found.step
 
-        step = self.world.first(look)
+        step = self.world.on_main(look)
         if step is None or self.world.main:
             return found
         return load_checkpoint(checkpoint_path(self.out / CHECKPOINTS, step))
@@ -382,7 +398,7 @@ class Trainer:
             if not resumed:
                 clear_run(self.out)
             else:
-                with alone(self.out):  # refused here rather than by `fit`
+                with locked(self.out):  # refused here rather than by `fit`
                     pass
         self.out.mkdir(parents=True, exist_ok=True)
         self.config.save(self.out)
@@ -403,7 +419,7 @@ class Trainer:
 
     def _stopped(self) -> bool:
         """Whether any process has been sent a signal."""
-        (number,) = self.world.largest([self._noted or 0])
+        (number,) = self.world.max([self._noted or 0])
         self._signal = number or None
         return self._signal is not None
 

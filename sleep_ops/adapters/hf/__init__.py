@@ -4,8 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained(folder)
     sleepify(model, window=2048, passes=4)
 
-From then on `model(...)`, `model.generate(...)`, `Trainer` and `SleepSession(model)` read every text window by window,
-with sleep in between (Algorithm 1 of arXiv 2605.26099).
+From then on `model(...)`, `model.generate(...)`, `Trainer` and `SleepSession(model)` read every
+text window by window, with sleep in between (Algorithm 1 of arXiv 2605.26099).
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +14,7 @@ OLDEST = (5, 7)
 
 
 def _require_transformers() -> None:
-    """ImportError that says what to install, where transformers is missing or too old to continue from a state."""
+    """ImportError that says what to install where transformers is missing or too old."""
     try:
         found = version("transformers")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""A transformers decoder layer as a block of `SleepStack`: explicit state in, explicit state out."""
+"""A decoder layer of transformers as a block of `SleepStack`: explicit state in and out."""
 
 from collections.abc import Callable
 
@@ -8,24 +8,28 @@ from transformers import PreTrainedConfig
 
 from sleep_ops.adapters.hf.cache import LayerCache
 from sleep_ops.adapters.hf.sharded import gathered, joined
-from sleep_ops.layers.attention import AttentionState, Segment, narrower
+from sleep_ops.checks import expect
+from sleep_ops.layers.attention import AttentionState, SpanContext, narrower
 from sleep_ops.layers.block import BlockState
-from sleep_ops.layers.mixer import GDNMixer, GDNWrites
-from sleep_ops.validation import FLOAT_DTYPES, expect
+from sleep_ops.layers.mixer import GDNMixer, ReplayInputs
+from sleep_ops.validation import FLOAT_DTYPES
 
 
 class LayerBlock:
     """One layer of a transformers model, with the methods of `layers.block.Block`.
 
-    The layer is called as its own model calls it, whole, so that hooks, adapters, FSDP and compiled layers work; so
-    `update_state` saves nothing. arguments(h, segment): what else the layer is called with, rotary positions first of
-    all. dtype: the hidden states', and so that of the states.
+    The layer is called as its own model calls it, whole, so that hooks, adapters, FSDP and compiled
+    layers work; so `update_state` saves nothing.
+
+    arguments: arguments(h, context) is what else the layer is called with, rotary positions first
+        of all.
+    dtype: the hidden states', and so that of the states.
     """
 
     def __init__(
         self,
         layer: nn.Module,
-        arguments: Callable[[Tensor, Segment], dict],
+        arguments: Callable[[Tensor, SpanContext], dict],
         config: PreTrainedConfig,
         dtype: torch.dtype,
     ):
@@ -34,32 +38,32 @@ class LayerBlock:
         self.fast_weights = self._mixer is not None
 
     def __call__(
-        self, h: Tensor, state: BlockState, segment: Segment, *, return_writes: bool = False
-    ) -> tuple[Tensor, BlockState, GDNWrites | None]:
-        """h `[B, T, hidden]` at `segment` -> (h, the state after it, what it wrote or None where that is not asked)."""
-        cache = LayerCache(state, segment, record=return_writes)
+        self, h: Tensor, state: BlockState, context: SpanContext, *, return_writes: bool = False
+    ) -> tuple[Tensor, BlockState, ReplayInputs | None]:
+        """h `[B, T, hidden]` of a span -> (h, the state after it, what it wrote if asked for)."""
+        cache = LayerCache(state, context, record=return_writes)
         h = self.layer(
             h,
             attention_mask=None
             if self.fast_weights
-            else segment.mask(narrower(segment.window, self._sliding_window())),
+            else context.mask(narrower(context.window, self._sliding_window())),
             past_key_values=cache,
             use_cache=True,
-            sleep_segment=segment,
-            **self._arguments(h, segment),
+            sleep_context=context,
+            **self._arguments(h, context),
         )
         dropped = "a layer that left no state: transformers' own checkpointing drops it"
         expect(cache.after is not None, "gradient checkpointing", "that of the sleeping model as a whole", dropped)
         return joined(self.layer, h, cache.after, cache.writes)
 
     def update_state(
-        self, h: Tensor, state: BlockState, segment: Segment, *, return_writes: bool = False
-    ) -> tuple[BlockState, GDNWrites | None]:
+        self, h: Tensor, state: BlockState, context: SpanContext, *, return_writes: bool = False
+    ) -> tuple[BlockState, ReplayInputs | None]:
         """The state and writes of `__call__`."""
-        return self(h, state, segment, return_writes=return_writes)[1:]
+        return self(h, state, context, return_writes=return_writes)[1:]
 
     def replay(
-        self, writes: GDNWrites, fast_weights: Tensor, passes: int | float, lengths: Tensor | None = None
+        self, writes: ReplayInputs, fast_weights: Tensor, passes: int | float, lengths: Tensor | None = None
     ) -> Tensor:
         """See `GDNMixer.replay`."""
         replay = gathered(self.layer, "replay", self._mixer.replay)

@@ -1,7 +1,7 @@
 """One layer's explicit state in the shape of a transformers cache, for the time of one call.
 
-transformers changes its caches in place, which autograd can't follow through a second pass. A `LayerCache` holds the
-state a layer starts from, and after the call the new tensors it left.
+transformers changes its caches in place, which autograd can't follow through a second pass. A
+`LayerCache` holds the state a layer starts from, and after the call the new tensors it left.
 """
 
 import math
@@ -11,57 +11,64 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sleep_ops import ragged
-from sleep_ops.layers.attention import AttentionState, Segment, narrower
+from sleep_ops.checks import expect
+from sleep_ops.layers.attention import AttentionState, SpanContext, narrower
 from sleep_ops.layers.block import BlockState
-from sleep_ops.layers.mixer import GDNMixer, GDNWrites
+from sleep_ops.layers.mixer import GDNMixer, ReplayInputs
 from sleep_ops.ops.attention import causal_attention
-from sleep_ops.validation import expect
 
 ATTENTION = "sleep_ops"  # this project's attention among those of transformers
 
 
 class LayerCache:
-    """The state of a layer before a segment; once the layer was called, also the one after it.
+    """The state of a layer before a span; once the layer was called, also the one after it.
 
-    after is None until then. writes: what a fast-weight layer wrote, if `record`. A layer called once more with the
-    same cache (to compute it again in the backward pass) finds it as it was.
+    after: None until then.
+    writes: what a fast-weight layer wrote, if `record`.
+
+    A layer called once more with the same cache (to compute it again in the backward pass) finds
+    it as it was.
     """
 
-    def __init__(self, state: BlockState, segment: Segment, *, record: bool = False):
-        self.before, self.segment, self.record = state, segment, record
+    def __init__(self, state: BlockState, context: SpanContext, *, record: bool = False):
+        self.before, self.context, self.record = state, context, record
         self.after: BlockState | None = None
-        self.writes: GDNWrites | None = None
+        self.writes: ReplayInputs | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """What transformers' attention calls: keys and values `[B, HKV, T, D]` are appended, and all returned."""
-        held, lengths = self.segment.held, self.segment.lengths
+        """What transformers' attention calls: keys and values `[B, HKV, T, D]` -> all so far."""
+        cache_lengths, lengths = self.context.cache_lengths, self.context.lengths
         new = (x.transpose(1, 2) for x in (keys, values))
         pairs = zip(self.before, new, strict=True)
-        self.after = AttentionState(*(ragged.append(old.to(x.dtype), held, x, lengths) for old, x in pairs))
+        self.after = AttentionState(*(ragged.append(old.to(x.dtype), cache_lengths, x, lengths) for old, x in pairs))
         return self.after.keys.transpose(1, 2), self.after.values.transpose(1, 2)
 
     def mix(self, mixer: GDNMixer, x: Tensor) -> Tensor:
         """What this project's mixers call: x `[B, T, hidden_size]` -> the same shape."""
-        lengths = self.segment.length_tensor
+        lengths = self.context.length_tensor
         y, self.after, writes = mixer.read(x, state=self.before, lengths=lengths, return_writes=True)
         self.writes = writes if self.record else None
         return y
 
 
 def attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
-    """transformers' attention interface: query `[B, H, T, D]`, key, value `[B, HKV, S, D]` -> (`[B, T, H, D]`, None).
+    """transformers' attention interface -> (`[B, T, H, D]`, None).
 
-    Inside a window, which the layer is told of as `sleep_segment`: causal attention to the keys of the segment's cache,
-    by flash-attn where that is installed; attention_mask is the segment's. Raises ValueError for a layer that is called
-    past the sleeping forward passes, as by the unbound one of its class.
+    query: `[B, H, T, D]`.
+    key, value: `[B, HKV, S, D]`.
+
+    Inside a window, which the layer is told of as `sleep_context`: causal attention to the keys of
+    the span's cache, by flash-attn where that is installed; attention_mask is the span's. Raises
+    ValueError for a layer that is called past the sleeping forward passes, as by the unbound one of
+    its class.
     """
-    segment, backend = options.get("sleep_segment"), options.get("sleep_backend", "auto")
+    context, backend = options.get("sleep_context"), options.get("sleep_backend", "auto")
     past = "a call from elsewhere; a model that is not to sleep takes set_attn_implementation('sdpa')"
-    expect(segment is not None, "forward", "model(...) or model.model(...) of a model after sleepify", past)
+    expect(context is not None, "forward", "model(...) or model.model(...) of a model after sleepify", past)
     scaling = options.get("scaling")
     if scaling is not None and not math.isclose(scaling, query.shape[-1] ** -0.5):
         query = query * (scaling * query.shape[-1] ** 0.5)
-    window = narrower(segment.window, options.get("sliding_window"))
+    window = narrower(context.window, options.get("sliding_window"))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return causal_attention(q, k, v, window=window, mask=attention_mask, backend=backend), None
 

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from sleep_ops.validation import expect
+from sleep_ops.checks import expect
 
 # Model types whose linear-attention mixer is the gated delta rule with one decay per head.
 HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "qwen3_next")
@@ -24,7 +24,7 @@ _REASONS = {
 
 
 def check_family(model: PreTrainedModel) -> None:
-    """Raises ValueError, with the reason and what is supported, for a model that can't sleep as it is."""
+    """Raises ValueError, with the reason, for a model that can't sleep as it is."""
     expect(isinstance(model, PreTrainedModel), "model", "a transformers causal language model", type(model).__name__)
     kind, config = model.config.model_type, model.config
     known = HYBRIDS + ATTENTION_ONLY
@@ -43,7 +43,7 @@ def check_family(model: PreTrainedModel) -> None:
 
 
 def check_fast_weights(model: PreTrainedModel) -> None:
-    """Raises ValueError for a model without a single fast-weight layer: it could not remember what it evicts."""
+    """Raises ValueError for a model without fast weights: it would forget what it evicts."""
     if model.config.model_type in ATTENTION_ONLY and not hasattr(model.model, "fast_weights"):
         raise ValueError(
             "model: expected fast-weight layers, which keep what is evicted, got an attention-only "
@@ -52,13 +52,16 @@ def check_fast_weights(model: PreTrainedModel) -> None:
 
 
 def check_place(model: PreTrainedModel) -> None:
-    """Raises ValueError for a model spread over several devices, or over a disk: states don't follow it there."""
+    """Raises ValueError for a model on several devices or a disk: states don't follow it there."""
     places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
     expect(len(places) <= 1 and "disk" not in places, "device_map", "one device for the whole model", places)
 
 
 def check_positions(model: PreTrainedModel) -> None:
-    """Raises ValueError for rotary frequencies that change with the call: a text read in steps would be another."""
+    """Raises ValueError for rotary frequencies that change with a call's length.
+
+    A text read in steps would be another.
+    """
     kinds = getattr(getattr(model.model, "rotary_emb", None), "rope_type", None)
     for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
         expected = (

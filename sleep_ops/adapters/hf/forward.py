@@ -1,8 +1,8 @@
 """The forward passes of a transformers model that sleeps: its own, and that of its backbone alone.
 
-Both read through the model's `HFReader`, so no door leads past sleep: whoever calls the backbone and the head himself,
-as fused and chunked losses do, or puts another forward pass in place of the model's, gets hidden states of the sleeping
-model.
+Both read through the model's `HFSleepingModel`, so no door leads past sleep: whoever calls the
+backbone and the head himself, as fused and chunked losses do, or puts another forward pass in place
+of the model's, gets hidden states of the sleeping model.
 """
 
 from dataclasses import dataclass
@@ -14,18 +14,22 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from sleep_ops.adapters.hf import inputs
+from sleep_ops.checks import expect
+from sleep_ops.model.sleeping import Call
 from sleep_ops.model.state import SleepState
-from sleep_ops.validation import expect
 
 
 @dataclass
 class SleepCausalLMOutput(ModelOutput):
     """What a sleepified model returns; what is None is left out.
 
-    loss: mean over the loss tokens, or their sum over `num_items_in_batch`. logits: `[B, T', vocab_size]`, from first
-    passes only (causal): of every position, or of the windows with loss alone, see `all_logits`; then positions,
-    int64 `[T']`, tells the columns. state: what a continuation passes as `state`, where asked for. The others are
-    always None: what general code of transformers looks for.
+    loss: mean over the loss tokens, or their sum over `num_items_in_batch`.
+    logits: `[B, T', vocab_size]`, from first passes only (causal): of every position, or of the
+        windows with loss alone, see `all_logits`.
+    positions: int64 `[T']`, the columns of the latter; None for every position.
+    state: what a continuation passes as `state`, where asked for.
+
+    The others are always None: what general code of transformers looks for.
     """
 
     loss: Tensor | None = None
@@ -41,10 +45,13 @@ class SleepCausalLMOutput(ModelOutput):
 
 @dataclass
 class SleepBackboneOutput(ModelOutput):
-    """What the backbone of a sleepified model returns; what is None is left out, and what has no shape is always None.
+    """What the backbone of a sleepified model returns; what is None is left out.
 
-    last_hidden_state: `[B, T, hidden_size]`, normed, from first passes only (causal); zero at padding. state: what a
-    continuation passes as `state`, where asked for.
+    last_hidden_state: `[B, T, hidden_size]`, normed, from first passes only (causal); zero at
+        padding.
+    state: what a continuation passes as `state`, where asked for.
+
+    The others are always None.
     """
 
     last_hidden_state: Tensor | None = None
@@ -56,7 +63,7 @@ class SleepBackboneOutput(ModelOutput):
 
 
 class Bound(partial):
-    """A function with its model, in place of a method: a bound method of another class can't be pickled."""
+    """A function with its model, in place of a method, which could not be pickled."""
 
     @property
     def __func__(self):
@@ -95,13 +102,20 @@ def forward(
     return_dict: bool | None = None,
     **options,
 ) -> SleepCausalLMOutput | tuple:
-    """Reads the text window by window, predicts awake, sleeps on full windows, evicts (Algorithm 1).
+    """Algorithm 1: reads window by window, predicts awake, sleeps on full windows, evicts.
 
-    input_ids, attention_mask (padding anywhere), labels (shifted here), shift_labels (already shifted),
-    num_items_in_batch, logits_to_keep: as in transformers. position_ids: None, plain, or those of packed sequences
-    (B = 1); cu_seqlens or cu_seq_lens_q: their borders; seq_idx: their numbers. loss_mask, passes, state, windows_by,
-    return_state: as in `SleepHybridModel.forward`. all_logits: of every window, not only of those with loss (default:
-    without labels, and in evaluation). Raises ValueError naming the argument.
+    input_ids, num_items_in_batch, logits_to_keep: as in transformers.
+    attention_mask: as in transformers; padding may stand anywhere.
+    labels: as in transformers, shifted here.
+    shift_labels: the same, already shifted.
+    position_ids: None, plain, or those of packed sequences (B = 1).
+    cu_seqlens or cu_seq_lens_q: borders of packed sequences.
+    seq_idx: their numbers.
+    loss_mask, passes, state, windows_by, return_state: as in `SleepHybridModel.forward`.
+    all_logits: of every window, not only of those with loss (default: without labels, and in
+        evaluation).
+
+    Raises ValueError naming the argument.
     """
     inputs.check_unused(self.config, options, past_key_values, inputs_embeds)
     borders, attention_mask = inputs.sequence_borders(
@@ -110,19 +124,10 @@ def forward(
     targets = inputs.shifted(labels, shift_labels, input_ids)
     if all_logits is None:
         all_logits = targets is None or not self.training or isinstance(logits_to_keep, Tensor) or logits_to_keep > 0
-    plan = self.sleep.plan(
-        input_ids,
-        targets,
-        loss_mask,
-        attention_mask,
-        passes,
-        state,
-        cu_seqlens=borders,
-        windows_by=windows_by,
-        all_logits=all_logits,
-        return_state=return_state,
-        may_lack_loss=num_items_in_batch is not None,
+    call = Call(
+        input_ids, targets, loss_mask, attention_mask, passes, state, borders, windows_by, all_logits, return_state
     )
+    plan = self.sleep.plan(call, may_lack_loss=num_items_in_batch is not None)
     nothing = targets is not None and plan.loss_tokens == 0
     if nothing:
         all_logits = True
@@ -165,11 +170,11 @@ def backbone_forward(
     return_dict: bool | None = None,
     **options,
 ) -> SleepBackboneOutput | tuple:
-    """The last hidden states of the text, read as by the model (self, not its backbone): arguments and errors as there.
+    """The last hidden states of the text, as the model (self) reads it; arguments as there.
 
-    The head makes of them the model's logits. What is meant for head and loss (`inputs.FOR_LOSS`) changes nothing, as
-    in transformers, whose forward passes hand it on. shift_labels or loss_mask say which windows have loss; one of
-    them must be given with `sleep_on="unlabelled"`.
+    The head makes of them the model's logits. What is meant for head and loss (`inputs.FOR_LOSS`)
+    changes nothing, as in transformers, whose forward passes hand it on. shift_labels or loss_mask
+    say which windows have loss; one of them must be given with `sleep_on="unlabelled"`.
     """
     options = {name: value for name, value in options.items() if name not in inputs.FOR_LOSS}
     inputs.check_unused(self.config, options, past_key_values, inputs_embeds)
@@ -181,18 +186,7 @@ def backbone_forward(
     told = loss_mask is not None or self.sleep.settings.sleep_on == "every"
     where = "a mask of the loss tokens (zeros for none) where the backbone is called by itself and sleep_on is"
     expect(told, "loss_mask", f"{where} 'unlabelled'; or call the model, with labels", None)
-    plan = self.sleep.plan(
-        input_ids,
-        None,
-        loss_mask,
-        attention_mask,
-        passes,
-        state,
-        cu_seqlens=borders,
-        windows_by=windows_by,
-        all_logits=True,
-        return_state=return_state,
-    )
-    read = self.sleep.run(plan, predict=self.model.norm)
+    call = Call(input_ids, None, loss_mask, attention_mask, passes, state, borders, windows_by, True, return_state)
+    read = self.sleep.run(self.sleep.plan(call), predict=self.model.norm)
     output = SleepBackboneOutput(last_hidden_state=read.logits, state=read.state)
     return output.to_tuple() if return_dict is False else output

@@ -1,4 +1,4 @@
-"""`model.generate` for models that sleep: transformers' settings, processors, criteria and streamers over a session."""
+"""`model.generate` for models that sleep: what transformers knows of decoding, over a session."""
 
 import copy
 
@@ -15,12 +15,15 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from sleep_ops.checks import expect
 from sleep_ops.model.session import SleepSession
-from sleep_ops.validation import expect
 
 
 def with_stop_strings(options: dict) -> dict:
-    """`generate`'s options, with stop_strings as a stopping criterion: transformers gives such loops no tokenizer."""
+    """`generate`'s options, with stop_strings as a stopping criterion.
+
+    transformers gives custom decoding loops no tokenizer.
+    """
     config, tokenizer = options.get("generation_config"), options.get("tokenizer")
     strings = options.get("stop_strings") or getattr(config, "stop_strings", None)
     if strings is None or tokenizer is None:
@@ -47,11 +50,14 @@ def generate(
     session: SleepSession | None = None,
     **model_kwargs,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """The decoding loop behind `model.generate(input_ids, custom_generate=generate)`; the default once `sleepify` ran.
+    """The decoding loop of `model.generate` once `sleepify` ran (its `custom_generate`).
 
-    passes: N, instead of the model's own. session: a `SleepSession` to go on from; input_ids then come after what it
-    has read, and in the end it has read everything returned. Greedy or sampled; the memory does not grow with the text.
-    Raises ValueError for other generation modes, for what a session doesn't give, and for another model's session.
+    passes: N, instead of the model's own.
+    session: a `SleepSession` to go on from; input_ids then come after what it has read, and in the
+        end it has read everything returned.
+
+    Greedy or sampled; the memory does not grow with the text. Raises ValueError for other
+    generation modes, for what a session doesn't give, and for another model's session.
     """
     mode = generation_config.get_generation_mode()
     possible = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)

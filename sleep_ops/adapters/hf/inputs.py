@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from sleep_ops.checks import expect
 from sleep_ops.model.state import SleepState
-from sleep_ops.validation import expect
 
 _IGNORED = ("use_cache", "return_dict", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # What forward passes of transformers, and Liger's in their place, hand on to a backbone that has no use for it.
@@ -34,7 +34,10 @@ _INSTEAD = {
 
 
 def check_cache(past_key_values, inputs_embeds, instead: str) -> None:
-    """Raises ValueError where either is given; instead: what is done in place of a cache."""
+    """Raises ValueError where either is given.
+
+    instead: what is done in place of a cache.
+    """
     if isinstance(past_key_values, SleepState):
         instead = "a SleepState is passed as state="
     got = type(past_key_values).__name__
@@ -44,7 +47,7 @@ def check_cache(past_key_values, inputs_embeds, instead: str) -> None:
 
 
 def check_unused(config: PreTrainedConfig, options: dict, past_key_values, inputs_embeds) -> None:
-    """Raises ValueError for what can't be had, asked for in the call or the configuration; unset options pass."""
+    """Raises ValueError for what can't be had, asked for in the call or the configuration."""
     check_cache(past_key_values, inputs_embeds, "a model that sleeps keeps its own state (see return_state)")
     wished = {name: getattr(config, name, None) for name in _INSTEAD if name.startswith("output_")}
     for name, value in (wished | options).items():
@@ -53,7 +56,7 @@ def check_unused(config: PreTrainedConfig, options: dict, past_key_values, input
 
 
 def shifted(labels: Tensor | None, shift_labels: Tensor | None, input_ids: Tensor) -> Tensor | None:
-    """labels[b, t + 1] at [b, t], as transformers means them; shift_labels are taken as they are."""
+    """labels[b, t + 1] at [b, t], as transformers means them; shift_labels as they are."""
     if shift_labels is not None or labels is None:
         return shift_labels
     got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
@@ -69,11 +72,14 @@ def sequence_borders(
     cu_seqlens: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(cu_seqlens of packed sequences, the mask beside them), told by cu_seqlens, seq_idx or position_ids.
+    """(cu_seqlens of packed sequences, the mask beside them) as one of the arguments tells them.
 
-    The first of these that is given counts; None for rows of one sequence each. A mask of ones says nothing and is left
-    out beside borders. Raises ValueError for input_ids or a mask that are not `[B, T]`, for positions that are neither
-    those of packed sequences nor those of plain rows, and for a seq_idx of several rows of more than one sequence.
+    The first of cu_seqlens, seq_idx and position_ids that is given counts; None for rows of one
+    sequence each. A mask of ones says nothing and is left out beside borders.
+
+    Raises ValueError for input_ids or a mask that are not `[B, T]`, for positions that are neither
+    those of packed sequences nor those of plain rows, and for a seq_idx of several rows of more
+    than one sequence.
     """
     _check_ids(input_ids, attention_mask)
     if cu_seqlens is None and seq_idx is not None:

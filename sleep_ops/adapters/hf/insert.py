@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from sleep_ops.adapters.hf.blocks import compute_dtype
 from sleep_ops.adapters.hf.families import check_family
+from sleep_ops.checks import expect
 from sleep_ops.layers.block import Block
 from sleep_ops.layers.gdn import SleepGDNLayer
-from sleep_ops.validation import expect
 
 
 def insert_fast_weights(
@@ -23,15 +23,19 @@ def insert_fast_weights(
     conv_size: int = 4,
     allow_neg_eigval: bool = False,
 ) -> PreTrainedModel:
-    """Puts a Gated DeltaNet block (norm, mixer, residual; no MLP) after each of the given layers; returns the model.
+    """Puts a Gated DeltaNet block (norm, mixer, residual; no MLP) after each of the given layers.
 
-    layers: distinct layer numbers. num_heads, head_dim: default the attention's query heads and their size; the rest as
-    in `SleepGDNLayer`. Its output projection is zero, so at the start the model computes what it did before. Only the
-    sleeping forward pass of `sleepify` runs these blocks. Their parameters are `model.fast_weights.N...`; all other
-    names stay. The configuration remembers them as `fast_weights`, for `from_pretrained` of this package.
+    layers: distinct layer numbers.
+    num_heads, head_dim: default the attention's query heads and their size; the rest as in
+        `SleepGDNLayer`.
 
-    Raises ValueError for a model of an unsupported family, for layers it does not have, and where blocks are there
-    already.
+    Returns the model, changed. Output projections are zero, so at the start it computes what it did
+    before. Only the sleeping forward pass of `sleepify` runs these blocks. Their parameters are
+    `model.fast_weights.N...`; all other names stay. The configuration remembers them as
+    `fast_weights`, for `from_pretrained` of this package.
+
+    Raises ValueError for a model of an unsupported family, for layers it does not have, and where
+    blocks are there already.
     """
     check_family(model)
     config, backbone = model.config, model.model

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sleep_ops.adapters.checkpoint import CONFIG_FILE, listed, load_weights, read_config
 from sleep_ops.adapters.hf.insert import insert_fast_weights
 from sleep_ops.adapters.hf.sleepify import sleepify
+from sleep_ops.checks import expect
 from sleep_ops.model.config import SleepSettings
-from sleep_ops.validation import expect
 
 _PORTS = {
     "jet_nemotron": "sleep_ops.adapters.jet_nemotron.JetNemotron",
@@ -20,9 +20,9 @@ _PREFIX = "model.fast_weights."
 
 
 def load_complete(folder: str | os.PathLike, **options) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`, which would make up weights that are missing or of other shapes.
+    """`AutoModelForCausalLM.from_pretrained`, which by itself makes up weights that don't fit.
 
-    ValueError, naming them, where there are any.
+    ValueError, naming them, where some are missing or of other shapes.
     """
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
     model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -38,10 +38,12 @@ def load_complete(folder: str | os.PathLike, **options) -> PreTrainedModel:
 def from_pretrained(folder: str | os.PathLike, **options) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, inserted fast weights loaded, and then `sleepify`.
 
-    options: fields of `SleepSettings` (window, passes, ...), where they differ from what the folder's configuration
-    remembers; the others go to transformers (dtype, device_map, subfolder, variant, ...). Raises ValueError as
-    `sleepify` does, and for a folder that lacks weights, those of inserted blocks included, or has them in other
-    shapes.
+    options: fields of `SleepSettings` (window, passes, ...), where they differ from what the
+        folder's configuration remembers; the others go to transformers (dtype, device_map,
+        subfolder, variant, ...).
+
+    Raises ValueError as `sleepify` does, and for a folder that lacks weights, those of inserted
+    blocks included, or has them in other shapes.
     """
     inside = Path(folder) / options.get("subfolder", "")
     if (inside / CONFIG_FILE).is_file():

@@ -1,7 +1,8 @@
-"""The gated-delta-rule mixers of transformers' hybrids on this project's kernels, with their own weights and names.
+"""The gated-delta-rule mixers of transformers' hybrids on this project's kernels.
 
-Each is a subclass of the class it stands in for, so an existing layer changes class and keeps its parameters, adapters
-and hooks. Submodules are called, never reached into, but for the weights of the convolution and of the output norm.
+Each is a subclass of the class it stands in for, so an existing layer changes class and keeps its
+parameters, adapters and hooks. Submodules are called, never reached into, but for the weights of
+the convolution and of the output norm.
 """
 
 import sys
@@ -17,30 +18,32 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 from sleep_ops.adapters.hf.cache import LayerCache
 from sleep_ops.adapters.hf.states import cached_state, store_state
-from sleep_ops.layers.mixer import GDNMixer, GDNWrites
+from sleep_ops.checks import IMPLS, check_choice, expect
+from sleep_ops.layers.mixer import GDNMixer, ReplayInputs
 from sleep_ops.ops.gated_norm import gated_rms_norm
 from sleep_ops.ops.short_conv import short_convolution
-from sleep_ops.validation import IMPLS, check_choice, expect
 
 
 class _Mixer(GDNMixer):
     """What the families share: a convolution over q, k and v, a gated norm, an output projection.
 
-    A subclass gives `_inputs(x)` -> (q, k, v joined [B, T, 2K + V], raw decay a, raw beta b, gate z [B, T, HV, V]),
-    and `_output()` -> (norm, projection).
+    A subclass gives `_inputs(x)` -> (q, k, v joined [B, T, 2K + V], raw decay a, raw beta b, gate z
+    [B, T, HV, V]), and `_output()` -> (norm, projection).
     """
 
     num_heads = property(lambda self: self.num_k_heads)
     head_dim = property(lambda self: self.head_k_dim)
     conv_size = property(lambda self: self.conv_kernel_size)
-    tail_channels = property(lambda self: 2 * self.key_dim + self.value_dim)
+    conv_channels = property(lambda self: 2 * self.key_dim + self.value_dim)
     convolutions: tuple[str, ...] = ("conv1d",)
 
     def forward(self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **kwargs):
         """Called by transformers' layers. hidden_states `[B, T, hidden_size]` -> the same shape.
 
-        cache_params: a transformers cache, whose states of this layer are read and replaced; or a `LayerCache`.
-        attention_mask `[B, T]`, 1 = real token, padding anywhere. cu_seq_lens_q: borders of packed sequences.
+        cache_params: a transformers cache, whose states of this layer are read and replaced; or a
+            `LayerCache`.
+        attention_mask: `[B, T]`, 1 = real token, padding anywhere.
+        cu_seq_lens_q: borders of packed sequences.
         """
         if isinstance(cache_params, LayerCache):
             return cache_params.mix(self, hidden_states)
@@ -57,16 +60,16 @@ class _Mixer(GDNMixer):
 
     read = GDNMixer.forward
 
-    def _project(self, x, tail, lengths, cu_seqlens):
+    def _project(self, x, conv_state, lengths, cu_seqlens):
         weights = [self._filters(name) for name in self.convolutions]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         qkv, a, b, gate = self._inputs(x)
-        qkv, tail = short_convolution(
-            qkv, weight, tail=tail, lengths=lengths, cu_seqlens=cu_seqlens, impl=self._plain_impl()
+        qkv, conv_state = short_convolution(
+            qkv, weight, tail=conv_state, lengths=lengths, cu_seqlens=cu_seqlens, impl=self._plain_impl()
         )
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         q, k = (t.unflatten(-1, (self.num_k_heads, self.head_k_dim)) for t in (q, k))
-        return q, GDNWrites(k, v.unflatten(-1, (self.num_v_heads, self.head_v_dim)), a, b), tail, gate
+        return q, ReplayInputs(k, v.unflatten(-1, (self.num_v_heads, self.head_v_dim)), a, b), conv_state, gate
 
     def _filters(self, name):
         convolution = getattr(self, name)
@@ -129,7 +132,7 @@ class SleepQwen3NextMixer(_QwenMixer, Qwen3NextGatedDeltaNet):
 
 
 class SleepOlmoHybridMixer(_Mixer, OlmoHybridGatedDeltaNet):
-    """OlmoHybridGatedDeltaNet on this project's kernels; before transformers 5.15, with three convolutions."""
+    """OlmoHybridGatedDeltaNet on this project's kernels; three convolutions before 5.15."""
 
     @property
     def convolutions(self) -> tuple[str, ...]:
@@ -156,11 +159,13 @@ MIXERS = {
 
 
 def replace_mixers(model: nn.Module, *, impl: str = "auto") -> nn.Module:
-    """Puts this project's kernels under every gated-delta-rule mixer of a live model, in place; returns the model.
+    """Puts this project's kernels under a model's gated-delta-rule mixers; returns it, changed.
 
-    impl: as in `gated_delta_rule`. Weights, their names, adapters and hooks stay; a second call changes `impl` alone.
-    In transformers 5.14, olmo_hybrid's own cache fails in its own forward pass: there, use_cache=False or `sleepify`.
-    Raises ValueError where there is no such mixer.
+    impl: as in `gated_delta_rule`.
+
+    Weights, their names, adapters and hooks stay; a second call changes `impl` alone. In
+    transformers 5.14, olmo_hybrid's own cache fails in its own forward pass: there, use_cache=False
+    or `sleepify`. Raises ValueError where there is no such mixer.
     """
     check_choice("impl", impl, IMPLS)
     found = [m for m in model.modules() if type(m) in MIXERS or isinstance(m, _Mixer)]

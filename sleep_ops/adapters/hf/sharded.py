@@ -1,7 +1,7 @@
-"""Layers sharded by FSDP2 (`fully_shard`), which gathers a layer's parameters around its calls and their backward.
+"""Layers sharded by FSDP2, which gathers parameters around a layer's calls and their backward.
 
-It sees a call's arguments and its one result. The state a layer is given and leaves travels beside them, so the
-gradients that reach the layer through the state alone have to be led past that result.
+It sees a call's arguments and its one result. The state a layer is given and leaves travels beside
+them, so the gradients that reach the layer through the state alone have to be led past that result.
 """
 
 from collections.abc import Callable
@@ -12,22 +12,22 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from sleep_ops.layers.block import BlockState
-from sleep_ops.layers.mixer import GDNWrites
+from sleep_ops.layers.mixer import ReplayInputs
 
 
 def joined(
-    layer: nn.Module, h: Tensor, state: BlockState, writes: GDNWrites | None
-) -> tuple[Tensor, BlockState, GDNWrites | None]:
-    """The same, but a gradient of any of them arrives at h, with which FSDP2 begins the layer's backward."""
+    layer: nn.Module, h: Tensor, state: BlockState, writes: ReplayInputs | None
+) -> tuple[Tensor, BlockState, ReplayInputs | None]:
+    """The same, but a gradient of any arrives at h, where FSDP2 begins the layer's backward."""
     if not isinstance(layer, FSDPModule) or not torch.is_grad_enabled():
         return h, state, writes
     h, *rest = _Joined.apply(h, *state, *(writes or ()))
     count = len(state)
-    return h, type(state)(*rest[:count]), writes if writes is None else GDNWrites(*rest[count:])
+    return h, type(state)(*rest[:count]), writes if writes is None else ReplayInputs(*rest[count:])
 
 
 def gathered(layer: nn.Module, name: str, method: Callable | None = None) -> Callable:
-    """layer's method `name` (or `method`, which becomes that); if sharded, run like a forward pass of the layer."""
+    """layer's method `name` (or `method`, which becomes that), run sharded like its forward."""
     if not isinstance(layer, FSDPModule):
         return getattr(layer, name) if method is None else method
     if name not in vars(layer):
@@ -38,7 +38,7 @@ def gathered(layer: nn.Module, name: str, method: Callable | None = None) -> Cal
 
 
 def check_gathered(weight: Tensor) -> None:
-    """Raises ValueError for a model that is read outside of its forward pass, with its parameters left sharded."""
+    """Raises ValueError for a model read outside its forward pass, its parameters sharded."""
     if isinstance(weight, DTensor):
         raise ValueError(
             "model: expected gathered parameters, got sharded ones; call the model itself, or first "

@@ -12,9 +12,9 @@ from sleep_ops.adapters.hf.families import HYBRIDS, check_family, check_fast_wei
 from sleep_ops.adapters.hf.forward import Bound, attach
 from sleep_ops.adapters.hf.generation import generate, with_stop_strings
 from sleep_ops.adapters.hf.mixers import replace_mixers
-from sleep_ops.adapters.hf.reader import HFReader
+from sleep_ops.adapters.hf.sleeping import HFSleepingModel
+from sleep_ops.checks import expect
 from sleep_ops.model.config import SleepSettings
-from sleep_ops.validation import expect
 
 
 def sleepify(
@@ -34,19 +34,20 @@ def sleepify(
 ) -> PreTrainedModel | nn.Module:
     """Makes a transformers causal language model read every text with sleep, in place; returns it.
 
-    model: of the families in `families.py` (qwen3_5, qwen3_5_moe, olmo_hybrid, qwen3_next, or an attention-only model
-    after `insert_fast_weights`), or a peft model of one. The other arguments are those of `SleepSettings`; loop counts
-    the model's layers. What is not given is as the model's configuration remembers it from an earlier call
-    (`config.sleep`, saved and loaded with the model), else `SleepSettings`' default; the first time, window must be
-    given.
+    model: of the families in `families.py` (qwen3_5, qwen3_5_moe, olmo_hybrid, qwen3_next, or an
+        attention-only model after `insert_fast_weights`), or a peft model of one.
 
-    Afterwards `model(...)` takes transformers' usual arguments and returns a `SleepCausalLMOutput`; the backbone called
-    by itself, `model.model(...)`, reads with sleep too; `model.generate` decodes through a `SleepSession`;
-    `gradient_checkpointing_enable` recomputes each (window, pass). Mixers run on this project's kernels, attention on
-    its own; weights and their names stay.
+    The other arguments are those of `SleepSettings`; loop counts the model's layers. What is not
+    given is as the model's configuration remembers it from an earlier call (`config.sleep`, saved
+    and loaded with the model), else `SleepSettings`' default; the first time, window must be given.
 
-    Raises ValueError, with the model unchanged, for a family that can't sleep, for settings that can't be, and for a
-    window longer than the model has positions.
+    Afterwards `model(...)` takes transformers' usual arguments and returns a `SleepCausalLMOutput`;
+    the backbone called by itself, `model.model(...)`, reads with sleep too; `model.generate`
+    decodes through a `SleepSession`; `gradient_checkpointing_enable` recomputes each (window,
+    pass). Mixers run on this project's kernels, attention on its own; weights and their names stay.
+
+    Raises ValueError, with the model unchanged, for a family that can't sleep, for settings that
+    can't be, and for a window longer than the model has positions.
     """
     given = {k: v for k, v in locals().items() if k != "model" and v is not None}
     whole = model
@@ -63,7 +64,7 @@ def sleepify(
     longest = getattr(model.config, "max_position_embeddings", None)
     fits = longest is None or chosen.window <= longest
     expect(fits, "window", f"at most the model's {longest} positions", chosen.window)
-    if isinstance(getattr(model, "sleep", None), HFReader) and "activation_checkpointing" not in given:
+    if isinstance(getattr(model, "sleep", None), HFSleepingModel) and "activation_checkpointing" not in given:
         kept = model.sleep.chosen.activation_checkpointing
         chosen = replace(chosen, activation_checkpointing=kept)
     for module in model.modules():  # transformers' own checkpointing would lose the states
@@ -74,7 +75,7 @@ def sleepify(
     if model.config.model_type in HYBRIDS:
         replace_mixers(model, impl=chosen.impl)
     model.set_attn_implementation(ATTENTION)
-    model.sleep = HFReader(model, chosen)
+    model.sleep = HFSleepingModel(model, chosen)
     model.config.sleep = chosen.to_dict()
     attach(model)
     model.generate = Bound(_generate, model)
@@ -85,7 +86,7 @@ def sleepify(
 
 
 def _generate(self, *args, custom_generate=generate, streamer=None, **kwargs):
-    """transformers' `generate`, decoding through a `SleepSession` unless told otherwise; see `generation.generate`."""
+    """transformers' `generate`, through a `SleepSession` unless told otherwise."""
     before = "what was read before is passed as session="
     inputs.check_cache(kwargs.get("past_key_values"), kwargs.get("inputs_embeds"), before)
     if callable(custom_generate):  # transformers itself gives such loops neither streamer nor tokenizer
@@ -95,7 +96,7 @@ def _generate(self, *args, custom_generate=generate, streamer=None, **kwargs):
 
 
 def _checkpointing_enable(self, how: object = None, every_n_layers: int = 1, offload: bool = False, **_) -> None:
-    """Recompute each (window, pass) in the backward pass; `how` PyTorch does that is not up to transformers here."""
+    """Recompute each (window, pass) in the backward pass; `how` is not up to transformers here."""
     expect(every_n_layers == 1, "every_n_layers", "1: what is recomputed is a pass over a window", every_n_layers)
     expect(not offload, "offload", "False: what is stored stays on the device", offload)
     self.sleep.chosen = replace(self.sleep.chosen, activation_checkpointing=True)

@@ -2,22 +2,25 @@
 
     from 5.14     cache.layers[i].conv_states[0], recurrent_states[0]
     before        cache.layers[i].conv_states, recurrent_states
-    olmo_hybrid before 5.15, with three convolutions   cache.conv_states_q[i], _k[i], _v[i], recurrent_states[i]
+    olmo_hybrid before 5.15   cache.conv_states_q[i], _k[i], _v[i], recurrent_states[i]
 
-Convolution states are `[B, channels, W]`, of which the last conv_size - 1 inputs count; recurrent states are the fast
-weights `[B, HV, K, V]`.
+Convolution states are `[B, channels, W]`, of which the last conv_size - 1 inputs count; recurrent
+states are the fast weights `[B, HV, K, V]`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sleep_ops.checks import expect
 from sleep_ops.layers.mixer import GDNMixer, GDNState
-from sleep_ops.validation import expect
 
 
 def cached_state(cache, mixer: GDNMixer) -> GDNState | None:
-    """What the cache holds of the mixer's layer; None before its first token. ValueError if it may be rolled back."""
+    """What the cache holds of the mixer's layer; None before its first token.
+
+    ValueError if it may be rolled back.
+    """
     i = mixer.layer_idx
     if hasattr(cache, "conv_states_q"):
         inputs, fast_weights = [states[i] for states in _by_convolution(cache)], cache.recurrent_states[i]
@@ -37,7 +40,7 @@ def cached_state(cache, mixer: GDNMixer) -> GDNState | None:
 
 def store_state(cache, mixer: GDNMixer, state: GDNState) -> None:
     """Replaces what the cache holds of the mixer's layer."""
-    i, inputs = mixer.layer_idx, state.conv_tail.transpose(1, 2)
+    i, inputs = mixer.layer_idx, state.conv_state.transpose(1, 2)
     if hasattr(cache, "conv_states_q"):
         parts = inputs.split([mixer.key_dim, mixer.key_dim, mixer.value_dim], dim=1)
         for states, part in zip(_by_convolution(cache), parts, strict=True):

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from sleep_ops.checks import expect
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
 from sleep_ops.tasks.common import as_batch, by_level, check_integers, score
 from sleep_ops.tasks.gsm_infinite.problem import MAX_OP, Generator, prompt_of, words
 from sleep_ops.tasks.gsm_infinite.structure import LIMIT
 from sleep_ops.tasks.gsm_infinite.worlds import WORLDS
-from sleep_ops.validation import expect
 
 PAD = 0
 FIRST_NUMBER = 1  # the token of number n is FIRST_NUMBER + n

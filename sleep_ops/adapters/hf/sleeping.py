@@ -10,18 +10,20 @@ from transformers import PreTrainedModel
 from sleep_ops.adapters.hf.blocks import LayerBlock, compute_dtype
 from sleep_ops.adapters.hf.cache import ATTENTION
 from sleep_ops.adapters.hf.sharded import check_gathered, gathered
-from sleep_ops.layers.attention import Segment
+from sleep_ops.checks import expect
+from sleep_ops.layers.attention import SpanContext
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.model.sleeping import SleepingModel
-from sleep_ops.validation import expect
 
 
-class HFReader(SleepingModel):
+class HFSleepingModel(SleepingModel):
     """Reads texts with the parts of `model`: its embedding, layers, final norm and head.
 
-    The blocks are the model's layers, each followed by the fast-weight block inserted after it, if there is one. They
-    are looked up at every call, so layers may be wrapped, compiled or sharded at any time. chosen: the settings, with
-    `loop` in layers of the model.
+    The blocks are the model's layers, each followed by the fast-weight block inserted after it, if
+    there is one. They are looked up at every call, so layers may be wrapped, compiled or sharded at
+    any time.
+
+    chosen: the settings, with `loop` in layers of the model.
     """
 
     def __init__(self, model: PreTrainedModel, chosen: SleepSettings):
@@ -85,14 +87,14 @@ class HFReader(SleepingModel):
     def _inserted(self) -> nn.ModuleDict | dict:
         return getattr(self.model.model, "fast_weights", {})
 
-    def _arguments(self, h: Tensor, segment: Segment) -> dict:
+    def _arguments(self, h: Tensor, context: SpanContext) -> dict:
         """What the layers are called with beside hidden states and cache."""
-        if "rotary" not in segment.shared:
+        if "rotary" not in context.shared:
             rotary = getattr(self.model.model, "rotary_emb", None)
             with torch.no_grad():
-                segment.shared["rotary"] = None if rotary is None else rotary(h, position_ids=segment.positions())
+                context.shared["rotary"] = None if rotary is None else rotary(h, position_ids=context.positions())
         return {
-            "position_embeddings": segment.shared["rotary"],
-            "position_ids": segment.positions(),
+            "position_embeddings": context.shared["rotary"],
+            "position_ids": context.positions(),
             "sleep_backend": self.chosen.attention_backend,
         }
