@@ -13,15 +13,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from judge import outcome, within_two_times
 from torch import Tensor
 
 from sleep_ops.ops.chunk_torch import TorchPass
+from sleep_ops.ops.rule import RuleOptions
 from sleep_ops.reference import gated_delta_rule_reference
 
 NAMES = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
 GATED = {"use_qk_l2norm": True, "use_beta_sigmoid": True}
+NEGATIVE = GATED | {"allow_neg_eigval": True}
 MAX_INTERPRETED = 1 << 21
-VANISHING = 1e-19  # what on a CPU counts as zero, see sleep_ops/ops/small.py
 
 
 def slow_unless(quick: Collection[str], values: Iterable[Any], ids: Callable | Iterable[str] = str) -> list:
@@ -44,8 +46,8 @@ class Case:
     """One problem. `heads` are (H, HV), `dims` (K, V); lengths of packed sequences replace B and T.
 
     gate and beta name the values: "random", "zero", "extreme" (0 to -70), "reset" (some of -1e9, -1e6 and -inf among
-    ordinary ones), "strong" (-4 to -7), "one", "two"; keys: "random", "repeated", "zero". With options of GATED, gates
-    and beta are drawn as the raw inputs of their activations.
+    ordinary ones), "strong" (-4 to -7), "one", "two", "wide" (0 to 2); keys: "random", "repeated", "zero". With options
+    of GATED, gates and beta are drawn as the raw inputs of their activations.
     amplification: by how much the problem enlarges a rounding of <k_i, k_j> that all tokens share.
     """
 
@@ -83,7 +85,7 @@ CASES = [
     *(Case(f"T300-K{K}-V{V}", T=300, dims=(K, V), heads=(2, 4)) for K, V in ((64, 64), (128, 128), (192, 256))),
     Case("batch-grouped", T=40, B=2, heads=(2, 6), dims=(16, 24)),
     Case("grouped-gated", T=70, heads=(1, 3), options=GATED),
-    Case("gated-negative-eigenvalues", options=GATED | {"allow_neg_eigval": True}),
+    Case("gated-negative-eigenvalues", options=NEGATIVE),
     Case("normalised-K100", T=40, dims=(100, 20), options={"use_qk_l2norm": True}),
     Case("hebbian", T=40, heads=(1, 2), rule="hebbian"),
     Case("hebbian-gated", B=3, heads=(2, 4), rule="hebbian", options=GATED),
@@ -133,8 +135,10 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> d
         .view(1, T, 1),
         "strong": -4 - 3 * torch.rand(B, T, HV, generator=torch.Generator().manual_seed(seed)),
     }[case.gate].expand(B, T, HV)
+    beta = normal(B, T, HV) if gate_parameters else torch.rand(B, T, HV, generator=generator)
     beta = {
-        "random": normal(B, T, HV) if gate_parameters else torch.rand(B, T, HV, generator=generator),
+        "random": beta,
+        "wide": 2 * beta,
         "zero": torch.zeros(B, T, HV),
         "one": torch.ones(B, T, HV),
         "two": torch.full((B, T, HV), 2.0),
@@ -163,50 +167,34 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> d
     return {name: None if x is None else x.to(device) for name, x in inputs.items()}
 
 
+def arguments(
+    case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """For the public operators: the tensors, as leaves, and the options. float64 is every tensor's.
+
+    Gates are such that a state outlives some tens of tokens.
+    """
+    inputs = make_inputs(case, dtype, device, seed)
+    if inputs["A_log"] is not None:
+        inputs["A_log"] -= 2
+    tensors = {name: inputs[name] for name in NAMES if inputs[name] is not None}
+    tensors = {name: (x.double() if dtype == torch.float64 else x).requires_grad_() for name, x in tensors.items()}
+    return tensors, {"rule": case.rule, "cu_seqlens": inputs["cu_seqlens"], **case.options}
+
+
 def evaluate(function: Any, case: Case, inputs: dict[str, Tensor | None], dtype: torch.dtype | None = None, **extra):
-    """Output, final state and the gradient of every tensor given, by name; inputs are cast to `dtype` if given."""
-    leaves = {}
-    for name in NAMES:
-        x = inputs[name]
-        if x is not None:
-            x = x.detach() if dtype is None else x.detach().to(dtype)
-            leaves[name] = x.requires_grad_()
-    arguments = {name: leaves.get(name) for name in NAMES}
-    q, k, v, g, beta = (arguments.pop(name) for name in NAMES[:5])
-    scale = case.dims[0] ** -0.5
-    output, final_state = function(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale=scale,
-        cu_seqlens=inputs["cu_seqlens"],
-        rule=case.rule,
-        **arguments,
-        **case.options,
-        **extra,
-    )
-    roots, cotangents = [output], [inputs["d_output"].to(output.dtype)]
-    if inputs["d_final_state"] is not None:
-        roots.append(final_state)
-        cotangents.append(inputs["d_final_state"].to(final_state.dtype))
-    gradients = torch.autograd.grad(roots, list(leaves.values()), cotangents)
-    results = {"output": output.detach(), "final_state": final_state.detach()}
-    return results | {f"d{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
-
-
-def relative_error(x: Tensor, truth: Tensor) -> float:
-    """Norm of x - truth over that of truth; for a zero truth, the plain norm."""
-    norm = truth.norm().item()
-    return (x.double() - truth).norm().item() / (norm if norm > 0 else 1.0)
+    """The `outcome` on inputs of `make_inputs`, with its cotangents; inputs are cast to `dtype` if given."""
+    tensors = {name: inputs[name].detach() for name in NAMES if inputs[name] is not None}
+    tensors = {name: x.to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
+    options = {"scale": case.dims[0] ** -0.5, "cu_seqlens": inputs["cu_seqlens"], "rule": case.rule, **case.options}
+    return outcome(function, tensors, (inputs["d_output"], inputs["d_final_state"]), **options, **extra)
 
 
 def single_pass(kind: type) -> Any:
     """One pass by `kind` (TorchPass, TritonPass) with the signature of `gated_delta_rule_reference`."""
 
-    def function(q, k, v, g, beta, *, scale, initial_state=None, **options):
-        return kind(k, v, g, beta, **options).run(q, initial_state, scale)
+    def function(q, k, v, g, beta, *, scale, initial_state=None, cu_seqlens=None, **options):
+        return kind(k, v, g, beta, RuleOptions(**options), cu_seqlens=cu_seqlens).run(q, initial_state, scale)
 
     return function
 
@@ -217,16 +205,6 @@ def check_two_times(
     """The 2x rule for `function`, with the signature of the specification; `plain` is that of low-precision PyTorch."""
     inputs = make_inputs(case, dtype, device)
     truth = evaluate(specification, case, inputs, torch.float64)
-    plain = evaluate(plain or single_pass(TorchPass), case, inputs)
-    results = evaluate(function, case, inputs)
+    plain, results = (evaluate(f, case, inputs) for f in (plain or single_pass(TorchPass), function))
     rounding = torch.finfo(dtype).eps * (8 * case.amplification if dtype == torch.float32 else 0.5)
-    failures = []
-    for name, value in results.items():
-        assert value.shape == truth[name].shape, name
-        assert value.dtype == plain[name].dtype, name
-        error, allowed = relative_error(value, truth[name]), 2 * relative_error(plain[name], truth[name]) + rounding
-        if norm := truth[name].norm().item():
-            allowed += VANISHING / norm
-        if not error <= allowed:
-            failures.append(f"{name}: error {error:.2e}, allowed {allowed:.2e}")
-    assert not failures, "; ".join(failures)
+    within_two_times(results, plain, truth, rounding)

@@ -163,7 +163,7 @@ class SlowBlock:
             q, k = silu(q), silu(k)
             v, tail = convolved(v, memory.tail, lambda t: filters[t])
         else:
-            weight = torch.cat([m.q_conv.weight, m.k_conv.weight, m.v_conv.weight])
+            weight = torch.cat([m.q_conv1d.weight, m.k_conv1d.weight, m.v_conv1d.weight])
             y, tail = convolved(torch.cat([q, k, v], -1), memory.tail, lambda t: weight)
             q, k, v = y.split([H * K, H * K, HV * V], -1)
         writes = self.memory.writes(
@@ -569,14 +569,15 @@ def _differ(what: str, found: Tensor, exact: Tensor, tolerance: float = TOLERANC
 
 
 def _state_differs(state, memories: list[list], counts: list[tuple[int, int]]) -> str:
-    """What a state holds, against the memories of every row; counts: tokens (seen, in the live window) of a row."""
-    for b, (seen, live) in enumerate(counts):
-        if (state.seen[b], state.live[b]) != (seen, live):
-            return f"row {b}: seen, live {state.seen[b], state.live[b]} instead of {seen, live}"
+    """What a state holds, against the memories of every row; counts: tokens (read, in the open window) of a row."""
+    for b, (position, in_window) in enumerate(counts):
+        if (state.position[b], state.in_window[b]) != (position, in_window):
+            found = state.position[b], state.in_window[b]
+            return f"row {b}: position, in_window {found} instead of {position, in_window}"
         for i, memory in enumerate(memories[b]):
             held = state.blocks[i]
             if isinstance(memory, Keys):
-                held = [x[b, : state.kept[b] + state.live[b]] for x in held]
+                held = [x[b, : state.carried[b] + state.in_window[b]] for x in held]
             else:
                 held = [x[b] for x in held]
             for name, found, exact in zip(memory._fields, held, memory, strict=True):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sleep_ops.adapters.checkpoint import load_weights, read_config, save_weights
+from sleep_ops.layers.gdn import SleepGDNLayer
 
 
 class Model(nn.Module):
@@ -131,6 +132,13 @@ def test_tied_weights_by_any_of_their_names(tmp_path, names):
         with pytest.raises(ValueError, match="^folder: expected .*tied, got other values"):
             load_weights(other, tmp_path)
         assert_equal(other, model())
+
+
+def test_former_names_are_read(tmp_path):
+    layer, other = (SleepGDNLayer(16, num_heads=2, head_dim=8) for _ in range(2))
+    save_file({n.replace("_conv1d", "_conv"): x for n, x in layer.state_dict().items()}, tmp_path / "model.safetensors")
+    load_weights(other, tmp_path)
+    assert_equal(other, layer)
 
 
 def test_inserted_layers_may_be_missing(folder):

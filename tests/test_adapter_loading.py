@@ -76,7 +76,7 @@ def test_every_family_is_called_alike_and_comes_back_the_same(family, tmp_path):
         out = model(ids, labels=labels, loss_mask=labels != -100, return_state=False)
         every, fewer = model(ids), model(ids, passes=1)
     assert out.positions.tolist() == [16, 17, 18, 19] and out.logits.shape == (2, 4, VOCAB) and out.state is None
-    assert every.positions.tolist() == list(range(20)) and every.loss is None and every.state.seen == (20, 20)
+    assert every.positions.tolist() == list(range(20)) and every.loss is None and every.state.position == (20, 20)
     torch.testing.assert_close(every.logits[:, 16:], out.logits)
     loss = torch.nn.functional.cross_entropy(every.logits[:, 18:].flatten(0, 1), ids[:, 18:].flatten())
     torch.testing.assert_close(out.loss, loss)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from cases import NEGATIVE, Case, arguments
+from judge import close, exact, identical
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sleep_ops.ops.affine import Transition, segment_transition
@@ -11,110 +13,93 @@ from sleep_ops.ops.gated_delta_rule import sleep_gated_delta_rule
 from sleep_ops.reference import sleep_gated_delta_rule_reference
 
 B, T, H, HV, K, V = 2, 40, 2, 4, 8, 6
-EXACT = {"rtol": 1e-11, "atol": 1e-11}
-ACTIVATED = {"use_qk_l2norm": True, "use_beta_sigmoid": True, "allow_neg_eigval": True}
 
 
-def make_inputs(seed=0, batch=B, tokens=T, states=None):
-    """k, v, g, beta (raw, for `ACTIVATED`), A_log, dt_bias, and a state."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_()
-
-    inputs = {
-        "k": normal(batch, tokens, H, K),
-        "v": normal(batch, tokens, HV, V),
-        "g": normal(batch, tokens, HV),
-        "beta": normal(batch, tokens, HV),
-        "A_log": (normal(HV) - 4).detach().requires_grad_(),
-        "dt_bias": normal(HV),
-    }
-    return inputs, normal(states or batch, HV, K, V)
+def problem(B=B, T=T, lengths=()):
+    """Tensors of a transition, options, and a state."""
+    case = Case("transition", B=B, T=T, heads=(H, HV), dims=(K, V), lengths=lengths, options=NEGATIVE)
+    tensors, options = arguments(case)
+    tensors["A_log"] = (tensors["A_log"] - 2).detach().requires_grad_()
+    del tensors["q"]
+    return tensors, options, tensors.pop("initial_state")
 
 
-def reference_state(inputs, state, passes=1, **options):
-    run = sleep_gated_delta_rule_reference(
-        inputs["k"], **inputs, initial_state=state, passes=passes, **ACTIVATED, **options
+def reference_state(tensors, state, passes=1, **options):
+    return sleep_gated_delta_rule_reference(
+        tensors["k"], **tensors, initial_state=state, passes=passes, **options
+    ).final_state
+
+
+def assert_same_with_gradients(got, want, tensors, state, **tolerance):
+    weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(9), dtype=want.dtype)
+    leaves = [*tensors.values(), state]
+    exact(
+        *(
+            (x, *torch.autograd.grad((x * weight).sum(), leaves, retain_graph=True, materialize_grads=True))
+            for x in (got, want)
+        ),
+        **tolerance,
     )
-    return run.final_state
-
-
-def gradients(result, inputs, state):
-    weight = torch.randn(result.shape, generator=torch.Generator().manual_seed(9), dtype=result.dtype)
-    return torch.autograd.grad((result * weight).sum(), [*inputs.values(), state], allow_unused=True)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("rule", ["delta", "hebbian"])
 def test_is_the_pass(rule, impl):
-    inputs, state = make_inputs()
-    transition = segment_transition(**inputs, rule=rule, impl=impl, **ACTIVATED)
-    got, want = transition.apply(state), reference_state(inputs, state, rule=rule)
+    tensors, options, state = problem()
+    options["rule"] = rule
+    transition = segment_transition(**tensors, impl=impl, **options)
     assert transition.P.shape == (B, HV, K, K) and transition.R.shape == (B, HV, K, V)
-    torch.testing.assert_close(got, want, **EXACT)
-    for a, b in zip(gradients(got, inputs, state), gradients(want, inputs, state), strict=True):
-        torch.testing.assert_close(a, b, **EXACT)
+    assert_same_with_gradients(transition.apply(state), reference_state(tensors, state, **options), tensors, state)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 8])
 def test_power_is_n_passes(n):
-    inputs, state = make_inputs()
-    got = segment_transition(**inputs, **ACTIVATED).power(n).apply(state)
-    want = state * 1 if n == 0 else reference_state(inputs, state, passes=n)
-    torch.testing.assert_close(got, want, **EXACT)
-    if n:
-        for a, b in zip(gradients(got, inputs, state), gradients(want, inputs, state), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    tensors, options, state = problem()
+    got = segment_transition(**tensors, **options).power(n).apply(state)
+    want = reference_state(tensors, state, passes=n, **options) if n else state * 1
+    assert_same_with_gradients(got, want, tensors, state, rtol=1e-9)
 
 
 def test_segments_compose():
-    inputs, state = make_inputs()
-    parameters = ("A_log", "dt_bias")
+    tensors, options, state = problem()
     halves = [
-        segment_transition(**{name: x if name in parameters else x[:, part] for name, x in inputs.items()}, **ACTIVATED)
+        segment_transition(**{name: x[:, part] if x.ndim > 1 else x for name, x in tensors.items()}, **options)
         for part in (slice(0, 13), slice(13, T))
     ]
-    whole = segment_transition(**inputs, **ACTIVATED)
-    for a, b in zip(halves[0].then(halves[1]), whole, strict=True):
-        torch.testing.assert_close(a, b, **EXACT)
-    in_turn = halves[1].apply(halves[0].apply(state))
-    torch.testing.assert_close(halves[0].then(halves[1]).apply(state), in_turn, **EXACT)
+    both = halves[0].then(halves[1])
+    exact(tuple(both), tuple(segment_transition(**tensors, **options)))
+    exact(both.apply(state), halves[1].apply(halves[0].apply(state)))
 
 
 def test_fixed_point_is_where_passes_end():
-    inputs, state = make_inputs()
-    got = segment_transition(**inputs, **ACTIVATED).fixed_point()
-    want = reference_state(inputs, state, passes=150)
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-    for a, b in zip(gradients(got, inputs, state), gradients(want, inputs, state), strict=True):
-        torch.testing.assert_close(b if a is None else a, b, rtol=1e-8, atol=1e-8)
+    tensors, options, state = problem()
+    got = segment_transition(**tensors, **options).fixed_point()
+    want = reference_state(tensors, state, passes=150, **options)
+    assert_same_with_gradients(got, want, tensors, state, rtol=1e-8, atol=1e-8)
 
 
 def test_packed_sequences_each_have_a_map():
-    inputs, state = make_inputs(batch=1, states=3)
-    borders = torch.tensor([0, 15, 15, T])
-    got = segment_transition(**inputs, cu_seqlens=borders, **ACTIVATED)
-    torch.testing.assert_close(got.apply(state), reference_state(inputs, state, cu_seqlens=borders), **EXACT)
-    assert torch.equal(got.P[1], torch.eye(K, dtype=torch.float64).expand(HV, K, K)) and not got.R[1].any()
+    tensors, options, state = problem(B=1, lengths=(15, 0, 25))
+    got = segment_transition(**tensors, **options)
+    exact(got.apply(state), reference_state(tensors, state, **options))
+    identical(got.P[1], torch.eye(K, dtype=torch.float64).expand(HV, K, K))
+    assert not got.R[1].any()
 
 
 def test_norm_is_at_most_one():
-    inputs, _ = make_inputs(tokens=200)
-    P = segment_transition(**inputs, **ACTIVATED).P
+    tensors, options, _ = problem(T=200)
+    P = segment_transition(**tensors, **options).P
     assert torch.linalg.matrix_norm(P, ord=2).max() <= 1 + 1e-12
 
 
 def test_no_fixed_point_is_an_error():
     """Without decay, three keys leave a direction of an eight-dimensional key space as it was."""
-    inputs, _ = make_inputs(tokens=3)
-    k = torch.nn.functional.normalize(inputs["k"], dim=-1)
-    gates = torch.zeros(B, 3, HV, dtype=torch.float64)
-    arguments = {"k": k, "v": inputs["v"], "g": gates, "beta": gates + 1}
+    tensors, _ = arguments(Case("three", T=3, dims=(K, V), gate="zero", beta="one", initial_state=False))
+    q = tensors.pop("q")
     with pytest.raises(ValueError, match="spectral radius below 1"):
-        segment_transition(**arguments).fixed_point()
+        segment_transition(**tensors).fixed_point()
     with pytest.raises(ValueError, match="^passes: .*math.inf"):
-        sleep_gated_delta_rule(k, **arguments, passes=math.inf)
+        sleep_gated_delta_rule(q, **tensors, passes=math.inf)
 
 
 @pytest.mark.parametrize("n", [-1, 1.5, True])
@@ -146,13 +131,12 @@ def test_only_transitions_alike_compose():
 
 
 def test_float32_from_half_inputs():
-    inputs, _ = make_inputs()
-    half = {name: x.detach().half() for name, x in inputs.items()}
-    got = segment_transition(**half, **ACTIVATED)
-    want = segment_transition(**{name: x.double() for name, x in half.items()}, **ACTIVATED)
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == torch.float32
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-2)
+    tensors, options, _ = problem()
+    half = {name: x.detach().half() for name, x in tensors.items()}
+    got = segment_transition(**half, **options)
+    want = segment_transition(**{name: x.double() for name, x in half.items()}, **options)
+    assert got.P.dtype == got.R.dtype == torch.float32
+    exact([x.double() for x in got], list(want), rtol=0, atol=1e-2)
 
 
 def test_parts_of_a_transition_are_checked():
@@ -161,21 +145,6 @@ def test_parts_of_a_transition_are_checked():
         for use in (lambda t: t.apply(R), lambda t: t.power(2), lambda t: t.then(t), lambda t: t.fixed_point()):
             with pytest.raises(ValueError, match="^P: expected .* got"):
                 use(bad)
-
-
-def test_bad_argument_is_named():
-    inputs, _ = make_inputs()
-    with pytest.raises(ValueError, match="^g: "):
-        segment_transition(**{**inputs, "g": inputs["g"][:, 1:]})
-
-
-def test_triton_gives_the_same_map():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs, _ = make_inputs(batch=1, tokens=20)
-    single = {name: x.detach().float().to(device) for name, x in inputs.items()}
-    got = segment_transition(**single, **ACTIVATED, impl="triton")
-    for a, b in zip(got, segment_transition(**inputs, **ACTIVATED), strict=True):
-        torch.testing.assert_close(a.double().cpu(), b, rtol=1e-4, atol=1e-4)
 
 
 class Denormal(TorchDispatchMode):
@@ -214,8 +183,7 @@ def test_powers_that_vanish_are_still_differentiated():
     power = Transition(P, R).power(3)
     assert not power.P.any()
     dP, dR = torch.autograd.grad(power.R.sum(), (P, R))
-    torch.testing.assert_close(dP, torch.full_like(dP, 3.0))
-    torch.testing.assert_close(dR, torch.ones_like(dR))
+    close((dP, dR), (torch.full_like(dP, 3.0), torch.ones_like(dR)))
 
 
 def test_transitions_have_every_kind_of_derivative():
@@ -233,6 +201,6 @@ def test_transitions_have_every_kind_of_derivative():
         return S.sum()
 
     for derivative in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
-        torch.testing.assert_close(derivative(function)(P), derivative(plainly)(P))
+        exact(derivative(function)(P), derivative(plainly)(P))
     P = torch.stack([P, 2 * P])
-    torch.testing.assert_close(torch.func.vmap(function)(P), torch.func.vmap(plainly)(P))
+    exact(torch.func.vmap(function)(P), torch.func.vmap(plainly)(P))

@@ -1,20 +1,22 @@
 """What all benchmarks share: cases and their arithmetic, providers, checks, and how calls are measured."""
 
 import functools
-import re
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import bench, check_defaults, refuses
 
-import sleep_ops.cli
-from sleep_ops import gated_delta_rule
+from sleep_ops import cli, gated_delta_rule
 from sleep_ops.bench import harness, providers
 from sleep_ops.bench.cases import KERNEL_CASES, PASSES_CASES, Case, make_inputs
 from sleep_ops.bench.checks import operator_check, right_ones
 from sleep_ops.bench.harness import MODES, Problem, Run, gradients, measure, run_of, saved_mib
+from sleep_ops.bench.kernels import KernelsBenchmark
+from sleep_ops.bench.passes import PassesBenchmark
 from sleep_ops.bench.providers import chained, operator_problem, replay_of
+from sleep_ops.bench.training import TrainBenchmark
 
 CPU = torch.device("cpu")
 ONE_WINDOW = Case(batch=2, tokens=70, heads=3, value_heads=3, key_dim=8, value_dim=8, dtype="float32")
@@ -197,11 +199,49 @@ def test_what_ours_keeps_for_the_backward_does_not_grow_with_passes(window):
 
 @pytest.mark.parametrize("command", ["passes", "kernels", "train", "tune"])
 def test_every_command_has_the_common_options(command):
-    result = CliRunner().invoke(sleep_ops.cli.app, ["bench", command, "--help"])
-    text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
-    assert result.exit_code == 0 and all(f"--{name}" in text for name in ("seed", "device", "out", "help"))
+    text = bench(command, "--help")
+    assert all(f"--{name}" in text for name in ("seed", "device", "out", "help"))
 
 
 def test_the_machine_is_described():
     found = harness.environment(CPU)
     assert list(found) == harness.MACHINE and found["torch"] == torch.__version__ and found["device"].startswith("cpu")
+
+
+BAD = {
+    "kernels": [
+        *("--case tiny: cases", "--case depo,depo: cases", "--providers layer: providers", "--sweep batch: sweep"),
+        *("--passes 0: passes", "--repeats 0: repeats", "--seed -1: seed", "--dtype int8: dtype"),
+        "--device abacus: device",
+    ],
+    "passes --batch 1 --heads 2 --head-dim 8 --device cpu": [
+        *("--passes 0: passes", "--passes 1,1: passes", "--passes two: passes", "--case tiny: cases"),
+        *("--case mid,mid: cases", "--providers ours,theirs: providers", "--tokens 0: tokens", "--window -1: window"),
+        *("--repeats 0: repeats", "--max-chained 0: max_chained", "--seed -1: seed", "--dtype int8: dtype"),
+        "--device abacus: device",
+    ],
+    "train --device cpu": [
+        *("--preset huge: presets", "--passes 0: passes", "--passes inf: passes", "--window 8,8: windows"),
+        *("--checkpointing maybe: checkpointing", "--providers torch: providers", "--cuda-graph: cuda_graph"),
+        *("--batch 0: batch", "--precision fp4: precision", "--repeats 0: repeats", "--seed -1: seed"),
+        "--device abacus: device",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "setting", [f"{command} {setting}" for command, settings in BAD.items() for setting in settings]
+)
+def test_bad_settings_are_named_and_nothing_is_written(setting, tmp_path):
+    command, named = setting.split(": ")
+    refuses(command, named, tmp_path)
+
+
+def test_defaults_of_the_commands_are_those_of_the_benchmarks():
+    check_defaults(cli.bench_kernels, KernelsBenchmark(), {"case": "cases"})
+    check_defaults(cli.bench_passes, PassesBenchmark(), {"case": "cases"})
+    training = TrainBenchmark(device="cpu")
+    assert training.presets == ("tiny",)
+    check_defaults(cli.bench_train, training, {}, own=("out", "seconds", "preset", "window", "device"))
+    options = inspect.signature(cli.bench_train).parameters
+    assert options["preset"].default is options["window"].default is None

@@ -1,22 +1,19 @@
 """`sleep-ops bench kernels`: rows, sweeps, the first call, refusals, and the figures."""
 
-import csv
-import inspect
-import re
 from dataclasses import replace
 
 import pytest
 import torch
+from commands import bench, is_png, read
 from matplotlib.axes import Axes
-from typer.testing import CliRunner
 
-import sleep_ops.cli
 from sleep_ops.bench import kernels, providers
 from sleep_ops.bench.cases import KERNEL_CASES, Case
 from sleep_ops.bench.harness import GRAPH_MODES, MODES
 from sleep_ops.bench.kernels import COLUMNS, FIRST_CALL, SWEEPS, KernelsBenchmark
 from sleep_ops.bench.plot import plot_kernels
 
+CALL = "kernels --device cpu --case depo,jet".split()
 CPU = torch.device("cpu")
 TINY = {
     "depo": Case(2, 40, 2, 2, 8, 8, dtype="float32"),
@@ -30,18 +27,6 @@ def tiny(monkeypatch):
         monkeypatch.setitem(KERNEL_CASES["cpu"], name, case)
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(sleep_ops.cli.app, ["bench", "kernels", "--device", "cpu", *map(str, arguments)])
-    error = "" if result.exception is None else repr(result.exception)
-    assert result.exit_code == code, result.output + error
-    return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m", "", result.output))
-
-
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def collect(**settings):
     notes = []
     benchmark = KernelsBenchmark(**{"device": "cpu", "repeats": 1, "providers": ("ours",)} | settings)
@@ -50,9 +35,9 @@ def collect(**settings):
 
 
 def test_the_command_writes_every_figure(tiny, tmp_path):
-    text = run("--case", "depo,jet", "--repeats", 2, "--out", tmp_path)
+    text = bench(*CALL, "--repeats", 2, "--out", tmp_path)
     rows = read(tmp_path / "kernels.csv")
-    assert list(rows[0]) == COLUMNS and (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
+    assert list(rows[0]) == COLUMNS and is_png(tmp_path / "kernels.png")
     assert len(rows) == 12 and {(row["case"], row["provider"], row["mode"]) for row in rows} == {
         (case, provider, mode) for case in TINY for provider in ("ours", "torch") for mode in MODES
     }
@@ -104,7 +89,17 @@ def test_what_cannot_be_recorded_is_told_of(monkeypatch):
 @pytest.mark.parametrize("sweep", ["tokens", "window"])
 def test_sweeps(tiny, monkeypatch, tmp_path, sweep):
     monkeypatch.setitem(SWEEPS, "cpu", {"tokens": (8, 20, 10**6), "window": (8, 24, 999)})
-    run("--case", "depo,jet", "--providers", "ours", "--sweep", sweep, "--repeats", 1, "--out", tmp_path)
+    bench(
+        *CALL,
+        "--providers",
+        "ours",
+        "--sweep",
+        sweep,
+        "--repeats",
+        1,
+        "--out",
+        tmp_path,
+    )
     rows = read(tmp_path / f"kernels-{sweep}.csv")
     found = {(row["case"], int(row["tokens"]), int(row["window"]), int(row["passes"])) for row in rows}
     assert found == (
@@ -112,7 +107,7 @@ def test_sweeps(tiny, monkeypatch, tmp_path, sweep):
         if sweep == "tokens"
         else {(case, TINY[case].tokens, n, 4) for case in TINY for n in (8, 24, TINY[case].tokens)}
     )
-    assert (tmp_path / f"kernels-{sweep}.png").read_bytes().startswith(b"\x89PNG")
+    assert is_png(tmp_path / f"kernels-{sweep}.png")
 
 
 def test_first_call(tiny, monkeypatch):
@@ -142,35 +137,6 @@ def test_the_figure_has_every_case_beside_its_floor(tiny, tmp_path, monkeypatch)
     hlines = Axes.hlines
     monkeypatch.setattr(Axes, "hlines", lambda self, y, *x, **z: (drawn.append(y), hlines(self, y, *x, **z))[1])
     plot_kernels(rows + graphs, tmp_path / "cases.png")
-    assert (tmp_path / "cases.png").read_bytes().startswith(b"\x89PNG")
+    assert is_png(tmp_path / "cases.png")
     least = [[replace(case, dtype="bfloat16").floor_ms(mode) for case in TINY.values()] for mode in MODES]
     assert drawn == [*least, least[2]]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (("--case", "tiny"), "cases:"),
-        (("--case", "depo,depo"), "cases:"),
-        (("--providers", "layer"), "providers:"),
-        (("--sweep", "batch"), "sweep:"),
-        (("--passes", "0"), "passes:"),
-        (("--repeats", "0"), "repeats:"),
-        (("--seed", "-1"), "seed:"),
-        (("--dtype", "int8"), "dtype:"),
-        (("--device", "abacus"), "device:"),
-    ],
-    ids=" ".join,
-)
-def test_bad_settings_are_named_and_nothing_is_written(tmp_path, arguments, named):
-    text = run("--out", tmp_path / "out", *arguments, code=2)
-    assert named in text and "expected" in text
-    assert not list(tmp_path.iterdir())
-
-
-def test_defaults_of_the_command_are_those_of_the_benchmark():
-    parameters = inspect.signature(sleep_ops.cli.bench_kernels).parameters
-    for name in ("sweep", "first_call", "passes", "dtype", "repeats", "seed", "device"):
-        assert parameters[name].default == getattr(KernelsBenchmark(), name), name
-    assert parameters["case"].default == ",".join(KernelsBenchmark().cases)
-    assert parameters["providers"].default == ",".join(KernelsBenchmark().providers)

@@ -1,14 +1,12 @@
 """`sleep-ops bench launches`: recording the launches of a call, and all around it that needs no GPU."""
 
-import csv
 import functools
 from dataclasses import replace
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import bench, read
 
-import sleep_ops.cli
 from sleep_ops.bench import launches
 from sleep_ops.bench.cases import Case, make_inputs
 from sleep_ops.bench.harness import MACHINE, Run
@@ -78,17 +76,10 @@ def times(run: Run) -> dict:
     return dict.fromkeys(("ms_median", "ms_p20", "ms_p80"), run.sample()[0])
 
 
-def invoke(*arguments, code=0):
-    result = CliRunner().invoke(sleep_ops.cli.app, ["bench", "launches", *map(str, arguments)])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result.output
-
-
 @interpreted
 def test_the_command_writes_a_row_for_every_launch(untimed, tmp_path):
-    text = invoke("--case", "long,rule110", "--out", tmp_path)
-    with (tmp_path / "launches.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    text = bench("launches", "--case", "long,rule110", "--out", tmp_path)
+    rows = read(tmp_path / "launches.csv")
     assert list(rows[0]) == launches.COLUMNS and (tmp_path / "launches.png").exists()
     assert {(row["call_ms"], row["share"]) for row in rows} == {("16.0", "0.125")}
     short = [row["kernel"] for row in rows if row["case"] == "rule110"]
@@ -102,12 +93,12 @@ def test_a_case_that_cannot_be_recorded_is_told_of(untimed, tmp_path, monkeypatc
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(launches, "_alone", refuse)
-    text = invoke("--case", "rule110", "--out", tmp_path, code=1)
+    text = bench("launches", "--case", "rule110", "--out", tmp_path, code=1)
     assert "rule110: no row: operation not permitted when stream is capturing" in text and "nothing was timed" in text
 
 
 def test_it_refuses_a_machine_without_a_gpu(tmp_path):
-    assert "device: expected an NVIDIA GPU" in invoke("--device", "cpu", "--out", tmp_path / "out", code=2)
+    assert "device: expected an NVIDIA GPU" in bench("launches", "--device", "cpu", "--out", tmp_path / "out", code=2)
     assert not list(tmp_path.iterdir())
 
 

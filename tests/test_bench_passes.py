@@ -1,14 +1,9 @@
 """The benchmark of replay passes: what it writes, what it refuses, and what it leaves out."""
 
-import csv
-import inspect
-import re
-
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import bench, is_png, read
 
-import sleep_ops.cli
 from sleep_ops import gated_delta_rule
 from sleep_ops.bench import passes as passes_benchmark
 from sleep_ops.bench import providers
@@ -16,29 +11,20 @@ from sleep_ops.bench.cases import PASSES_CASES, Case
 from sleep_ops.bench.checks import ERRORS
 from sleep_ops.bench.harness import MODES
 from sleep_ops.bench.passes import COLUMNS, PROVIDERS, PassesBenchmark, layer_check
-from sleep_ops.cli import app
 
 CPU = torch.device("cpu")
 ONE_WINDOW = Case(batch=2, tokens=70, heads=3, value_heads=3, key_dim=8, value_dim=8, dtype="float32")
 WINDOWS = Case(1, 200, 2, 2, 16, 16, window=80, dtype="float32")
-TINY = "--batch 1 --tokens 48 --heads 2 --head-dim 8 --window 20 --repeats 2 --device cpu".split()
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(sleep_ops.cli.app, ["bench", "passes", *map(str, arguments)])
-    error = "" if result.exception is None else repr(result.exception)
-    assert result.exit_code == code, result.output + error
-    return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m", "", result.output))
-
-
-def read(folder):
-    with (folder / "passes.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+TINY = "passes --batch 1 --tokens 48 --heads 2 --head-dim 8 --window 20 --repeats 2 --device cpu".split()
 
 
 def tiny(**settings):
     sizes = dict(batch=1, tokens=24, heads=2, head_dim=8, repeats=1, device="cpu", cases=("mid",), passes=(1,))
     return PassesBenchmark(**sizes | settings)
+
+
+def read_passes(folder):
+    return read(folder / "passes.csv")
 
 
 def collect(benchmark):
@@ -48,8 +34,8 @@ def collect(benchmark):
 
 def test_the_command_writes_every_figure(tmp_path):
     out = tmp_path / "deep" / "bench"
-    text = run(*TINY, "--passes", "1,2,4", "--max-chained", 2, "--providers", "ours,ours-chained,layer", "--out", out)
-    rows = read(out)
+    text = bench(*TINY, "--passes", "1,2,4", "--max-chained", 2, "--providers", "ours,ours-chained,layer", "--out", out)
+    rows = read_passes(out)
     assert list(rows[0]) == COLUMNS
     measured = {(row["case"], row["provider"], row["mode"], int(row["passes"])) for row in rows}
     assert len(rows) == len(measured) and measured == {
@@ -66,47 +52,14 @@ def test_the_command_writes_every_figure(tmp_path):
         assert row["peak_extra_mib"] == ""  # of CUDA alone
         assert all(0 < float(row[f"error_{x}"]) <= float(row["error_bound"]) for x in ("output", "state", "gradient"))
         assert row["torch"] == torch.__version__ and row["device"] and row["window"] == "20"
-    assert (out / "passes.png").read_bytes().startswith(b"\x89PNG")
+    assert is_png(out / "passes.png")
     assert sorted(path.name for path in out.iterdir()) == ["passes.csv", "passes.png"]
     assert "ours-chained is timed up to N = 2" in text
 
 
-def test_defaults_of_the_command_are_those_of_the_benchmark():
-    parameters = inspect.signature(sleep_ops.cli.bench_passes).parameters
-    for name in ("batch", "tokens", "heads", "head_dim", "window", "dtype", "max_chained", "repeats", "seed", "device"):
-        assert parameters[name].default == getattr(PassesBenchmark(), name), name
-    for name, option in {"passes": "passes", "cases": "case", "providers": "providers"}.items():
-        assert parameters[option].default == ",".join(map(str, getattr(PassesBenchmark(), name)))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (("--passes", "0"), "passes:"),
-        (("--passes", "1,1"), "passes:"),
-        (("--passes", "two"), "passes:"),
-        (("--case", "tiny"), "cases:"),
-        (("--case", "mid,mid"), "cases:"),
-        (("--providers", "ours,theirs"), "providers:"),
-        (("--tokens", "0"), "tokens:"),
-        (("--window", "-1"), "window:"),
-        (("--repeats", "0"), "repeats:"),
-        (("--max-chained", "0"), "max_chained:"),
-        (("--seed", "-1"), "seed:"),
-        (("--dtype", "int8"), "dtype:"),
-        (("--device", "abacus"), "device:"),
-    ],
-    ids=" ".join,
-)
-def test_bad_settings_are_named_and_nothing_is_written(tmp_path, arguments, named):
-    text = run(*TINY, "--out", tmp_path / "out", *arguments, code=2)
-    assert named in text and "expected" in text
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "out: expected a folder" in run(*TINY, "--out", tmp_path / "file", code=2)
+    assert "out: expected a folder" in bench(*TINY, "--out", tmp_path / "file", code=2)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -120,17 +73,20 @@ def test_an_interrupted_run_leaves_whole_rows(tmp_path, monkeypatch):
         return measure(*arguments)
 
     monkeypatch.setattr(passes_benchmark, "measure", interrupted)
-    run(*TINY, "--passes", "1,2", "--case", "mid", "--providers", "ours", "--out", tmp_path, code=130)
-    assert [(row["passes"], row["mode"]) for row in read(tmp_path)] == [("1", "forward"), ("1", "backward")]
+    bench(*TINY, "--passes", "1,2", "--case", "mid", "--providers", "ours", "--out", tmp_path, code=130)
+    assert [(row["passes"], row["mode"]) for row in read_passes(tmp_path)] == [
+        ("1", "forward"),
+        ("1", "backward"),
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["passes.csv"]
 
 
 def test_a_missing_library_is_a_note(tmp_path, monkeypatch):
     monkeypatch.setitem(providers.LIBRARIES, "fla", ("no_such_library", providers.load_fla))
-    text = run(*TINY, "--case", "mid", "--passes", 1, "--providers", "ours,fla", "--out", tmp_path)
+    text = bench(*TINY, "--case", "mid", "--passes", 1, "--providers", "ours,fla", "--out", tmp_path)
     assert "mid: fla is not timed: no_such_library is not installed" in text
-    assert {row["provider"] for row in read(tmp_path)} == {"ours"}
-    text = run(*TINY, "--case", "mid", "--passes", 1, "--providers", "fla", "--out", tmp_path / "none", code=1)
+    assert {row["provider"] for row in read_passes(tmp_path)} == {"ours"}
+    text = bench(*TINY, "--case", "mid", "--passes", 1, "--providers", "fla", "--out", tmp_path / "none", code=1)
     assert "nothing was timed" in text and not (tmp_path / "none").exists()
 
 
@@ -173,8 +129,7 @@ def test_the_defaults_are_those_of_the_table():
 
 def test_what_was_not_measured_in_time_has_an_empty_panel(tmp_path):
     """One step of several: the forward alone, and no memory."""
-    command = "bench passes --case mid --tokens 6 --batch 1 --heads 2 --head-dim 4 --window 3 --repeats 1 --passes 1"
+    command = "passes --case mid --tokens 6 --batch 1 --heads 2 --head-dim 4 --window 3 --repeats 1 --passes 1"
     command += f" --providers ours --device cpu --seconds 0.001 --out {tmp_path}"
-    result = CliRunner().invoke(app, command.split())
-    assert result.exit_code == 0, result.output
+    bench(*command.split())
     assert {p.name for p in tmp_path.iterdir()} == {"passes.csv", "passes.png"}

@@ -1,8 +1,6 @@
 """`sleep-ops bench train`: rows, refusals, what a step is, and that the model written with fla's layers is the same."""
 
-import csv
 import dataclasses
-import inspect
 import re
 import sys
 import types
@@ -10,25 +8,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from commands import bench, is_png, read
 from matplotlib.axes import Axes
 from torch import nn
-from typer.testing import CliRunner
 
-import sleep_ops.cli
 from sleep_ops import GDNState, HybridConfig, SleepGDNLayer, SleepHybridModel
 from sleep_ops.bench import fla_hybrid, training
 from sleep_ops.bench.plot import plot_training
 from sleep_ops.bench.training import COLUMNS, PRESETS, NotMeasured, Point, TrainBenchmark, Trained, build, make_batch
 
 CPU = torch.device("cpu")
-FAST = "--device cpu --repeats 1 --batch 2 --providers ours".split()
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(sleep_ops.cli.app, ["bench", "train", *map(str, arguments)])
-    error = "" if result.exception is None else repr(result.exception)
-    assert result.exit_code == code, result.output + error
-    return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m", "", result.output))
+FAST = "train --device cpu --repeats 1 --batch 2 --providers ours".split()
 
 
 def trained():
@@ -36,10 +26,9 @@ def trained():
 
 
 def test_the_command_writes_every_figure(tmp_path):
-    text = run(*FAST, "--passes", "1,3", "--window", "13,20,99", "--providers", "ours,fla", "--out", tmp_path)
-    with (tmp_path / "train.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == COLUMNS and (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
+    text = bench(*FAST, "--passes", "1,3", "--window", "13,20,99", "--providers", "ours,fla", "--out", tmp_path)
+    rows = read(tmp_path / "train.csv")
+    assert list(rows[0]) == COLUMNS and is_png(tmp_path / "train.png")
     keys = ("window", "passes", "checkpointing", "mode", "provider")
     assert {tuple(row[key] for key in keys) for row in rows} == {
         (window, n, way, "eager", "ours") for window in ("13", "20") for n in "13" for way in ("off", "on")
@@ -63,44 +52,9 @@ def test_the_figure_is_against_passes_or_where_there_is_one_n_against_windows(tm
     assert drawn == [([3, 5, 7], y, "o-", label) for y in ([3.0, 5.0, 7.0], [10.0] * 3)]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (("--preset", "huge"), "presets:"),
-        (("--passes", "0"), "passes:"),
-        (("--passes", "inf"), "passes:"),
-        (("--window", "8,8"), "windows:"),
-        (("--checkpointing", "maybe"), "checkpointing:"),
-        (("--providers", "torch"), "providers:"),
-        (("--cuda-graph",), "cuda_graph:"),
-        (("--batch", "0"), "batch:"),
-        (("--precision", "fp4"), "precision:"),
-        (("--repeats", "0"), "repeats:"),
-        (("--seed", "-1"), "seed:"),
-        (("--device", "abacus"), "device:"),
-    ],
-    ids=" ".join,
-)
-def test_bad_settings_are_named_and_nothing_is_written(tmp_path, arguments, named):
-    text = run("--device", "cpu", "--out", tmp_path / "out", *arguments, code=2)
-    assert named in text and "expected" in text
-    assert not list(tmp_path.iterdir())
-
-
 def test_windows_that_hold_the_whole_text_leave_nothing_to_time(tmp_path):
-    assert "nothing was timed" in run(*FAST, "--window", "40", "--out", tmp_path / "out", code=1)
+    assert "nothing was timed" in bench(*FAST, "--window", "40", "--out", tmp_path / "out", code=1)
     assert not (tmp_path / "out").exists()
-
-
-def test_defaults_of_the_command_are_those_of_the_benchmark():
-    parameters = inspect.signature(sleep_ops.cli.bench_train).parameters
-    default = TrainBenchmark(device="cpu")
-    assert default.presets == ("tiny",)
-    for name in ("cuda_graph", "batch", "precision", "repeats", "seed"):
-        assert parameters[name].default == getattr(default, name), name
-    for name in ("passes", "checkpointing", "providers"):
-        assert parameters[name].default == ",".join(map(str, getattr(default, name))), name
-    assert parameters["preset"].default is parameters["window"].default is None
 
 
 def test_the_presets_are_the_models_they_are_named_after():
@@ -201,9 +155,9 @@ class GatedDeltaNet(nn.Module):
         if len(past_key_values) > self.layer_idx:
             kept = past_key_values[self.layer_idx]
             (tail, *_) = kept["conv_state"]
-            state = GDNState(kept["recurrent_state"], state.conv_tail if tail is None else tail)
+            state = GDNState(kept["recurrent_state"], state.conv_state if tail is None else tail)
         y, state = self.layer(hidden_states, state=state, return_state=True)
-        tails = (state.conv_tail, None, None)
+        tails = (state.conv_state, None, None)
         past_key_values.update(
             layer_idx=self.layer_idx, recurrent_state=state.fast_weights, conv_state=tails, offset=y.shape[1]
         )

@@ -1,10 +1,7 @@
 """The table of launch settings, and `sleep-ops bench tune`, which measures and rewrites it: all that needs no GPU."""
 
 import ast
-import csv
-import inspect
 import os
-import re
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -12,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import bench, check_defaults, read, refuses
 
-import sleep_ops.cli
+from sleep_ops import cli
 from sleep_ops.bench import tune
 from sleep_ops.bench.cases import Case
 from sleep_ops.bench.tune import Compiled, Rejected, Tried, TuneBenchmark, check_resources, in_table, launches, search
@@ -31,13 +28,6 @@ def gpu(monkeypatch):
     """As if there were a GPU, up to the first call of it."""
     monkeypatch.setattr(tune, "resolve_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr("sleep_ops.kernels.configs._known_architecture", lambda device: "sm90")
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(sleep_ops.cli.app, ["bench", "tune", *map(str, arguments)])
-    error = "" if result.exception is None else repr(result.exception)
-    assert result.exit_code == code, result.output + error
-    return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m", "", result.output))
 
 
 @pytest.mark.parametrize("T", [1, 16, 17, 64, 1 << 15])
@@ -166,12 +156,13 @@ class Driver:  # of a GPU that is not here
 driver.set_active(Driver())
 from sleep_ops.bench.tune import compiling_only, in_table
 from sleep_ops.ops.chunk_triton import TritonPass
+from sleep_ops.ops.rule import RuleOptions
 q, k, v = (torch.randn(1, 40, 1, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 g, beta = (torch.zeros(1, 40, 1, requires_grad=True) for _ in range(2))
 for chunk in (32, 64):
     row = (chunk, (16, 4, 1), (16, 4, 2), (16, 4, 2), (16, 4, 1))
     with in_table("LAUNCHES", ("16-bit", 16, 16, None), row), compiling_only() as compiled:
-        output, state = TritonPass(k, v, g, beta).run(q, None, 0.25)
+        output, state = TritonPass(k, v, g, beta, RuleOptions()).run(q, None, 0.25)
         torch.autograd.grad(output.float().sum() + state.sum(), [q, k, v, g, beta])
     print([(x.kernel, x.traps, x.spill_bytes, x.shared_bytes > 0) for x in compiled])
 """
@@ -199,29 +190,8 @@ def test_compiling_without_launching(tmp_path):
 
 
 def test_it_refuses_a_machine_without_a_gpu(tmp_path):
-    text = run("--device", "cpu", "--out", tmp_path / "out", "--write", code=2)
+    text = bench("tune", "--device", "cpu", "--out", tmp_path / "out", "--write", code=2)
     assert "device: expected an NVIDIA GPU" in text and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (("--case", "tiny"), "cases:"),
-        (("--case", "long,depo"), "cases:"),
-        (("--case", "rule110", "--dtype", "float32", "--kernels", "windows"), "kernels:"),
-        (("--chunks", "128"), "chunks:"),
-        (("--chunks", "16,16"), "chunks:"),
-        (("--kernels", "step"), "kernels:"),
-        (("--dtype", "int8"), "dtype:"),
-        (("--repeats", "0"), "repeats:"),
-        (("--seed", "-1"), "seed:"),
-    ],
-    ids=" ".join,
-)
-def test_bad_settings_are_named_and_nothing_is_written(gpu, tmp_path, arguments, named):
-    text = run("--out", tmp_path / "out", *arguments, code=2)
-    assert named in text and "expected" in text
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_prints_and_writes_the_best_rows(gpu, tmp_path, monkeypatch):
@@ -245,7 +215,7 @@ def test_the_command_prints_and_writes_the_best_rows(gpu, tmp_path, monkeypatch)
     path = tmp_path / "launches.py"
     path.write_text(TABLE.read_text())
     monkeypatch.setattr(table, "__file__", str(path))
-    text = run("--chunks", "16,32", "--kernels", "scan,grad,single_chunk", "--write", "--out", tmp_path)
+    text = bench("tune", "--chunks", "16,32", "--kernels", "scan,grad,single_chunk", "--write", "--out", tmp_path)
     best = (32, (32, 4, 1), (128, 4, 1), (32, 4, 2), (32, 4, 1))
     assert f"long: ('16-bit', 128, 128, 'sm90'): {best}" in text and f"wrote {path}" in text
     assert ("LAUNCHES", ("16-bit", 128, 128, "sm90"), best) in emulated and len(emulated) == 3
@@ -254,8 +224,7 @@ def test_the_command_prints_and_writes_the_best_rows(gpu, tmp_path, monkeypatch)
     assert scope["LAUNCHES"] == table.LAUNCHES | {("16-bit", 128, V, "sm90"): best for V in (128, 256)}
     short = {("16-bit", 64, 64, "sm90"): (32, (64, 4, 1))}
     assert scope["SINGLE_CHUNK_LAUNCHES"] == table.SINGLE_CHUNK_LAUNCHES | short
-    with (tmp_path / "tune.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(tmp_path / "tune.csv")
     assert list(rows[0]) == tune.COLUMNS
     assert len(rows) == TuneBenchmark(chunks=(16, 32), kernels=("scan", "grad", "single_chunk")).steps
     races = 2 * 2 * len(launches("grad", 128)) // 2 + len(launches("single_chunk", 64)) // 2
@@ -277,7 +246,7 @@ def test_a_row_that_races_as_compiled_is_refused_and_the_next_best_taken(monkeyp
 
 def test_no_row_is_written_where_none_can_be_emulated(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "emulator", lambda: None)
-    text = run("--write", "--out", tmp_path / "out", code=2)
+    text = bench("tune", "--write", "--out", tmp_path / "out", code=2)
     assert "write: expected a checkout" in text and not list(tmp_path.iterdir())
 
 
@@ -291,9 +260,23 @@ def test_grad_is_varied_first(gpu):
     assert base == (32, (64, 4, 1)) and list(varied) == ["single_chunk"]
 
 
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("--case tiny", "cases"),
+        ("--case long,depo", "cases"),
+        ("--case rule110 --dtype float32 --kernels windows", "kernels"),
+        ("--chunks 128", "chunks"),
+        ("--chunks 16,16", "chunks"),
+        ("--kernels step", "kernels"),
+        ("--dtype int8", "dtype"),
+        ("--repeats 0", "repeats"),
+        ("--seed -1", "seed"),
+    ],
+)
+def test_bad_settings_are_named_and_nothing_is_written(gpu, tmp_path, command, named):
+    refuses(f"tune {command}", named, tmp_path)
+
+
 def test_defaults_of_the_command_are_those_of_the_benchmark(gpu):
-    parameters, default = inspect.signature(sleep_ops.cli.bench_tune).parameters, TuneBenchmark()
-    for name in ("dtype", "repeats", "seed", "device"):
-        assert parameters[name].default == getattr(default, name), name
-    for name, option in {"cases": "case", "chunks": "chunks", "kernels": "kernels"}.items():
-        assert parameters[option].default == ",".join(map(str, getattr(default, name)))
+    check_defaults(cli.bench_tune, TuneBenchmark(), {"case": "cases"})

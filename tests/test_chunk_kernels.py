@@ -1,27 +1,14 @@
-"""The chunk kernels and their custom operators: the 2x rule on every case, operator contracts, and determinism."""
+"""The chunk kernels and their custom operators: the 2x rule on every case, their maps, settings and reach."""
 
 import pytest
 import torch
-from cases import (
-    CASES,
-    NAMES,
-    Case,
-    check_two_times,
-    evaluate,
-    float16_is_slow,
-    make_inputs,
-    relative_error,
-    single_pass,
-    slow_unless,
-)
-from torch.utils.checkpoint import checkpoint
+from cases import CASES, Case, check_two_times, evaluate, float16_is_slow, make_inputs, single_pass, slow_unless
 
-from sleep_ops.kernels import chunk_grad, chunk_grad_split, chunk_prepare, chunk_scan
 from sleep_ops.kernels.configs import chunk_config, scales_rows
-from sleep_ops.kernels.launches import LAUNCHES
 from sleep_ops.ops.chunk_torch import TorchPass
 from sleep_ops.ops.chunk_triton import TritonPass, _chunk_offsets, _num_chunks
 from sleep_ops.ops.launching import as_rows
+from sleep_ops.ops.rule import RuleOptions
 from sleep_ops.reference import gated_delta_rule_reference
 
 GATED = next(case for case in CASES if case.id == "grouped-gated")
@@ -40,25 +27,11 @@ QUICK += ["packed-empty-ends", "packed-one", "no-states", "gate-extreme", "gate-
 QUICK += ["beta-zero", "keys-zero-normalised"]
 
 
-@pytest.fixture
-def chunks_of_64(monkeypatch):
-    """As if the table asked for them, as `bench tune` may find it should."""
-    for width in ("float32", "16-bit"):
-        monkeypatch.setitem(LAUNCHES, (width, None, None, None), (64, (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1)))
-
-
-@pytest.fixture(params=["table", "64"])
-def chunks(request):
-    """With the table's chunks, and with those of 64 tokens."""
-    if request.param == "64":
-        request.getfixturevalue("chunks_of_64")
-
-
 def through_the_map(kind: type):
     """As `single_pass`, but the final state comes from the pass as a map, P S + R."""
 
-    def function(q, k, v, g, beta, *, scale, initial_state, **options):
-        tokens = kind(k, v, g, beta, **options)
+    def function(q, k, v, g, beta, *, scale, initial_state, cu_seqlens=None, **options):
+        tokens = kind(k, v, g, beta, RuleOptions(**options), cu_seqlens=cu_seqlens)
         P, R = tokens.transition()
         return tokens.run(q, initial_state, scale)[0], P @ initial_state + R
 
@@ -90,7 +63,7 @@ def test_queries_and_keys_of_any_norm(size, dtype, device, chunks_of_64):
     """Normalised inside, they may be as short or long as their dtype allows."""
 
     def resized(function):
-        return lambda q, k, *others, **options: function(size * q, size * k, *others, **options)
+        return lambda q, k, **others: function(q=size * q, k=size * k, **others)
 
     functions = {"specification": gated_delta_rule_reference, "plain": single_pass(TorchPass)}
     functions = {name: resized(function) for name, function in functions.items()}
@@ -103,121 +76,6 @@ def test_which_sweeps_scale_rows():
     long = config._replace(chunk=64)
     assert [scales_rows(long, torch.bfloat16, arch) for arch in (None, "sm80", "sm90", "gfx942")] == [1, 0, 1, 0]
     assert not scales_rows(long, torch.float16, "sm90")
-
-
-@pytest.mark.parametrize("case", TWO)
-def test_state_only(case, device, chunks):
-    inputs = make_inputs(case, torch.float32, device)
-    whole = evaluate(gated_delta_rule_reference, case, inputs | {"d_output": torch.zeros_like(inputs["v"])})
-
-    def without_q(q, *tensors, **options):
-        output, state = chunk_gated_delta_rule_triton(None, *tensors, **options)
-        assert output is None
-        return 0 * q.sum() + torch.zeros_like(inputs["v"]), state
-
-    for name, value in evaluate(without_q, case, inputs).items():
-        if name != "output":
-            assert relative_error(value, whole[name].double()) < 1e-5, name
-
-
-@pytest.mark.parametrize("case", TWO)
-def test_everything_is_written(case, device, poisoned, chunks):
-    """With every buffer full of NaN before its kernel starts, no NaN comes out."""
-    inputs = make_inputs(case, torch.float32, device)
-    expected = evaluate(chunk_gated_delta_rule_triton, case, inputs)
-    poisoned(chunk_prepare, chunk_scan, chunk_grad, chunk_grad_split)
-    for name, value in evaluate(chunk_gated_delta_rule_triton, case, inputs).items():
-        assert torch.equal(value, expected[name]), name
-
-
-@pytest.mark.parametrize("case", TWO)
-def test_same_bits_every_run(case, dtype, device, chunks):
-    inputs = make_inputs(case, dtype, device)
-    first, second = (evaluate(chunk_gated_delta_rule_triton, case, inputs) for _ in range(2))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
-def test_split_sequence_equals_whole(device):
-    case = Case("split", T=70)
-    inputs = make_inputs(case, torch.float32, device)
-    tokens = [inputs[name] for name in ("q", "k", "v", "g", "beta")]
-    options = {"scale": 0.25}
-    output, final_state = chunk_gated_delta_rule_triton(*tokens, initial_state=inputs["initial_state"], **options)
-    state, outputs = inputs["initial_state"], []
-    for first, last in ((0, 17), (17, 64), (64, 70)):
-        part = [x[:, first:last] for x in tokens]
-        part_output, state = chunk_gated_delta_rule_triton(*part, initial_state=state, **options)
-        outputs.append(part_output)
-    torch.testing.assert_close(torch.cat(outputs, 1), output)
-    torch.testing.assert_close(state, final_state)
-
-
-@pytest.mark.parametrize(
-    ("rule", "form", "packed", "scaled"),
-    [
-        ("delta", "output", False, True),
-        pytest.param("hebbian", "output", True, False, marks=pytest.mark.slow),
-        pytest.param("delta", "state", False, False, marks=pytest.mark.slow),
-        pytest.param("delta", "widened", True, True, marks=pytest.mark.slow),
-    ],
-)
-def test_opcheck(rule, form, packed, scaled, device):
-    case = Case("opcheck", T=20, heads=(1, 2), lengths=(5, 15) if packed else (), options=GATED.options, rule=rule)
-    inputs = make_inputs(case, torch.float32, device)
-    q, k, v, g, beta, state, A_log, dt_bias = (inputs[name].detach().requires_grad_() for name in NAMES)
-    packing = (inputs["cu_seqlens"], _chunk_offsets(inputs["cu_seqlens"], 32))
-    prepared = (k, g, beta, A_log, dt_bias, *packing, 20, 16, rule, True, 1.0)
-    torch.library.opcheck(torch.ops.sleep_ops.chunk_prepare, prepared)
-    G, active, A = (x.detach() for x in torch.ops.sleep_ops.chunk_prepare(*prepared))
-    torch.library.opcheck(torch.ops.sleep_ops.inverse_norms, (k.detach(),))
-    rq, rk = (torch.ops.sleep_ops.inverse_norms(x.detach()) if scaled else None for x in (q, k))
-    factors = (rk, G.requires_grad_(), active.requires_grad_(), A if rule == "delta" else None)
-    start = None if form == "widened" else state
-    query = (q, k, v, rq) if form == "output" else (None, k, v, None)
-    swept = (*query, *factors, start, *packing, 20, 0.25, True, form == "widened")
-    torch.library.opcheck(torch.ops.sleep_ops.chunk_scan, swept)
-
-
-@pytest.mark.parametrize("case", TWO)
-def test_compiles_without_graph_breaks(case, device, chunks):
-    inputs = make_inputs(case, torch.float32, device)
-    expected = evaluate(chunk_gated_delta_rule_triton, case, inputs)
-    compiled = torch.compile(chunk_gated_delta_rule_triton, fullgraph=True, backend="aot_eager")
-    for name, value in evaluate(compiled, case, inputs).items():
-        torch.testing.assert_close(value, expected[name], msg=lambda m, name=name: f"{name}: {m}")
-
-
-@pytest.mark.slow
-def test_activation_checkpointing(device):
-    inputs = make_inputs(GATED, torch.float32, device)
-    expected = evaluate(chunk_gated_delta_rule_triton, GATED, inputs)
-
-    def checkpointed(*args, **options):
-        return checkpoint(chunk_gated_delta_rule_triton, *args, use_reentrant=False, **options)
-
-    for name, value in evaluate(checkpointed, GATED, inputs).items():
-        assert torch.equal(value, expected[name]), name
-
-
-def test_autocast_casts_nothing(device):
-    inputs = make_inputs(GATED, torch.float32, device)
-    expected = evaluate(chunk_gated_delta_rule_triton, GATED, inputs)
-    with torch.autocast(device, torch.bfloat16):
-        results = evaluate(chunk_gated_delta_rule_triton, GATED, inputs)
-    for name, value in results.items():
-        assert torch.equal(value, expected[name]), name
-
-
-def test_only_wanted_gradients(device):
-    """Frozen inputs get no gradient, and either result alone can be differentiated."""
-    inputs = make_inputs(Case("frozen", T=20), torch.float32, device)
-    tokens = [inputs[name] for name in ("q", "k", "v", "g", "beta")]
-    value = tokens[2].requires_grad_()
-    output, final_state = chunk_gated_delta_rule_triton(*tokens, scale=0.25)
-    for root in (output, final_state):
-        (gradient,) = torch.autograd.grad(root.sum(), value, retain_graph=True)
-        assert gradient.isfinite().all() and gradient.any()
 
 
 def test_views_are_read_in_place(device):
@@ -250,24 +108,13 @@ def test_short_sequences_get_short_chunks():
     assert [chunk_config(64, 64, T, torch.float16).chunk for T in (1, 16, 17, 100)] == [16, 16, 32, 32]
 
 
-def test_strided_parameters_and_borders(device):
-    """Every small tensor may be a view: a column, an expanded row, every second entry."""
-    inputs = make_inputs(PACKED, torch.float32, device)
-    expected = evaluate(chunk_gated_delta_rule_triton, PACKED, inputs)
-    for name in ("A_log", "dt_bias", "cu_seqlens"):
-        inputs[name] = torch.stack([inputs[name], 99 + 0 * inputs[name]], -1)[..., 0]
-        assert not inputs[name].is_contiguous() or inputs[name].numel() == 1
-    for name, value in evaluate(chunk_gated_delta_rule_triton, PACKED, inputs).items():
-        assert torch.equal(value, expected[name]), name
-
-
 def test_tokens_behind_the_last_border_get_zeros(device, poisoned):
     """On a GPU borders are not read by the host: what stands behind them reaches nothing, and nothing is left there."""
     case = Case("tail", lengths=(7, 13), options=GATED.options)
     inputs = make_inputs(case, torch.float32, device)
     inputs["cu_seqlens"] = inputs["cu_seqlens"].clone()
     inputs["cu_seqlens"][-1] = 15
-    poisoned(chunk_prepare, chunk_scan, chunk_grad, chunk_grad_split)
+    poisoned()
     got = evaluate(chunk_gated_delta_rule_triton, case, inputs)
     for name, x in got.items():
         assert x.isfinite().all(), name

@@ -1,15 +1,21 @@
 """The command line: help, what a run leaves behind, resuming, refusals, and the demo in miniature."""
 
 import csv
+import inspect
+import math
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
 import sleep_ops.cli
+from sleep_ops.cli.options import Fields, all_but, command, docstring
 from sleep_ops.experiments.demo import CPU, CUDA, Scale, choose_scale, run_demo
 from sleep_ops.experiments.presets import preset, run_config
 from sleep_ops.files import read_csv
@@ -36,6 +42,73 @@ def test_every_command_has_the_common_options(command):
     text = run(*command.split(), "--help")
     for name in ("--seed", "--device", "--out", "--help"):
         assert name in text
+
+
+def commands(command=None, path=()):
+    """(path, command) of every one that is no group."""
+    command = typer.main.get_command(sleep_ops.cli.app) if command is None else command
+    if not hasattr(command, "list_commands"):
+        return [(" ".join(path), command)]
+    names = command.list_commands(command.context_class(command))
+    return [x for n in names for x in commands(command.get_command(command.context_class(command), n), (*path, n))]
+
+
+def test_every_option_says_what_it_is():
+    found = commands()
+    assert len(found) == 19
+    assert [f"{path} {p.name}" for path, command in found for p in command.params if not p.help] == []
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example.
+
+    first, second  two numbers,
+                   of any kind.
+    names          some
+    left_out       of the options.
+    batch_size: of a batch.
+    """
+
+    first: int | float
+    second: float = 0.5
+    names: tuple[str, ...] | None = ("a", "b")
+    left_out: int = 3
+    batch_size: int | None = None
+
+
+def test_options_are_those_of_the_fields():
+    """Names, types, defaults and help; a value that is read; and what was given alone."""
+    got = {}
+    app = typer.Typer()
+
+    @app.command()
+    @command
+    def full(settings: Annotated[dict, Fields(Example, all_but(Example, "left_out"))]):
+        got.update(settings)
+
+    @app.command()
+    @command
+    def some(settings: Annotated[dict, Fields(Example(2, second=4.0), given=True)]):
+        got.update(settings)
+
+    def call(*arguments, code=0):
+        got.clear()
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == code, result.output
+        return got
+
+    assert call("full", "--first", "inf") == {"first": math.inf, "second": 0.5, "names": ("a", "b"), "batch_size": None}
+    assert call("full", "--first", "3", "--names", "x", "--batch", "7") | {"second": 1} == {
+        **{"first": 3, "second": 1, "names": ("x",), "batch_size": 7}
+    }
+    call("full", code=2)
+    assert call("some", "--left-out", "0") == {"left_out": 0} and call("some") == {}
+    assert docstring(Example(1))["first"] == docstring(Example)["second"] == "two numbers, of any kind."
+    parameters = inspect.signature(full).parameters
+    assert {name: p.default for name, p in parameters.items()} == {"first": ..., "second": 0.5} | {
+        **{"names": "a,b", "batch": None}
+    }
 
 
 def test_no_command_shows_the_help():
@@ -164,6 +237,10 @@ def test_bad_settings_are_refused_and_nothing_is_written(tmp_path, arguments, na
         ("demo", "--passes", "0", "--device", "cpu", "--out", "x"),
         ("demo", "--steps", "0", "--device", "cpu", "--out", "x"),
         ("bench", "passes", "--passes", "0", "--out", "x"),
+        ("recall", "--codewords", "1000000000000000", "--out", "x"),
+        ("recall", "--memories", "1000000000000000", "--out", "x"),
+        ("recall", "--key-dim", "1000000000000000", "--out", "x"),
+        ("recall", "--loads", "0.5,1e300", "--out", "x"),
         ("bench", "passes", "--dtype", "int8", "--out", "x"),
         ("bench", "passes", "--device", "abacus", "--out", "x"),
     ],

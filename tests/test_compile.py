@@ -1,14 +1,20 @@
 """torch.compile of the layer, the block and the whole model: one graph, the same outputs and gradients as eager."""
 
+import functools
+
 import pytest
+import small
 import torch
 from cases import slow_unless
+from judge import close
+from small import VOCAB
 from torch.utils._pytree import tree_leaves
 
-from sleep_ops import HybridConfig, SleepGDNLayer, SleepHybridModel
-from sleep_ops.layers.attention import Segment
+from sleep_ops import SleepGDNLayer
+from sleep_ops.layers.attention import SpanContext
+from sleep_ops.model.sleeping import Call
 
-VOCAB, WINDOW, LENGTH = 11, 4, 6
+WINDOW, LENGTH = 4, 6
 LAYERS = {
     "one-pass": {},
     "replay": {"passes": 4, "window": 4},
@@ -27,10 +33,7 @@ def _forget():
     torch.compiler.reset()
 
 
-def tiny(**changes) -> SleepHybridModel:
-    torch.manual_seed(0)
-    settings = {"vocab_size": VOCAB, "hidden_size": 16, "layers": ("attn", "gdn"), "window": WINDOW, "num_heads": 2}
-    return SleepHybridModel(HybridConfig(**settings | {"initializer_range": 0.3} | changes)).double()
+tiny = functools.partial(small.tiny, layers=("attn", "gdn"), window=WINDOW)
 
 
 def tensors(tree):
@@ -48,15 +51,15 @@ def assert_compiles(function, inputs, module):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager_decomp_partition")
     sources = [x for x in (*tensors(inputs), *module.parameters()) if x.requires_grad]
     outputs = [tensors(f(*inputs)) for f in (compiled, function)]
-    close = {"rtol": 1e-4, "atol": 1e-5} if sources[0].dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-9}
-    torch.testing.assert_close(*outputs, **close)
+    tolerance = {} if sources[0].dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-9}
+    close(*outputs, **tolerance)
     generator = torch.Generator().manual_seed(3)
     weights = [torch.randn(x.shape, generator=generator) for x in outputs[0]]
     grads = []
     for found in outputs:
         total = sum((w * x).sum() for w, x in zip(weights, found, strict=True) if x.requires_grad)
         grads.append(torch.autograd.grad(total, sources, materialize_grads=True))
-    torch.testing.assert_close(*grads, **close)
+    close(*grads, **tolerance)
 
 
 @pytest.mark.parametrize("impl", slow_unless(["torch"], ["torch", "triton"]))
@@ -73,7 +76,7 @@ def test_block(kind):
     block = tiny(layers=(kind,)).blocks[0]
 
     def run(h, state):
-        return block(h, state, Segment((WINDOW, WINDOW), (0, 0), (7, 7), WINDOW, h.device))
+        return block(h, state, SpanContext((WINDOW, WINDOW), (0, 0), (7, 7), WINDOW, h.device))
 
     assert_compiles(
         run, (torch.randn(2, WINDOW, 16, dtype=torch.float64, requires_grad=True), random_state(block)), block
@@ -87,8 +90,8 @@ def test_training_step(name):
     ids, labels = torch.randint(0, VOCAB, (2, 2, LENGTH))
     mask = torch.zeros(2, LENGTH, dtype=torch.bool)
     mask[:, [1, LENGTH - 1]] = True
-    reading = model.plan(ids, labels=labels, loss_mask=mask, return_state=False)
-    assert_compiles(lambda *x: model.run(reading._replace(ids=x[0], labels=x[1])).loss, (ids, labels), model)
+    plan = model.plan(Call(ids, labels=labels, loss_mask=mask, return_state=False))
+    assert_compiles(lambda *x: model.run(plan._replace(ids=x[0], labels=x[1])).loss, (ids, labels), model)
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def worker(rank, port, folder):
     found["small"] = refusal(lambda: make(folder / "small", batch_size=1))
     found["device"] = refusal(lambda: local_device("cuda:0"))
     world = World.join(torch.device("cpu"))
-    found["world"] = world.all(rank), world.largest([rank, -rank]), world.first(lambda: rank)
+    found["world"] = world.all_gather(rank), world.max([rank, -rank]), world.on_main(lambda: rank)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -367,7 +367,7 @@ def test_what_processes_tell_one_another(ranks):
 def test_one_process_alone(monkeypatch):
     world = World.join(torch.device("cpu"))
     assert (world.rank, world.size, world.main) == (0, 1, True)
-    assert (world.all(3), world.largest([1, 2]), world.first(lambda: 4)) == ([3], [1, 2], 4)
+    assert (world.all_gather(3), world.max([1, 2]), world.on_main(lambda: 4)) == ([3], [1, 2], 4)
     tensor = torch.ones(2)
     assert world.sum(tensor) is tensor and local_device("cuda:1") == "cuda:1"
     monkeypatch.setenv("RANK", "3")

@@ -23,7 +23,7 @@ def test_a_memory_saved_by_one_session_answers_in_another(tmp_path):
     assert right > 0.3  # guessing: 0.03; one document's numbers guessed at random: 0.125
     with safe_open(tmp_path / "memory.safetensors", framework="pt") as file:
         names = set(file.keys())
-    assert names == {f"blocks.{i}.{part}" for i in (0, 2) for part in ("fast_weights", "conv_tail")} | {
+    assert names == {f"blocks.{i}.{part}" for i in (0, 2) for part in ("fast_weights", "conv_state")} | {
         f"blocks.1.{part}" for part in ("keys", "values")
     }
 

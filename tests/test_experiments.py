@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import sleep_ops.cli
 from sleep_ops import HybridConfig, SleepHybridModel
-from sleep_ops.cli.train import _SETTINGS
+from sleep_ops.cli.options import _NAMES
+from sleep_ops.cli.train import task_commands
 from sleep_ops.experiments.figures import figure_names, load_figure
 from sleep_ops.experiments.presets import BASELINES, SIZES, preset, run_config, set_value
 from sleep_ops.experiments.sweep import RESULTS_FILE, train_runs
@@ -73,11 +74,11 @@ def test_a_tasks_options_and_a_presets_settings_meet(tmp_path):
     assert (model.config.eviction, model.config.loop, config.train.lr_muon) == ("sliding", (1, 1), 5e-3)
 
 
-def test_every_setting_of_the_recipe_has_an_option():
-    places = {place for _, _, place, _ in _SETTINGS}
-    assert {f"train.{f.name}" for f in fields(TrainConfig)} == {p for p in places if p.startswith("train.")}
-    known = {f"model.{f.name}" for f in fields(HybridConfig)}
-    assert {p for p in places if p.startswith("model.")} < known
+@pytest.mark.parametrize("task", TRAINED)
+def test_every_setting_of_task_and_recipe_has_an_option_without_a_default(task):
+    options = {p.name: p for p in task_commands()[task.replace("_", "-")].params}
+    names = {_NAMES.get(f.name, f.name) for owner in (TrainConfig, TASKS[task]) for f in fields(owner)}
+    assert all(options[name].default is None and options[name].help for name in names)
 
 
 def test_baselines_spend_the_same_otherwise():

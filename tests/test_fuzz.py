@@ -6,6 +6,7 @@ import pytest
 from fuzz import GATES, draw, fault
 
 from sleep_ops import SleepHybridModel, SleepSession
+from sleep_ops.cli.options import Fields
 from sleep_ops.ops import chunk_torch
 
 SEEDS = range(60)
@@ -89,7 +90,7 @@ def test_a_file_of_another_place_is_noticed(monkeypatch):
 
     def shifted(cls, path, model):
         session = load(cls, path, model)
-        session.state = session.state._replace(seen=tuple(n + 1 for n in session.state.seen))
+        session.state = session.state._replace(position=tuple(n + 1 for n in session.state.position))
         return session
 
     monkeypatch.setattr(SleepSession, "load", classmethod(shifted))
@@ -109,10 +110,10 @@ def test_more_random_commands(seed):
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x")], ids=["KeyError", "RuntimeError"])
 def test_a_traceback_is_noticed(monkeypatch, error):
-    def broken(name, text):
+    def broken(self, values):
         raise error
 
-    monkeypatch.setattr("sleep_ops.cli.evaluate.integers", broken)
+    monkeypatch.setattr(Fields, "take", broken)
     seed = next(
         n for n in range(100) if fuzz_commands.draw(n)["entry"] == "recall" and not fuzz_commands.draw(n)["bad"]
     )
@@ -120,7 +121,8 @@ def test_a_traceback_is_noticed(monkeypatch, error):
 
 
 def test_bad_arguments_that_are_accepted_are_noticed(monkeypatch):
-    monkeypatch.setattr("sleep_ops.cli.evaluate.parse_loads", lambda text: (0.5, 1.0))
+    take = Fields.take
+    monkeypatch.setattr(Fields, "take", lambda *arguments: take(*arguments) | {"loads": (0.5, 1.0)})
     monkeypatch.setattr(
         "fuzz_commands.draw",
         lambda seed: {"entry": "recall", "arguments": SMALL_RECALL, "bad": True, "twice": False, "damage": ""},

@@ -33,10 +33,10 @@ def test_replays_what_the_reference_replays(sleep):
         z = F.conv1d(seen, convolution.weight[:, None], groups=seen.shape[1]).transpose(1, 2)
         return F.silu(z).unflatten(-1, (heads, -1)), seen[..., seen.shape[-1] - W + 1 :].transpose(1, 2)
 
-    q_tail, k_tail, v_tail = state.conv_tail.split([16, 16, 24], -1)
-    q, q_tail = convolved(layer.q_proj, layer.q_conv, q_tail, 2)
-    k, k_tail = convolved(layer.k_proj, layer.k_conv, k_tail, 2)
-    v, v_tail = convolved(layer.v_proj, layer.v_conv, v_tail, 4)
+    q_tail, k_tail, v_tail = state.conv_state.split([16, 16, 24], -1)
+    q, q_tail = convolved(layer.q_proj, layer.q_conv1d, q_tail, 2)
+    k, k_tail = convolved(layer.k_proj, layer.k_conv1d, k_tail, 2)
+    v, v_tail = convolved(layer.v_proj, layer.v_conv1d, v_tail, 4)
     o, fast_weights = sleep_gated_delta_rule_reference(
         q,
         k,
@@ -72,7 +72,20 @@ def test_published_initialisation():
     assert torch.equal(layer.o_norm.weight, torch.ones(1))
     unset = [n for n, p in layer.named_parameters() if getattr(p, "_no_weight_decay", False)]
     assert unset == ["A_log", "dt_bias"]
-    assert layer.q_conv.weight.abs().max() <= 0.5
+    assert layer.q_conv1d.weight.abs().max() <= 0.5
+
+
+@pytest.mark.parametrize("saved", ["fla", "before"])
+def test_weights_of_fla_and_of_former_names_load(saved):
+    """fla's filters are those of an nn.Conv1d; this layer's were called q_conv, k_conv and v_conv before."""
+    model, other = (nn.Sequential(SleepGDNLayer(16, num_heads=2, head_dim=8)) for _ in range(2))
+    weights = model.state_dict()
+    for name in [n for n in weights if "conv1d" in n]:
+        weight = weights.pop(name)
+        name, weight = (name, weight[:, None]) if saved == "fla" else (name.replace("conv1d", "conv"), weight)
+        weights[name] = weight
+    other.load_state_dict(weights)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 class TinyTransformer(nn.Module):

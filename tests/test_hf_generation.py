@@ -51,7 +51,7 @@ def test_memory_stays_constant_over_a_text_of_many_windows():
     for part in tokens(1, 8 * 60).split(16, dim=1):
         session.read(part)
         sizes.add(nbytes(session))
-    assert session.seen == (480,)
+    assert session.position == (480,)
     assert len(sizes) <= 2  # the first window keeps fewer keys than the others
     cached = [s.keys.shape[1] for s in session.state.blocks if isinstance(s, AttentionState)]
     assert cached == [7]
@@ -62,7 +62,7 @@ def test_positions_beyond_the_models_own_are_read():
     model = sleeping(passes=1)
     session = SleepSession(model)
     logits = session.read(tokens(1, 600))
-    assert session.seen == (600,) and bool(logits.isfinite().all())
+    assert session.position == (600,) and bool(logits.isfinite().all())
 
 
 def test_generate_is_the_session_token_for_token():
@@ -163,7 +163,7 @@ def test_going_on_from_a_session_that_has_read_a_document():
     out = model.generate(question, session=session, **GREEDY, eos_token_id=None)
     whole = model.generate(torch.cat([document, question], dim=1), **GREEDY, eos_token_id=None)
     assert torch.equal(out, whole[:, 41:])
-    assert session.seen == (whole.shape[1],)
+    assert session.position == (whole.shape[1],)
 
 
 def test_the_number_of_passes_of_one_call():
@@ -214,7 +214,7 @@ def test_saved_sessions_go_on_and_know_their_model(tmp_path):
     "changes, message",
     [
         (dict(linear_num_value_heads=2), r"fast_weights \[1, 2, 16, 16\] in block 0, got \[1, 4, 16, 16\]"),
-        (dict(linear_conv_kernel_dim=3), r"conv_tail \[1, 2, 128\] in block 0, got \[1, 3, 128\]"),
+        (dict(linear_conv_kernel_dim=3), r"conv_state \[1, 2, 128\] in block 0, got \[1, 3, 128\]"),
         (dict(num_key_value_heads=1), r"keys \[1, 16\] in block 3, got \[2, 16\]"),
         (dict(layer_types=["full_attention"] + 3 * ["linear_attention"]), "keys .* in block 0, got None"),
     ],

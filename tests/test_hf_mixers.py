@@ -100,7 +100,7 @@ def test_padding_changes_nothing(side):
     for mixer in mixers:
         state, other = (cached_state(o.past_key_values, mixer) for o in (out, expected))
         torch.testing.assert_close(state.fast_weights, other.fast_weights, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(state.conv_tail, other.conv_tail, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(state.conv_state, other.conv_state, rtol=1e-4, atol=1e-5)
 
 
 class PlainLayer:

@@ -139,7 +139,7 @@ def test_published_names_and_sizes():
         "dt_bias": (2,),
     }
     state = layer.init_state(3)
-    assert state.fast_weights.shape == (3, 2, 12, 32) and state.conv_tail.shape == (3, 3, 64)
+    assert state.fast_weights.shape == (3, 2, 12, 32) and state.conv_state.shape == (3, 3, 64)
     assert layer.o_norm.eps == 1e-5 and not layer.allow_neg_eigval
 
 
@@ -155,7 +155,7 @@ def test_replays_what_the_reference_replays(sleep):
     generator = "dynamic_conv1d.kernel_generator"
     kernels = F.silu(linear(f"{generator}.w1")) @ weights[f"{generator}.w2.weight"].T + weights[f"{generator}.w2.bias"]
     kernels = kernels.unflatten(-1, (24, layer.conv_size))
-    rows = [convolved(linear("v_proj")[b], kernels[b], state.conv_tail[b]) for b in range(3)]
+    rows = [convolved(linear("v_proj")[b], kernels[b], state.conv_state[b]) for b in range(3)]
     v, tail = (torch.stack(part) for part in zip(*rows, strict=True))
     o, fast_weights = sleep_gated_delta_rule_reference(
         F.silu(linear("q_proj")).unflatten(-1, (2, 8)),

@@ -337,13 +337,13 @@ def test_sessions_are_saved_and_go_on(folder, tmp_path):
     model, ids = JetNemotron.from_pretrained(folder, window=WINDOW, passes=2), tokens(length=13)
     session = SleepSession(model)
     session.read(ids)
-    session.save(tmp_path / "night.safetensors")
+    session.save(tmp_path / "session.safetensors")
     again = SleepSession.load(
-        tmp_path / "night.safetensors", JetNemotron.from_pretrained(folder, window=WINDOW, passes=2)
+        tmp_path / "session.safetensors", JetNemotron.from_pretrained(folder, window=WINDOW, passes=2)
     )
     assert torch.equal(session.fork().generate(None, 9), again.generate(None, 9))
     with pytest.raises(ValueError, match="^path: expected a session of this model's configuration, got window"):
-        SleepSession.load(tmp_path / "night.safetensors", JetNemotron.from_pretrained(folder, window=6, passes=2))
+        SleepSession.load(tmp_path / "session.safetensors", JetNemotron.from_pretrained(folder, window=6, passes=2))
 
 
 def test_padding_changes_nothing(folder):

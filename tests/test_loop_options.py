@@ -72,7 +72,7 @@ def test_truncated_gradients_are_those_from_a_given_start(last, loop, eviction):
 
 
 def refined(model, state, passes):
-    """What the looped blocks put out in pass `passes` over the live window (pass 1: awake)."""
+    """What the looped blocks put out in pass `passes` over the open window (pass 1: awake)."""
     first, last = model.stack.loop
     caught = {}
     handle = model.blocks[last].register_forward_hook(lambda _m, _a, out: caught.update(h=out[0]))

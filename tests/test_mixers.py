@@ -26,9 +26,9 @@ def test_shapes_and_dtypes(mixer):
     y, state = layer(x, return_state=True)
     assert layer(x).shape == y.shape == x.shape
     assert state.fast_weights.shape == (3, 4, 8, 6) and state.fast_weights.dtype == torch.float32
-    assert state.conv_tail.shape == (3, 3, 24 if mixer is JetBlock else 2 * 16 + 24)
+    assert state.conv_state.shape == (3, 3, 24 if mixer is JetBlock else 2 * 16 + 24)
     assert [t.shape for t in layer.init_state(3)] == [t.shape for t in state]
-    assert layer.init_state(2, dtype=torch.bfloat16).conv_tail.dtype == torch.bfloat16
+    assert layer.init_state(2, dtype=torch.bfloat16).conv_state.dtype == torch.bfloat16
     assert make(mixer, dtype=torch.float64).init_state(2).fast_weights.dtype == torch.float64
 
 
@@ -164,7 +164,7 @@ def test_gradients_reach_every_parameter_the_input_and_the_state(mixer):
     state = GDNState(*(t.requires_grad_() for t in some_state(layer)))
     y, new_state = layer(x, state=state, return_state=True)
     (y.square().sum() + new_state.fast_weights.square().sum()).backward()
-    for name, p in [*layer.named_parameters(), ("x", x), ("fast_weights", state[0]), ("conv_tail", state[1])]:
+    for name, p in [*layer.named_parameters(), ("x", x), ("fast_weights", state[0]), ("conv_state", state[1])]:
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
 
 
@@ -186,7 +186,7 @@ def test_autocast_keeps_gates_and_states_in_float32(mixer):
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         low, low_state = layer(x, state=layer.init_state(3), return_state=True)
         updated = layer.update_state(x, layer.init_state(3))
-    assert low.dtype == torch.bfloat16 and low_state.conv_tail.dtype == torch.bfloat16
+    assert low.dtype == torch.bfloat16 and low_state.conv_state.dtype == torch.bfloat16
     assert low_state.fast_weights.dtype == torch.float32
     close(updated, low_state)
     close(low.float(), y, rtol=0.1, atol=0.05)
@@ -198,7 +198,7 @@ def test_autocast_keeps_gates_and_states_in_float32(mixer):
 def test_bfloat16_layer_keeps_its_state_in_float32(mixer):
     layer = make(mixer, dtype=torch.bfloat16)
     y, state = layer(vectors(dtype=torch.bfloat16), return_state=True)
-    assert y.dtype == state.conv_tail.dtype == torch.bfloat16 and state.fast_weights.dtype == torch.float32
+    assert y.dtype == state.conv_state.dtype == torch.bfloat16 and state.fast_weights.dtype == torch.float32
 
 
 def test_activation_checkpointing_changes_no_gradient(mixer):
@@ -305,13 +305,13 @@ def test_unknown_setting_is_a_type_error(mixer):
         (dict(x=torch.zeros(3, 4, 20, device="meta")), "x"),
         (dict(x=None), "x"),
         (dict(state=(torch.zeros(3, 4, 8, 6).half(), torch.zeros(3, 3, 56))), "state.fast_weights"),
-        (dict(state=(torch.zeros(3, 4, 8, 6), None)), "state.conv_tail"),
-        (dict(state=(torch.zeros(3, 4, 8, 6), torch.zeros(3, 3, 56, device="meta"))), "state.conv_tail"),
+        (dict(state=(torch.zeros(3, 4, 8, 6), None)), "state.conv_state"),
+        (dict(state=(torch.zeros(3, 4, 8, 6), torch.zeros(3, 3, 56, device="meta"))), "state.conv_state"),
         (dict(state=torch.zeros(3, 4, 8, 6)), "state"),
         (dict(state=(torch.zeros(3, 4, 6, 8), torch.zeros(3, 3, 56))), "state.fast_weights"),
-        (dict(state=(torch.zeros(3, 4, 8, 6), torch.zeros(3, 4, 56))), "state.conv_tail"),
-        (dict(state=(torch.zeros(3, 4, 8, 6), torch.zeros(3, 3, 55))), "state.conv_tail"),
-        (dict(state=GDNState(torch.zeros(3, 4, 8, 6), torch.zeros(3, 3, 55))), "state.conv_tail"),
+        (dict(state=(torch.zeros(3, 4, 8, 6), torch.zeros(3, 4, 56))), "state.conv_state"),
+        (dict(state=(torch.zeros(3, 4, 8, 6), torch.zeros(3, 3, 55))), "state.conv_state"),
+        (dict(state=GDNState(torch.zeros(3, 4, 8, 6), torch.zeros(3, 3, 55))), "state.conv_state"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -165,7 +165,7 @@ def sleeping_ouro(model, ids, passes, eviction):
                 h, keys[i] = ouro_layer(w, i, h, begin, kept[i], WINDOW)
                 if i in inserted:
                     x = rms(h, inserted[i].mixer_norm.weight)
-                    fast[i] = fast[i]._replace(conv_tail=start[i].conv_tail)
+                    fast[i] = fast[i]._replace(conv_state=start[i].conv_state)
                     y, fast[i] = inserted[i].mixer(x[None], state=fast[i], return_state=True)
                     h = h + y[0]
             h = rms(h, w["model.norm.weight"])

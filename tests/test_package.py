@@ -17,6 +17,7 @@ NOT_IGNORED = ("--cached", "--others", "--exclude-standard")  # what is in the c
 # Who may import from whom: each from those before it, and "tasks" and "adapters" not from one another.
 ROOMS = [
     ("kernels",),
+    ("checks",),
     ("reference", "ragged", "validation", "files"),
     ("tokenizer",),
     ("ops",),
@@ -151,7 +152,7 @@ def test_the_reference_needs_no_triton():
     assert run(code, ROOT) == "5"
 
 
-@pytest.mark.parametrize("command", ["", "bench passes", "finetune", "demo"])
+@pytest.mark.parametrize("command", ["", "bench passes", "finetune", "demo", "recall"])
 def test_help_needs_no_pytorch(command):
     """But for `train TASK`, whose options are the task's."""
     code = "import sys; sys.modules['torch'] = None\n"

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from judge import exact
 
 from sleep_ops.reference import gated_delta_rule_reference, sleep_gated_delta_rule_reference
 
@@ -47,8 +48,8 @@ def test_every_head_follows_the_equation(rule):
         for h in range(HV):
             q, k = inputs["q"][b, :, h // 2], inputs["k"][b, :, h // 2]
             o, state = equation(q, k, *(inputs[name][b, :, h] for name in ("v", "g", "beta")), S[b, h], rule)
-            torch.testing.assert_close(got.output[b, :, h], o)
-            torch.testing.assert_close(got.final_state[b, h], state)
+            exact(got.output[b, :, h], o)
+            exact(got.final_state[b, h], state)
 
 
 def test_activations():
@@ -62,8 +63,7 @@ def test_activations():
     by_hand["g"] = -A_log.exp() * torch.log1p(torch.exp(inputs["g"] + dt_bias))
     by_hand["beta"] = 2 / (1 + torch.exp(-inputs["beta"]))
     want = gated_delta_rule_reference(**by_hand)
-    torch.testing.assert_close(got.output, want.output)
-    torch.testing.assert_close(got.final_state, want.final_state)
+    exact(tuple(got), tuple(want))
 
 
 @pytest.mark.parametrize("output_pass", ["first", "last"])
@@ -79,8 +79,7 @@ def test_sleep_is_passes_in_turn_over_each_window(window, output_pass):
             by_pass.append(o)
         outputs.append(by_pass[0 if output_pass == "first" else -1])
     got = sleep_gated_delta_rule_reference(**inputs, passes=passes, window=window, output_pass=output_pass)
-    torch.testing.assert_close(got.output, torch.cat(outputs, 1))
-    torch.testing.assert_close(got.final_state, state)
+    exact(tuple(got), (torch.cat(outputs, 1), state))
 
 
 def test_replay_converges_to_recall():
@@ -89,7 +88,7 @@ def test_replay_converges_to_recall():
     inputs = {**inputs, "g": torch.zeros(B, T, HV).double(), "beta": torch.ones(B, T, HV).double(), "q": inputs["k"]}
     few = {name: x[:, :4] for name, x in inputs.items()}
     got = sleep_gated_delta_rule_reference(**few, passes=2000, scale=1.0)
-    torch.testing.assert_close(got.output, few["v"], rtol=1e-5, atol=1e-5)
+    exact(got.output, few["v"], rtol=1e-5, atol=1e-5)
 
 
 def test_packed_sequences_are_separate():
@@ -104,8 +103,8 @@ def test_packed_sequences_are_separate():
             continue
         part = {name: x[:, start:end] for name, x in inputs.items()}
         want = sleep_gated_delta_rule_reference(**part, initial_state=state[i : i + 1], **options)
-        torch.testing.assert_close(got.output[:, start:end], want.output)
-        torch.testing.assert_close(got.final_state[i : i + 1], want.final_state)
+        exact(got.output[:, start:end], want.output)
+        exact(got.final_state[i : i + 1], want.final_state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

@@ -19,7 +19,7 @@ import sleep_ops.cli
 import sleep_ops.model.session
 from sleep_ops import SleepGDNLayer, SleepSession, gated_delta_rule
 from sleep_ops.layers.attention import rotate
-from sleep_ops.layers.mixer import GDNWrites
+from sleep_ops.layers.mixer import ReplayInputs
 from sleep_ops.training import load_run
 
 tiny = functools.partial(small.tiny, sleep_kind="replay", dt_bias=-1)
@@ -60,7 +60,7 @@ def transcription(model, ids):
             z = F.conv1d(projection(padded).T[None], convolution.weight[:, None], groups=convolution.weight.shape[0])
             return F.silu(z[0].T[before:]).view(1, x.shape[1], -1, 8)
 
-        q, k, v = convolved(m.q_proj, m.q_conv), convolved(m.k_proj, m.k_conv), convolved(m.v_proj, m.v_conv)
+        q, k, v = convolved(m.q_proj, m.q_conv1d), convolved(m.k_proj, m.k_conv1d), convolved(m.v_proj, m.v_conv1d)
         k = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
         q = q / (q.square().sum(-1, keepdim=True) + 1e-6).sqrt()
         g = -m.A_log.exp() * F.softplus(m.a_proj(x) + m.dt_bias)
@@ -161,11 +161,11 @@ def test_rows_out_of_phase_live_as_if_alone(settings):
         ids[b, 9 - prompt.shape[1] :], mask[b, 9 - prompt.shape[1] :] = prompt[0], 1
     together = SleepSession(model)
     first = together.read(ids, mask)
-    assert together.state.live == (4, 4, 0)
+    assert together.state.in_window == (4, 4, 0)
     steps = []
     for t, live in enumerate([(0, 0, 1), (1, 1, 2), (2, 2, 3)]):
         steps.append(together.step(more[:, t]))
-        assert together.state.live == live and together.state.writes[1].k.shape[1] == max(live)
+        assert together.state.in_window == live and together.state.writes[1].k.shape[1] == max(live)
     together.sleep()
     steps += [together.step(more[:, t]) for t in range(3, 8)]
     for b, prompt in enumerate(prompts):
@@ -184,14 +184,14 @@ def test_an_early_sleep_replays_what_was_read():
     session.read(ids)
     state = session.state
     session.sleep()
-    assert session.state.live == (0, 0) and set(session.state.writes) == {None}
+    assert session.state.in_window == (0, 0) and set(session.state.writes) == {None}
     for i in (1, 3):
         awake, writes = state.blocks[i], state.writes[i]
         expected = awake.fast_weights
         for _ in range(3):
             expected = model.blocks[i].mixer.replay(writes, expected, passes=1)
         same(session.state.blocks[i].fast_weights, expected)
-        assert torch.equal(session.state.blocks[i].conv_tail, awake.conv_tail)
+        assert torch.equal(session.state.blocks[i].conv_state, awake.conv_state)
     assert session.state.blocks[0].keys.shape[1] == 0 and state.blocks[0].keys.shape[1] == 3
 
 
@@ -251,8 +251,8 @@ def test_saved_sessions_go_on_as_if_never_saved(settings, tmp_path):
     session = SleepSession(model)
     session.read(tokens(2, 12))
     fork = session.fork()
-    session.save(tmp_path / "night")
-    loaded = SleepSession.load(tmp_path / "night", model)
+    session.save(tmp_path / "session")
+    loaded = SleepSession.load(tmp_path / "session", model)
     assert loaded.passes == fork.passes == settings["passes"]
     assert_same_state(model, loaded.state, session.state)
     more = tokens(2, 9, seed=2)
@@ -264,14 +264,14 @@ def test_sessions_keep_to_their_kind(tmp_path):
     replaying, refining = tiny(passes=2), tiny(passes=2, sleep_kind="refine")
     session = SleepSession(replaying)
     session.read(tokens(1, 7))
-    session.save(tmp_path / "night")
+    session.save(tmp_path / "session")
     with pytest.raises(ValueError, match="^path: .*sleep_kind 'replay'"):
-        SleepSession.load(tmp_path / "night", refining)
+        SleepSession.load(tmp_path / "session", refining)
 
     session = SleepSession(refining)
     session.read(tokens(1, 7))
-    session.save(tmp_path / "night")
-    with safe_open(tmp_path / "night", framework="pt") as file:
+    session.save(tmp_path / "session")
+    with safe_open(tmp_path / "session", framework="pt") as file:
         tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
     del header["digest"]
     config = json.loads(header["config"])
@@ -348,7 +348,7 @@ def test_writes_of_a_layer_replay_its_window():
     same(layer.replay(writes, state.fast_weights, passes=3), expected)
     lengths = mask.sum(1)
     filler = torch.arange(7) >= lengths[:, None]  # counts for nothing
-    filled = GDNWrites(*(w.masked_fill(filler.view(3, 7, *[1] * (w.dim() - 2)), 1.0) for w in writes))
+    filled = ReplayInputs(*(w.masked_fill(filler.view(3, 7, *[1] * (w.dim() - 2)), 1.0) for w in writes))
     same(layer.replay(filled, state.fast_weights, passes=3, lengths=lengths), expected)
 
 
@@ -372,10 +372,10 @@ def test_writes_of_a_layer_replay_its_window():
 def test_bad_replays_name_the_argument(name, change):
     layer = SleepGDNLayer(16, num_heads=2, head_dim=8)
     heads, gates = torch.zeros(2, 3, 2, 8), torch.zeros(2, 3, 2)
-    writes = GDNWrites(heads, heads, gates, gates)
+    writes = ReplayInputs(heads, heads, gates, gates)
     arguments = dict(writes=writes, fast_weights=torch.zeros(2, 2, 8, 8), passes=2)
     for key, value in change.items():
-        if key in GDNWrites._fields:
+        if key in ReplayInputs._fields:
             key, value = "writes", writes._replace(**{key: value})
         arguments[key] = value
     with pytest.raises(ValueError, match=f"^{name}: expected .*got "):

@@ -34,7 +34,7 @@ def _one_row():
 
 
 def assert_same_state(a, b):
-    assert (a.seen, a.live, a.kept, a.labelled) == (b.seen, b.live, b.kept, b.labelled)
+    assert (a.position, a.in_window, a.carried, a.labelled) == (b.position, b.in_window, b.carried, b.labelled)
     for s, t in zip(a.blocks + a.start + (a.hidden,), b.blocks + b.start + (b.hidden,), strict=True):
         torch.testing.assert_close(s, t, rtol=1e-9, atol=1e-9)
 
@@ -92,7 +92,7 @@ def test_greedy_generation_equals_the_model_run_anew():
         text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], dim=1)
     session = SleepSession(model)
     torch.testing.assert_close(session.generate(prompt, 9), text[:, 7:])
-    assert session.seen == (16, 16)
+    assert session.position == (16, 16)
     seen = []
     again = SleepSession(model)
     out = again.generate(prompt, 4, on_token=seen.append)
@@ -134,7 +134,7 @@ def test_sleep_on_request():
     session.read(ids)
     before = session.state
     session.sleep()
-    assert session.state.live == (0,) and session.state.seen == (3,)
+    assert session.state.in_window == (0,) and session.state.position == (3,)
     assert session.state.blocks[0].keys.shape[1] == 0
     assert not torch.allclose(session.state.blocks[1].fast_weights, before.blocks[1].fast_weights)
     with pytest.raises(ValueError, match="^window:"):
@@ -148,7 +148,7 @@ def test_fork_goes_its_own_way():
     other = session.fork()
     expected = session.fork().read(tokens(1, 6, seed=3))
     other.read(tokens(1, 9, seed=4))
-    assert session.seen == (7,) and other.seen == (16,)
+    assert session.position == (7,) and other.position == (16,)
     torch.testing.assert_close(session.read(tokens(1, 6, seed=3)), expected)
 
 
@@ -157,12 +157,12 @@ def test_saved_sessions_go_on_as_if_never_saved(eviction, loop, passes, tmp_path
     model = tiny(eviction=eviction, loop=loop, passes=passes)
     session = SleepSession(model)
     session.read(tokens(2, 12))
-    session.save(tmp_path / "night.safetensors")
-    loaded = SleepSession.load(tmp_path / "night.safetensors", model)
+    session.save(tmp_path / "session.safetensors")
+    loaded = SleepSession.load(tmp_path / "session.safetensors", model)
     assert loaded.passes == passes
     assert_same_state(loaded.state, session.state)
     assert torch.equal(loaded.read(tokens(2, 9, seed=2)), session.read(tokens(2, 9, seed=2)))
-    assert [p.name for p in tmp_path.iterdir()] == ["night.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["session.safetensors"]
 
 
 def test_damaged_or_foreign_files_are_refused(tmp_path):
@@ -171,7 +171,7 @@ def test_damaged_or_foreign_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="empty session"):
         session.save(tmp_path / "none")
     session.read(tokens(2, 12))
-    path = tmp_path / "night.safetensors"
+    path = tmp_path / "session.safetensors"
     session.save(path)
     whole = path.read_bytes()
 
@@ -184,7 +184,7 @@ def test_damaged_or_foreign_files_are_refused(tmp_path):
     refused(whole[: len(whole) // 2], "^path: .*can't be read")
     refused(b"", "^path: .*can't be read")
     refused(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], "^path: .*digest")
-    refused(whole.replace(b'"version":"2"', b'"version":"9"'), "^path: .*version '9'")
+    refused(whole.replace(b'"version":"3"', b'"version":"9"'), "^path: .*version '9'")
     with safe_open(path, framework="pt") as file:
         tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
     save_file(tensors, tmp_path / "other")
@@ -201,7 +201,7 @@ def test_damaged_or_foreign_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize("live", (0, 2), ids=("asleep", "live-window"))
 def test_files_of_the_first_version_are_read(live, tmp_path):
-    """They hold the states at the window's start even where those are the present ones."""
+    """They hold the states at the window's start even where those are the present ones, under a former name."""
     model = tiny(passes=2)
     session = SleepSession(model)
     session.read(tokens(length=2 * WINDOW + live))
@@ -212,6 +212,7 @@ def test_files_of_the_first_version_are_read(live, tmp_path):
     for i, state in enumerate(session.state.start):
         if state is not None:
             tensors |= {f"start.{i}.{name}": x.clone() for name, x in state._asdict().items()}
+    tensors = {name.replace("conv_state", "conv_tail"): x for name, x in tensors.items()}
     del header["digest"]
     header["version"] = "1"
     header["digest"] = _digest(tensors, header)
@@ -240,7 +241,7 @@ def test_a_saved_memory_is_the_fast_weights_alone(eviction, kind, tmp_path):
     assert sizes[0] == sum(x.nbytes for s in session.state.blocks if isinstance(s, GDNState) for x in s)
 
     loaded, question = SleepSession.load(tmp_path / "memory", model), tokens(length=7, seed=3)
-    assert loaded.seen == (63, 63) and loaded.logits is None
+    assert loaded.position == (63, 63) and loaded.logits is None
     with pytest.raises(ValueError, match="input_ids: expected a prompt for every row, got None, and only a memory"):
         loaded.generate()
     if eviction == "hard":
@@ -258,7 +259,7 @@ def test_selected_rows_go_on_as_they_would_have(kind, tmp_path):
     more = tokens(batch=3, length=8, seed=4)
     rows = [2, 0, 2]
     chosen = session.select(rows)
-    assert chosen.seen == (11, 13, 11)
+    assert chosen.position == (11, 13, 11)
     asked = more[[2, 0, 1]]
     expected = [session.select([b]).read(q[None])[0] for b, q in zip(rows, asked, strict=True)]
     torch.testing.assert_close(chosen.read(asked), torch.stack(expected), rtol=1e-9, atol=1e-9)
@@ -279,9 +280,9 @@ def test_selected_rows_go_on_as_they_would_have(kind, tmp_path):
 def test_a_session_goes_on_in_a_narrower_model(dtype, tmp_path):
     session = SleepSession(tiny(passes=2))
     session.read(tokens(1, 13))
-    session.save(tmp_path / "night")
+    session.save(tmp_path / "session")
     expected = session.read(tokens(1, 9, seed=2))
-    loaded = SleepSession.load(tmp_path / "night", tiny(passes=2).to(dtype))
+    loaded = SleepSession.load(tmp_path / "session", tiny(passes=2).to(dtype))
     assert loaded.state.blocks[1].fast_weights.dtype == torch.float32
     assert loaded.state.blocks[0].keys.dtype == dtype
     logits = loaded.read(tokens(1, 9, seed=2)).double()
@@ -291,9 +292,9 @@ def test_a_session_goes_on_in_a_narrower_model(dtype, tmp_path):
 def test_options_that_change_no_state_do_not_keep_a_session_from_loading(tmp_path):
     session = SleepSession(tiny(passes=2))
     session.read(tokens(1, 7))
-    session.save(tmp_path / "night")
+    session.save(tmp_path / "session")
     other = tiny(passes=1, loop=(0, 3), activation_checkpointing=True)
-    assert SleepSession.load(tmp_path / "night", other).passes == 2
+    assert SleepSession.load(tmp_path / "session", other).passes == 2
 
 
 def test_sampling_at_the_edges():
@@ -324,7 +325,7 @@ def test_sampling_at_the_edges():
         ("eos_token_id", lambda s: s.generate(None, 1, eos_token_id=VOCAB)),
         ("token_ids", lambda s: s.step(3)),
         ("input_ids", lambda s: s.read([1, 2])),
-        ("path", lambda s: s.save("no/such/folder/night")),
+        ("path", lambda s: s.save("no/such/folder/session")),
         ("input_ids", lambda s: SleepSession(s.model).generate(tokens(2, 3), 1, attention_mask=_one_row())),
         ("top_p", lambda s: s.generate(None, 1, top_p=1.5)),
         ("input_ids", lambda s: SleepSession(s.model).generate(None, 1)),

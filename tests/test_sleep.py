@@ -65,8 +65,8 @@ def transcription(model, ids, passes, eviction, loop, sleeps=lambda w: True, bou
             for _ in range(passes - 1):
                 for i in range(first, last + 1):
                     if i in fast:
-                        tail = start[i].conv_tail
-                        fast[i] = fast[i]._replace(conv_tail=tail if boundary == "snapshot" else tail * 0)
+                        tail = start[i].conv_state
+                        fast[i] = fast[i]._replace(conv_state=tail if boundary == "snapshot" else tail * 0)
                 h, more = run(range(first, last + 1), h, begin, fast)
                 keys |= more
             for i in range(last + 1, depth):
@@ -221,7 +221,7 @@ def test_state_of_a_last_full_window_only_on_request():
     ids = tokens(length=2 * WINDOW)
     kept = model(ids, labels=ids)
     dropped = model(ids, labels=ids, return_state=False)
-    assert dropped.state is None and kept.state.seen == (10, 10) and kept.state.live == (0, 0)
+    assert dropped.state is None and kept.state.position == (10, 10) and kept.state.in_window == (0, 0)
     assert torch.equal(kept.loss, dropped.loss)
 
 

@@ -83,7 +83,7 @@ def test_padding_and_packing_change_nothing(settings):
             for s, t, block in zip(out.state.blocks, one.state.blocks, model.blocks, strict=True):
                 if block.fast_weights:
                     same(s.fast_weights[b], t.fast_weights[0])
-                    same(s.conv_tail[b], t.conv_tail[0])
+                    same(s.conv_state[b], t.conv_state[0])
     packed = model(torch.cat(texts, dim=1), cu_seqlens=torch.tensor([0, 13, 23, 26]))
     same(packed.logits, torch.cat([o.logits for o in whole], dim=1))
 
@@ -137,7 +137,7 @@ def test_gradients_go_through_the_state_of_an_earlier_call(kind, passes):
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     state = model(ids[:, :8]).state
-    assert state.live == (3, 3) and (kind == "refine" or state.writes[1].k.requires_grad)
+    assert state.in_window == (3, 3) and (kind == "refine" or state.writes[1].k.requires_grad)
     model(ids[:, 8:], labels=labels[:, 8:], state=state).loss.backward()
     for name, parameter in model.named_parameters():
         same(parameter.grad, expected[name], atol=1e-10)

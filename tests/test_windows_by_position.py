@@ -27,7 +27,7 @@ def by_hand(model, row, length):
     session, logits = SleepSession(model), []
     for column in range(T - length, T):
         logits.append(session.step(row[column : column + 1]))
-        if (column + 1) % L == 0 and session.state.live[0] > 0:
+        if (column + 1) % L == 0 and session.state.in_window[0] > 0:
             session.sleep()
     return torch.cat(logits)
 

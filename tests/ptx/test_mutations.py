@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import NAMES, Case, make_inputs, slow_unless
+from cases import NEGATIVE, Case, arguments, slow_unless
 from ptx import toys
 from ptx.emulation import launch_table, on_gpu
 from ptx.emulator import Emulator, emulated
-from ptx.test_operators import CHUNKS_OF_64, NEGATIVE
+from ptx.test_operators import CHUNKS_OF_64
 
 from sleep_ops import gated_delta_rule
 
@@ -39,11 +39,9 @@ class Scan(NamedTuple):
 
     def run(self, change=None) -> tuple[torch.Tensor, Emulator]:
         case = Case("scan", T=self.T, dims=(64, 64), options=NEGATIVE)
-        inputs = make_inputs(case, torch.bfloat16, "cpu")
-        arguments = {name: inputs[name] for name in NAMES}
-        tokens = [arguments.pop(name) for name in NAMES[:5]]
+        tensors, options = arguments(case, torch.bfloat16)
         with launch_table("LAUNCHES", self.rows), on_gpu(self.arch, change=change) as emulator, torch.no_grad():
-            return gated_delta_rule(*tokens, impl="triton", **arguments, **NEGATIVE).output, emulator
+            return gated_delta_rule(**tensors, impl="triton", **options).output, emulator
 
 
 SCANS = {

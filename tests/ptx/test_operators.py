@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import GATED, Case, check_two_times
-from ptx.emulation import DTYPES, check_silent, check_two_times_torch, launch_table, on_gpu
+from cases import GATED, NEGATIVE, Case, check_two_times
+from judge import triton_within_two_times
+from ptx.emulation import DTYPES, check_silent, launch_table, on_gpu
 
 from sleep_ops import gated_delta_rule, sleep_gated_delta_rule
 from sleep_ops.ops.affine import segment_transition
@@ -19,7 +20,6 @@ from sleep_ops.ops.short_conv import short_convolution
 from sleep_ops.ops.step import gated_delta_rule_step
 from sleep_ops.reference import sleep_gated_delta_rule_reference
 
-NEGATIVE = GATED | {"allow_neg_eigval": True}
 CHUNKS_OF_64 = {("16-bit", None, None, None): (64, (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1))}
 ONE_PASS = ("chunk_prepare", "chunk_scan", "chunk_reverse", "gate_backward")
 WHOLE = (*ONE_PASS, "chunk_grad")
@@ -157,8 +157,20 @@ def test_float32(arch):
     check_silent(emulator, *WHOLE)
 
 
-def normal(*sizes: int) -> torch.Tensor:
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(sum(sizes)))
+def drawn(shapes: dict[str, tuple], dtype: str) -> dict[str, torch.Tensor]:
+    """Normal numbers in dtype, those of gates, states and norms in float32."""
+    tensors = {}
+    for n, (name, shape) in enumerate(shapes.items()):
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(n))
+        wide = name in ("g", "beta", "state", "A_log", "dt_bias")
+        tensors[name] = (x if wide else x.to(DTYPES[dtype])).requires_grad_()
+    return tensors
+
+
+def check_against_torch(function, tensors, arch: int, dtype: str, kernels: tuple[str, ...], **options) -> None:
+    with on_gpu(arch) as emulator:
+        triton_within_two_times(function, tensors, torch.finfo(DTYPES[dtype]).eps / 2, **options)
+    check_silent(emulator, *kernels)
 
 
 def small(cases: dict[str, tuple], quick: str):
@@ -190,22 +202,18 @@ STEPS = {
 
 @pytest.mark.parametrize(("K", "V", "rule", "inplace", "arch", "dtype"), small(STEPS, "K60-V100"))
 def test_step(K, V, rule, inplace, arch, dtype):
-    tokens = {"q": normal(3, 1, K), "k": normal(3, 1, K), "v": normal(3, 2, V)}
-    tokens = {name: x.to(DTYPES[dtype]) for name, x in tokens.items()}
-    tokens |= {"g": normal(3, 2), "beta": normal(3, 2, 1)[..., 0], "state": normal(3, 2, K, V)}
-    tokens |= {"A_log": normal(2) / 2, "dt_bias": normal(2, 1)[:, 0]}
+    shapes = {"q": (3, 1, K), "k": (3, 1, K), "v": (3, 2, V), "g": (3, 2), "beta": (3, 2), "state": (3, 2, K, V)}
+    tensors = drawn(shapes | {"A_log": (2,), "dt_bias": (2,)}, dtype)
 
     def step(state, impl, **others):
         writes = inplace and impl == "triton"
-        state = state.detach().clone() if writes else state
-        with torch.set_grad_enabled(not inplace):
-            return gated_delta_rule_step(
-                state=state, impl=impl, inplace=writes, rule=rule, use_qk_l2norm=True, use_beta_sigmoid=True, **others
-            )
+        return gated_delta_rule_step(
+            state=state.clone() if writes else state, impl=impl, inplace=writes, rule=rule, **GATED, **others
+        )
 
-    with on_gpu(arch) as emulator:
-        check_two_times_torch(step, tokens, () if inplace else tuple(tokens))
-    check_silent(emulator, "step")
+    if inplace:
+        tensors = {name: x.detach() for name, x in tensors.items()}
+    check_against_torch(step, tensors, arch, dtype, ["step"])
 
 
 CONVOLUTIONS = {
@@ -219,11 +227,8 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize(("B", "T", "D", "options", "arch", "dtype"), small(CONVOLUTIONS, "packed"))
 def test_short_convolution(B, T, D, options, arch, dtype):
     N = len(options["cu_seqlens"]) - 1 if "cu_seqlens" in options else B
-    tensors = {"x": normal(B, T, D), "weight": normal(D, 4), "bias": normal(D), "tail": normal(N, 3, D)}
-    tensors = {name: x.to(DTYPES[dtype]) for name, x in tensors.items()}
-    with on_gpu(arch) as emulator:
-        check_two_times_torch(lambda **x: short_convolution(**x, **options), tensors, tuple(tensors))
-    check_silent(emulator, *CONVOLUTION)
+    shapes = {"x": (B, T, D), "weight": (D, 4), "bias": (D,), "tail": (N, 3, D)}
+    check_against_torch(short_convolution, drawn(shapes, dtype), arch, dtype, CONVOLUTION, **options)
 
 
 NORMS = {"64": (50, 64), "128": (37, 128), "100": (33, 100), "2304": (5, 2304)}
@@ -231,11 +236,9 @@ NORMS = {"64": (50, 64), "128": (37, 128), "100": (33, 100), "2304": (5, 2304)}
 
 @pytest.mark.parametrize(("rows", "width", "arch", "dtype"), small(NORMS, "100"))
 def test_gated_norm(rows, width, arch, dtype):
-    tensors = {"x": normal(rows, width), "gate": normal(width, rows).T.contiguous()}
-    tensors = {name: x.to(DTYPES[dtype]) for name, x in tensors.items()} | {"weight": 1 + normal(width) / 10}
-    with on_gpu(arch) as emulator:
-        check_two_times_torch(lambda **x: (gated_rms_norm(eps=1e-6, **x),), tensors, tuple(tensors))
-    check_silent(emulator, *NORM)
+    tensors = drawn({"x": (rows, width), "gate": (rows, width), "weight": (width,)}, dtype)
+    tensors["weight"] = (1 + tensors["weight"].detach().float() / 10).requires_grad_()
+    check_against_torch(gated_rms_norm, tensors, arch, dtype, NORM, eps=1e-6)
 
 
 def test_every_kernel_is_among_the_kernels_that_must_run():
