@@ -1,9 +1,9 @@
-"""Causal depthwise short convolution with a carried tail: forward, and backward with deterministic sums.
+"""Causal depthwise short convolution with a carried state: forward, and backward with deterministic sums.
 
     z_t = bias + sum_{j<W} w_{W-1-j} x_{t-j}        y = silu(z), or z
     dz = dy silu'(z)    dx_t = sum_{j<W} w_{W-1-j} dz_{t+j}    dw_{W-1-j} = sum_t dz_t x_{t-j}    dbias = sum_t dz_t
 
-Inputs at positions -1 .. -(W-1) of a sequence are its tail, whose gradient is dx there. Tokens are flattened to rows
+Inputs at positions -1 .. -(W-1) of a sequence are its state, whose gradient is dx there. Tokens are flattened to rows
 [R, D] with R = B * T; rows of a batch, rows with right padding (`lengths`) and packed sequences (`cu_seqlens`) differ
 only in where a sequence starts and ends. The backward recomputes z and keeps dz, in float32, for the taps to read.
 """
@@ -20,12 +20,12 @@ PARTIALS = 2048  # programs that sum weight gradients, each over every n-th bloc
 
 
 class Inputs(NamedTuple):
-    """x [R, D], weight [D, W], bias [D] or None, and the tail [N, W - 1, D] or None for zero."""
+    """x [R, D], weight [D, W], bias [D] or None, and the conv_state [N, W - 1, D] or None for zero."""
 
     x: Any
     weight: Any
     bias: Any
-    tail: Any
+    conv_state: Any
 
 
 class Borders(NamedTuple):
@@ -73,14 +73,14 @@ def _locate(o_r, num_rows, T, borders):
 
 @triton.jit
 def _load_input(inputs, i_n, start, length, pos, o_d, D, W: tl.constexpr):
-    """Inputs at positions pos, float32: tokens from 0 on, the tail before, zero elsewhere."""
+    """Inputs at positions pos, float32: tokens from 0 on, the state before, zero elsewhere."""
     m_d = (o_d < D)[None, :]
     m_x = ((pos >= 0) & (pos < length))[:, None] & m_d
     b_x = tl.load(inputs.x + (start + pos)[:, None] * D + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
-    if inputs.tail is not None:
+    if inputs.conv_state is not None:
         m_t = ((pos < 0) & (pos > -W))[:, None] & m_d
         o_t = i_n * (W - 1) + W - 1 + pos
-        b_x += tl.load(inputs.tail + o_t[:, None] * D + o_d[None, :], mask=m_t, other=0.0).to(tl.float32)
+        b_x += tl.load(inputs.conv_state + o_t[:, None] * D + o_d[None, :], mask=m_t, other=0.0).to(tl.float32)
     return b_x
 
 
@@ -169,8 +169,8 @@ def short_conv_x_backward_kernel(dz, weight, dx, borders, num_rows, T, D, sizes:
 
 
 @triton.jit(do_not_specialize=["T"])
-def short_conv_tail_backward_kernel(dz, weight, dtail, borders, T, D, sizes: tl.constexpr):
-    """dtail: dx at positions -(W-1) .. -1. Grid (sequences, channel blocks); BT >= W - 1."""
+def short_conv_state_backward_kernel(dz, weight, dconv_state, borders, T, D, sizes: tl.constexpr):
+    """dconv_state: dx at positions -(W-1) .. -1. Grid (sequences, channel blocks); BT >= W - 1."""
     o_t = tl.arange(0, sizes.BT)
     o_d = tl.program_id(1) * sizes.BD + tl.arange(0, sizes.BD)
     i_n = tl.program_id(0).to(tl.int64)
@@ -186,22 +186,22 @@ def short_conv_tail_backward_kernel(dz, weight, dtail, borders, T, D, sizes: tl.
     b_dx = _x_gradient(dz, weight, start, length, pos, o_d, D, sizes)
     m = (pos < 0)[:, None] & (o_d < D)[None, :]
     o_row = i_n * (sizes.W - 1) + o_t
-    tl.store(dtail + o_row[:, None] * D + o_d[None, :], b_dx.to(dtail.dtype.element_ty), mask=m)
+    tl.store(dconv_state + o_row[:, None] * D + o_d[None, :], b_dx.to(dconv_state.dtype.element_ty), mask=m)
 
 
-def forward(x, weight, bias, tail, lengths, cu_seqlens, silu):
+def forward(x, weight, bias, conv_state, lengths, cu_seqlens, silu):
     """y [B, T, D] in the dtype of x. All tensors contiguous; shapes as in `short_convolution`."""
     B, T, D = x.shape
     y = torch.empty_like(x)
     grid = (triton.cdiv(B * T, BLOCK_T), triton.cdiv(D, BLOCK_D))
-    inputs, borders = Inputs(x, weight, bias, tail), Borders(_sequence_ids(cu_seqlens, T), cu_seqlens, lengths)
+    inputs, borders = Inputs(x, weight, bias, conv_state), Borders(_sequence_ids(cu_seqlens, T), cu_seqlens, lengths)
     sizes = Sizes(weight.shape[1], BLOCK_T, BLOCK_D, SILU=silu)
     short_conv_forward_kernel[grid](inputs, y, borders, B * T, T, D, sizes, num_warps=NUM_WARPS)
     return y
 
 
-def backward(dy, x, weight, bias, tail, lengths, cu_seqlens, silu):
-    """dx, dweight [D, W], dbias [D] and dtail (None without bias or tail), each in the dtype of what it belongs to."""
+def backward(dy, x, weight, bias, conv_state, lengths, cu_seqlens, silu):
+    """dx, dweight [D, W], dbias [D] and dconv_state, each in the dtype of what it belongs to, or None with it."""
     B, T, D = x.shape
     W = weight.shape[1]
     blocks_d = triton.cdiv(D, BLOCK_D)
@@ -212,23 +212,23 @@ def backward(dy, x, weight, bias, tail, lengths, cu_seqlens, silu):
     dz = torch.empty(B, T, D, dtype=torch.float32, device=x.device)
     partial = torch.empty(programs, W + 1, D, dtype=torch.float32, device=x.device)
     sizes = Sizes(W, SUM_BLOCK_T, BLOCK_D, triton.next_power_of_2(W + 1), silu)
-    inputs, blocks = Inputs(x, weight, bias, tail), triton.cdiv(sum_blocks, programs)
+    inputs, blocks = Inputs(x, weight, bias, conv_state), triton.cdiv(sum_blocks, programs)
     short_conv_z_backward_kernel[(programs, blocks_d)](
         dy, inputs, dz, partial, borders, B * T, blocks, T, D, sizes, num_warps=NUM_WARPS
     )
     dx = torch.empty_like(x)
     sizes = Sizes(W, BLOCK_T, BLOCK_D)
     short_conv_x_backward_kernel[(blocks_t, blocks_d)](dz, weight, dx, borders, B * T, T, D, sizes, num_warps=NUM_WARPS)
-    dtail = None
-    if tail is not None:
-        dtail = torch.empty_like(tail)
+    dconv_state = None
+    if conv_state is not None:
+        dconv_state = torch.empty_like(conv_state)
         sizes = Sizes(W, triton.next_power_of_2(W - 1), BLOCK_D)
-        short_conv_tail_backward_kernel[(tail.shape[0], blocks_d)](
-            dz, weight, dtail, borders, T, D, sizes, num_warps=NUM_WARPS
+        short_conv_state_backward_kernel[(conv_state.shape[0], blocks_d)](
+            dz, weight, dconv_state, borders, T, D, sizes, num_warps=NUM_WARPS
         )
     dweight = partial[:, :W].sum(0).t().to(weight.dtype).contiguous()
     dbias = None if bias is None else partial[:, W].sum(0).to(bias.dtype)
-    return dx, dweight, dbias, dtail
+    return dx, dweight, dbias, dconv_state
 
 
 def _sequence_ids(cu_seqlens, T):

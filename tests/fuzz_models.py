@@ -38,7 +38,7 @@ class Fast(NamedTuple):
     """What a fast-weight block remembers of a row: S `[HV, K, V]`, the last convolution inputs `[W - 1, channels]`."""
 
     S: Tensor
-    tail: Tensor
+    conv_state: Tensor
 
 
 class Keys(NamedTuple):
@@ -81,9 +81,9 @@ def attended(q: Tensor, memory: Keys, held: int, limit: int | None) -> Tensor:
     return torch.stack(out)
 
 
-def convolved(x: Tensor, tail: Tensor, taps: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
-    """x `[T, channels]` after `tail`, with filters taps(t) `[channels, W]` of token t; also the new tail."""
-    whole, kept = torch.cat([tail, x]), tail.shape[0]
+def convolved(x: Tensor, conv_state: Tensor, taps: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+    """x `[T, channels]` after `conv_state`, with filters taps(t) `[channels, W]` of token t; also the new one."""
+    whole, kept = torch.cat([conv_state, x]), conv_state.shape[0]
     y = torch.stack([(whole[t : t + kept + 1].T * taps(t)).sum(-1) for t in range(x.shape[0])])
     return silu(y), whole[whole.shape[0] - kept :]
 
@@ -161,17 +161,17 @@ class SlowBlock:
             w1, w2 = m.dynamic_conv1d.kernel_generator.w1, m.dynamic_conv1d.kernel_generator.w2
             filters = (silu(x @ w1.weight.T) @ w2.weight.T + w2.bias).view(T, HV * V, m.conv_size)
             q, k = silu(q), silu(k)
-            v, tail = convolved(v, memory.tail, lambda t: filters[t])
+            v, conv_state = convolved(v, memory.conv_state, lambda t: filters[t])
         else:
             weight = torch.cat([m.q_conv1d.weight, m.k_conv1d.weight, m.v_conv1d.weight])
-            y, tail = convolved(torch.cat([q, k, v], -1), memory.tail, lambda t: weight)
+            y, conv_state = convolved(torch.cat([q, k, v], -1), memory.conv_state, lambda t: weight)
             q, k, v = y.split([H * K, H * K, HV * V], -1)
         writes = self.memory.writes(
             k.reshape(T, H, K), v.reshape(T, HV, V), x @ m.a_proj.weight.T, x @ m.b_proj.weight.T
         )
         o, S = self.memory.read(q.reshape(T, H, K), writes, memory.S)
         o = rms(o, m.o_norm.weight, self.eps) * silu((x @ m.g_proj.weight.T).view(T, HV, V))
-        return o.flatten(1) @ m.o_proj.weight.T, Fast(S, tail), writes
+        return o.flatten(1) @ m.o_proj.weight.T, Fast(S, conv_state), writes
 
 
 class SlowLayer:
@@ -247,14 +247,14 @@ class SlowLayer:
         qkv, a, b, z = self._inputs(x)
         convolutions = [m.conv1d] if hasattr(m, "conv1d") else [m.q_conv1d, m.k_conv1d, m.v_conv1d]
         weight = torch.cat([c.weight[:, 0] for c in convolutions])
-        y, tail = convolved(qkv, memory.tail, lambda t: weight)
+        y, conv_state = convolved(qkv, memory.conv_state, lambda t: weight)
         q, k, v = y.split([H * K, H * K, HV * V], -1)
         writes = self.memory.writes(k.reshape(T, H, K), v.reshape(T, HV, V), a, b)
         o, S = self.memory.read(q.reshape(T, H, K), writes, memory.S)
         norm, out = (m.norm, m.out_proj) if hasattr(m, "norm") else (m.o_norm, m.o_proj)
         eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
         o = rms(o, norm.weight, eps) * silu(z.view(T, HV, V))
-        return o.flatten(1) @ out.weight.T, Fast(S, tail), writes
+        return o.flatten(1) @ out.weight.T, Fast(S, conv_state), writes
 
 
 class Slow(NamedTuple):
@@ -297,8 +297,8 @@ class Slow(NamedTuple):
                     for i in range(first, last + 1):
                         begin = before[i]
                         if blocks[i].fast:
-                            tail = begin.tail if s["conv_boundary"] == "snapshot" else torch.zeros_like(begin.tail)
-                            begin = Fast(memories[i].S, tail)
+                            kept = begin.conv_state * (s["conv_boundary"] == "snapshot")
+                            begin = Fast(memories[i].S, kept)
                         h, memories[i], _ = blocks[i](h, begin, position)
                 for i in range(last + 1, count):
                     h, memories[i], _ = blocks[i](h, before[i], position)

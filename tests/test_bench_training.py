@@ -154,12 +154,12 @@ class GatedDeltaNet(nn.Module):
         state = self.layer.init_state(hidden_states.shape[0])
         if len(past_key_values) > self.layer_idx:
             kept = past_key_values[self.layer_idx]
-            (tail, *_) = kept["conv_state"]
-            state = GDNState(kept["recurrent_state"], state.conv_state if tail is None else tail)
+            (conv_state, *_) = kept["conv_state"]
+            state = GDNState(kept["recurrent_state"], state.conv_state if conv_state is None else conv_state)
         y, state = self.layer(hidden_states, state=state, return_state=True)
-        tails = (state.conv_state, None, None)
+        conv_states = (state.conv_state, None, None)
         past_key_values.update(
-            layer_idx=self.layer_idx, recurrent_state=state.fast_weights, conv_state=tails, offset=y.shape[1]
+            layer_idx=self.layer_idx, recurrent_state=state.fast_weights, conv_state=conv_states, offset=y.shape[1]
         )
         return y, None, past_key_values
 

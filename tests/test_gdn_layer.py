@@ -27,16 +27,16 @@ def test_replays_what_the_reference_replays(sleep):
     x = vectors(dtype=torch.float64)
     state = some_state(layer)
 
-    def convolved(projection, convolution, tail, heads):
+    def convolved(projection, convolution, conv_state, heads):
         W = convolution.weight.shape[1]
-        seen = torch.cat([tail, projection(x)], 1).transpose(1, 2)
+        seen = torch.cat([conv_state, projection(x)], 1).transpose(1, 2)
         z = F.conv1d(seen, convolution.weight[:, None], groups=seen.shape[1]).transpose(1, 2)
         return F.silu(z).unflatten(-1, (heads, -1)), seen[..., seen.shape[-1] - W + 1 :].transpose(1, 2)
 
-    q_tail, k_tail, v_tail = state.conv_state.split([16, 16, 24], -1)
-    q, q_tail = convolved(layer.q_proj, layer.q_conv1d, q_tail, 2)
-    k, k_tail = convolved(layer.k_proj, layer.k_conv1d, k_tail, 2)
-    v, v_tail = convolved(layer.v_proj, layer.v_conv1d, v_tail, 4)
+    q_state, k_state, v_state = state.conv_state.split([16, 16, 24], -1)
+    q, q_state = convolved(layer.q_proj, layer.q_conv1d, q_state, 2)
+    k, k_state = convolved(layer.k_proj, layer.k_conv1d, k_state, 2)
+    v, v_state = convolved(layer.v_proj, layer.v_conv1d, v_state, 4)
     o, fast_weights = sleep_gated_delta_rule_reference(
         q,
         k,
@@ -56,7 +56,7 @@ def test_replays_what_the_reference_replays(sleep):
     )
     gate = layer.g_proj(x).unflatten(-1, (4, 6))
     o = o * (o.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * layer.o_norm.weight * F.silu(gate)
-    expected = layer.o_proj(o.flatten(2)), (fast_weights, torch.cat([q_tail, k_tail, v_tail], -1))
+    expected = layer.o_proj(o.flatten(2)), (fast_weights, torch.cat([q_state, k_state, v_state], -1))
     y, new_state = layer(x, state=state, return_state=True)
     close(y, expected[0], rtol=1e-9, atol=1e-9)
     close(new_state, expected[1], rtol=1e-9, atol=1e-9)

@@ -65,7 +65,7 @@ def test_same_tokens_with_transformers_cache(family):
 )
 @pytest.mark.parametrize("family", ("qwen3_5", "olmo_hybrid", "qwen3_next"))
 def test_a_text_continued_from_a_cache(family, turns):
-    """Several tokens after several: the convolution's tail and the fast weights both come from the cache.
+    """Several tokens after several: the convolution's state and the fast weights both come from the cache.
 
     It can be handed over to transformers' own mixers and back.
     """

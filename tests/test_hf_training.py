@@ -416,7 +416,7 @@ class TestCompiledLayers:
         assert counter.frame_count == first <= 6
 
     @pytest.mark.slow
-    def test_tails_padding_and_single_tokens_compile_a_few_times(self):
+    def test_states_padding_and_single_tokens_compile_a_few_times(self):
         model = sleeping()
         fast, counter = compiled(model)
         ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)

@@ -23,51 +23,51 @@ SLEEPS = {
 }
 
 
-def convolved(x, kernels, tail, silu=True):
+def convolved(x, kernels, conv_state, silu=True):
     """One sequence x [T, D], token by token: (outputs, the inputs a continuation needs)."""
     W = kernels.shape[-1]
-    seen = torch.cat([tail, x])
+    seen = torch.cat([conv_state, x])
     out = torch.stack([(seen[t : t + W] * kernels[t].T).sum(0) for t in range(x.shape[0])])
     return F.silu(out) if silu else out, seen[len(seen) - W + 1 :]
 
 
 @pytest.mark.parametrize("activation", ["silu", None], ids=str)
-@pytest.mark.parametrize("tailed", [True, False], ids=["tail", "fresh"])
+@pytest.mark.parametrize("carried_on", [True, False], ids=["carried", "fresh"])
 @pytest.mark.parametrize("T, W", [(7, 4), (2, 4), (1, 4), (5, 1)], ids=lambda n: str(n))
-def test_convolves_as_written(T, W, tailed, activation):
+def test_convolves_as_written(T, W, carried_on, activation):
     x, kernels = normal(2, T, 3, dtype=torch.float64), normal(2, T, 3, W, seed=1, dtype=torch.float64)
-    tail = normal(2, W - 1, 3, seed=2, dtype=torch.float64) if tailed else None
-    output, carried = dynamic_convolution(x, kernels, tail=tail, activation=activation)
+    conv_state = normal(2, W - 1, 3, seed=2, dtype=torch.float64) if carried_on else None
+    output, carried = dynamic_convolution(x, kernels, conv_state=conv_state, activation=activation)
     for b in range(2):
-        before = tail[b] if tailed else x.new_zeros(W - 1, 3)
+        before = conv_state[b] if carried_on else x.new_zeros(W - 1, 3)
         close(
             (output[b], carried[b]), convolved(x[b], kernels[b], before, activation == "silu"), rtol=1e-12, atol=1e-12
         )
 
 
 def test_equal_kernels_are_a_short_convolution():
-    x, weight, tail = normal(2, 9, 5), normal(5, 4, seed=1), normal(2, 3, 5, seed=2)
+    x, weight, conv_state = normal(2, 9, 5), normal(5, 4, seed=1), normal(2, 3, 5, seed=2)
     lengths = torch.tensor([9, 4], device=DEVICE)
-    expected = short_convolution(x, weight, tail=tail, lengths=lengths, impl="torch")
-    close(dynamic_convolution(x, weight.expand(2, 9, 5, 4), tail=tail, lengths=lengths), expected)
+    expected = short_convolution(x, weight, conv_state=conv_state, lengths=lengths, impl="torch")
+    close(dynamic_convolution(x, weight.expand(2, 9, 5, 4), conv_state=conv_state, lengths=lengths), expected)
 
 
-@pytest.mark.parametrize("tailed", [True, False], ids=["tail", "fresh"])
-def test_padded_and_packed_rows_equal_single_ones(tailed):
+@pytest.mark.parametrize("carried_on", [True, False], ids=["carried", "fresh"])
+def test_padded_and_packed_rows_equal_single_ones(carried_on):
     lengths, W = (6, 0, 2, 3), 4
     x, kernels = normal(4, 6, 3, dtype=torch.float64), normal(4, 6, 3, W, seed=1, dtype=torch.float64)
-    tail = normal(4, W - 1, 3, seed=2, dtype=torch.float64) if tailed else None
+    conv_state = normal(4, W - 1, 3, seed=2, dtype=torch.float64) if carried_on else None
     count = torch.tensor(lengths, device=DEVICE)
     for b, n in enumerate(lengths):
         x[b, n:] = 0
-    output, carried = dynamic_convolution(x, kernels, tail=tail, lengths=count)
+    output, carried = dynamic_convolution(x, kernels, conv_state=conv_state, lengths=count)
     borders = F.pad(count.cumsum(0), (1, 0))
     flat_x = torch.cat([x[b, :n] for b, n in enumerate(lengths)])[None]
     flat_kernels = torch.cat([kernels[b, :n] for b, n in enumerate(lengths)])[None]
-    packed, packed_carried = dynamic_convolution(flat_x, flat_kernels, tail=tail, cu_seqlens=borders)
+    packed, packed_carried = dynamic_convolution(flat_x, flat_kernels, conv_state=conv_state, cu_seqlens=borders)
     close(packed_carried, carried, rtol=0, atol=0)
     for b, n in enumerate(lengths):
-        before = tail[b] if tailed else x.new_zeros(W - 1, 3)
+        before = conv_state[b] if carried_on else x.new_zeros(W - 1, 3)
         expected = convolved(x[b, :n], kernels[b, :n], before) if n else (x[b, :0], before)
         close((output[b, :n], carried[b]), expected, rtol=1e-12, atol=1e-12)
         close(packed[0, borders[b] : borders[b + 1]], expected[0], rtol=1e-12, atol=1e-12)
@@ -83,7 +83,9 @@ def test_gradients_of_the_convolution(kind):
     inputs = [t.requires_grad_() for t in (*inputs, normal(2, 2, 2, seed=2, dtype=torch.float64))]
     for activation in ("silu", None):
         assert torch.autograd.gradcheck(
-            lambda x, kernels, tail, a=activation: dynamic_convolution(x, kernels, tail=tail, activation=a, **options),
+            lambda x, kernels, conv_state, a=activation: dynamic_convolution(
+                x, kernels, conv_state=conv_state, activation=a, **options
+            ),
             inputs,
         )
 
@@ -107,7 +109,7 @@ def test_low_precision_sums_in_float32():
         (dict(kernels=torch.zeros(2, 5, 3)), "kernels"),
         (dict(kernels=torch.zeros(2, 4, 3, 4)), "kernels"),
         (dict(kernels=torch.zeros(2, 5, 3, 0)), "kernels"),
-        (dict(tail=torch.zeros(2, 4, 3)), "tail"),
+        (dict(conv_state=torch.zeros(2, 4, 3)), "conv_state"),
         (dict(lengths=torch.tensor([6, 1])), "lengths"),
         (dict(lengths=torch.tensor([5, 1]), cu_seqlens=torch.tensor([0, 5])), "lengths"),
         (dict(cu_seqlens=torch.tensor([0, 5])), "cu_seqlens"),
@@ -156,7 +158,7 @@ def test_replays_what_the_reference_replays(sleep):
     kernels = F.silu(linear(f"{generator}.w1")) @ weights[f"{generator}.w2.weight"].T + weights[f"{generator}.w2.bias"]
     kernels = kernels.unflatten(-1, (24, layer.conv_size))
     rows = [convolved(linear("v_proj")[b], kernels[b], state.conv_state[b]) for b in range(3)]
-    v, tail = (torch.stack(part) for part in zip(*rows, strict=True))
+    v, conv_state = (torch.stack(part) for part in zip(*rows, strict=True))
     o, fast_weights = sleep_gated_delta_rule_reference(
         F.silu(linear("q_proj")).unflatten(-1, (2, 8)),
         F.silu(linear("k_proj")).unflatten(-1, (2, 8)),
@@ -176,7 +178,7 @@ def test_replays_what_the_reference_replays(sleep):
     o = o * (o.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weights["o_norm.weight"]
     y = (o * F.silu(linear("g_proj").unflatten(-1, (4, 6)))).flatten(2) @ weights["o_proj.weight"].T
     actual, new_state = layer(x, state=state, return_state=True)
-    close((actual, *new_state), (y, fast_weights, tail), rtol=1e-9, atol=1e-9)
+    close((actual, *new_state), (y, fast_weights, conv_state), rtol=1e-9, atol=1e-9)
 
 
 def test_new_dynamic_convolutions_start_static_and_learn():

@@ -138,11 +138,11 @@ class Transcription:
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * self[name]
 
     def jet(self, name, x, state):
-        S, tail = state
+        S, conv_state = state
         generator = f"{name}.dynamic_conv1d.kernel_generator"
         kernels = F.silu(x @ self[f"{generator}.w1"].T) @ self[f"{generator}.w2"].T
         kernels = (kernels + self.weights[f"model.{generator}.w2.bias"]).view(-1, 32, 4)
-        raw = torch.cat([tail, x @ self[f"{name}.v_proj"].T])
+        raw = torch.cat([conv_state, x @ self[f"{name}.v_proj"].T])
         q, k = (F.silu(x @ self[f"{name}.{p}_proj"].T).view(-1, 2, 6) for p in "qk")
         q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
         beta = (x @ self[f"{name}.b_proj"].T).sigmoid()
@@ -199,7 +199,7 @@ class Transcription:
         return self.logits(self.run(range(5), self["embed_tokens"][ids], 0, dict(self.new), 10**6)[0])
 
     def sleeping(self, ids, passes, eviction, loop):
-        """Algorithm 1, window by window: (logits of first passes, every jet layer's final (S, tail))."""
+        """Algorithm 1, window by window: (logits of first passes, every jet layer's final (S, conv_state))."""
         (first, last), fast, logits = loop, dict(self.new), []
         for begin in range(0, len(ids), WINDOW):
             part, start = ids[begin : begin + WINDOW], dict(fast)

@@ -78,11 +78,17 @@ OPERATORS = {
     "plain-step": step(Case("", T=1, B=2, rule="hebbian")),
     "short-conv": other(short_convolution, {"activation": None}, x=(2, 9, 20), weight=(20, 4)),
     "padded-short-conv": other(
-        short_convolution, {"lengths": [9, 0, 2, 5]}, x=(4, 9, 20), weight=(20, 4), bias=(20,), tail=(4, 3, 20)
+        short_convolution, {"lengths": [9, 0, 2, 5]}, x=(4, 9, 20), weight=(20, 4), bias=(20,), conv_state=(4, 3, 20)
     ),
-    "packed-short-conv": other(short_convolution, BORDERS, x=(1, 11, 70), weight=(70, 4), bias=(70,), tail=(4, 3, 70)),
-    "dynamic-conv": other(dynamic_convolution, {"lengths": [5, 1]}, x=(2, 5, 3), kernels=(2, 5, 3, 4), tail=(2, 3, 3)),
-    "packed-dynamic-conv": other(dynamic_convolution, BORDERS, x=(1, 11, 3), kernels=(1, 11, 3, 4), tail=(4, 3, 3)),
+    "packed-short-conv": other(
+        short_convolution, BORDERS, x=(1, 11, 70), weight=(70, 4), bias=(70,), conv_state=(4, 3, 70)
+    ),
+    "dynamic-conv": other(
+        dynamic_convolution, {"lengths": [5, 1]}, x=(2, 5, 3), kernels=(2, 5, 3, 4), conv_state=(2, 3, 3)
+    ),
+    "packed-dynamic-conv": other(
+        dynamic_convolution, BORDERS, x=(1, 11, 3), kernels=(1, 11, 3, 4), conv_state=(4, 3, 3)
+    ),
     "norm": other(gated_rms_norm, {"eps": 1e-5}, x=(3, 11, 100), gate=(3, 11, 100), weight=(100,)),
     "attention": other(causal_attention, {"window": 3}, q=(2, 3, 4, 8), k=(2, 6, 2, 8), v=(2, 6, 2, 8)),
 }
@@ -104,7 +110,7 @@ OPCHECKED = [f"{name}-triton" for name in ("long-chunks", "short-hebbian", "step
 COMPILED = [f"{name}-triton" for name in ("packed", "long-chunks", "short", "step")]
 COMPILED += ["pass-torch", "packed-sleep-torch", "step-torch"]
 PER_TOKEN = ("q", "k", "v", "g", "beta", "x", "kernels", "gate")
-CARRIED = ("initial_state", "state", "tail")
+CARRIED = ("initial_state", "state", "conv_state")
 
 
 def each(names, slow=(*SLEEPING, "pass-triton")):
@@ -137,7 +143,7 @@ def test_kernels_agree_with_pytorch(operator):
 
 @each(["padded-short-conv-triton", "norm-triton"])
 def test_weights_may_be_of_a_higher_dtype(operator):
-    half = {name: x.detach().half() for name, x in operator.tensors.items() if name in ("x", "gate", "tail")}
+    half = {name: x.detach().half() for name, x in operator.tensors.items() if name in ("x", "gate", "conv_state")}
     operator = operator._replace(tensors=operator.tensors | {name: x.requires_grad_() for name, x in half.items()})
     got = operator.outcome()
     assert got["output"].dtype == torch.float16
@@ -354,7 +360,7 @@ FAULTS = {
     "size": lambda x: torch.cat([x, x[..., :1]], -1),
     "device": lambda x: x.to("meta"),
 }
-OPTIONAL = ("initial_state", "bias", "tail")
+OPTIONAL = ("initial_state", "bias", "conv_state")
 # Arguments that the others go by: of these no rank, size or device is wrong in itself.
 LEADING = {
     "k": ("size", "device"),
@@ -408,7 +414,7 @@ WRONG = [
     ("step", "inplace", ["no"]),
     ("padded-short-conv", "lengths", [torch.tensor(x) for x in ([1, 1], [1.0] * 4, [2, 10, 1, 1], [2, -1, 1, 1])]),
     ("padded-short-conv", "lengths", [[2, 2, 2, 2]]),
-    ("packed-short-conv", "tail", [lambda x: x.to(torch.complex64)]),
+    ("packed-short-conv", "conv_state", [lambda x: x.to(torch.complex64)]),
     ("dynamic-conv", "lengths", [torch.tensor([6, 1])]),
     ("packed-short-conv packed-dynamic-conv", "lengths", [torch.tensor([11])]),
     ("packed-dynamic-conv", "kernels", [lambda x: x[..., :0]]),

@@ -30,7 +30,7 @@ def transcription(model, ids):
     c = model.config
     first, last = c.loop_range
     kept = {i: [] for i in range(len(model.blocks))}  # (position, key, value) of the tokens attention still holds
-    tail = {i: [] for i in range(len(model.blocks))}  # the inputs of the convolutions
+    inputs = {i: [] for i in range(len(model.blocks))}  # the inputs of the convolutions
     fast = {i: torch.zeros(1, 2, 8, 8).double() for i, b in enumerate(model.blocks) if b.fast_weights}
     logits = []
 
@@ -51,9 +51,9 @@ def transcription(model, ids):
 
     def gdn(i, x):
         m = model.blocks[i].mixer
-        before = sum(map(len, tail[i]))
-        tail[i].append(x[0])
-        seen = torch.cat(tail[i])
+        before = sum(map(len, inputs[i]))
+        inputs[i].append(x[0])
+        seen = torch.cat(inputs[i])
         padded = F.pad(seen, (0, 0, m.conv_size - 1, 0))
 
         def convolved(projection, convolution):

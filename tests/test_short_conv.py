@@ -13,7 +13,7 @@ from sleep_ops.ops.short_conv import ShortConvOutput, short_convolution
 # name: (B, T, D, W, lengths or None, borders or None)
 CASES = {
     "one_token": (2, 1, 20, 4, None, None),
-    "shorter_than_tail": (3, 2, 16, 5, None, None),
+    "shorter_than_state": (3, 2, 16, 5, None, None),
     "one_tap": (2, 9, 16, 1, None, None),
     "two_blocks": (2, 40, 70, 4, None, None),
     "padded": (4, 9, 20, 4, (9, 0, 2, 5), None),
@@ -25,28 +25,28 @@ CASES = {
 def build(case, dtype=torch.float32):
     B, T, D, W, lengths, borders = CASES[case]
     N = B if borders is None else len(borders) - 1
-    shapes = dict(x=(B, T, D), weight=(D, W), bias=(D,), tail=(N, W - 1, D))
+    shapes = dict(x=(B, T, D), weight=(D, W), bias=(D,), conv_state=(N, W - 1, D))
     tensors = {name: normal(*shape, seed=n, dtype=dtype) for n, (name, shape) in enumerate(shapes.items())}
     options = {"lengths": lengths, "cu_seqlens": borders}
     options = {name: torch.tensor(x, device=DEVICE) for name, x in options.items() if x is not None}
     return {name: x.requires_grad_() for name, x in tensors.items()}, options
 
 
-def one_by_one(x, weight, bias, tail, lengths=None, cu_seqlens=None, activation="silu"):
+def one_by_one(x, weight, bias, conv_state, lengths=None, cu_seqlens=None, activation="silu"):
     """The definition, token by token and sequence by sequence."""
     W = weight.shape[1]
-    output, tails = torch.zeros_like(x), []
-    for n in range(tail.shape[0]):
+    output, states = torch.zeros_like(x), []
+    for n in range(conv_state.shape[0]):
         if cu_seqlens is None:
             row, start, stop = n, 0, x.shape[1] if lengths is None else int(lengths[n])
         else:
             row, start, stop = 0, int(cu_seqlens[n]), int(cu_seqlens[n + 1])
-        seen = torch.cat([tail[n], x[row, start:stop]])
+        seen = torch.cat([conv_state[n], x[row, start:stop]])
         for t in range(stop - start):
             z = (seen[t : t + W] * weight.t()).sum(0) + (0 if bias is None else bias)
             output[row, start + t] = F.silu(z) if activation else z
-        tails.append(seen[seen.shape[0] - (W - 1) :])
-    return ShortConvOutput(output, torch.stack(tails))
+        states.append(seen[seen.shape[0] - (W - 1) :])
+    return ShortConvOutput(output, torch.stack(states))
 
 
 @pytest.mark.parametrize("activation", ["silu", None])
@@ -68,15 +68,15 @@ def test_triton_form_within_twice_the_error_of_torch(case, dtype):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("cut", [1, 2, 5])
 def test_split_run_equals_whole_run(impl, cut):
-    tensors, _ = build("shorter_than_tail")
-    x, tail = normal(3, 7, 16, seed=9), tensors["tail"].detach()
+    tensors, _ = build("shorter_than_state")
+    x, conv_state = normal(3, 7, 16, seed=9), tensors["conv_state"].detach()
     convolve = functools.partial(
         short_convolution, weight=tensors["weight"].detach(), bias=tensors["bias"].detach(), impl=impl
     )
-    whole, first = convolve(x, tail=tail), convolve(x[:, :cut], tail=tail)
-    second = convolve(x[:, cut:], tail=first.tail)
+    whole, first = convolve(x, conv_state=conv_state), convolve(x[:, :cut], conv_state=conv_state)
+    second = convolve(x[:, cut:], conv_state=first.conv_state)
     close(torch.cat([first.output, second.output], 1), whole.output)
-    identical(second.tail, whole.tail)
+    identical(second.conv_state, whole.conv_state)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -94,6 +94,8 @@ def test_padding_is_never_read(impl):
 def test_gradcheck():
     tensors, options = build("packed_one", torch.float64)
     assert torch.autograd.gradcheck(
-        lambda x, weight, bias, tail: short_convolution(x, weight, bias, tail=tail, impl="torch", **options),
+        lambda x, weight, bias, conv_state: short_convolution(
+            x, weight, bias, conv_state=conv_state, impl="torch", **options
+        ),
         list(tensors.values()),
     )

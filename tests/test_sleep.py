@@ -65,8 +65,8 @@ def transcription(model, ids, passes, eviction, loop, sleeps=lambda w: True, bou
             for _ in range(passes - 1):
                 for i in range(first, last + 1):
                     if i in fast:
-                        tail = start[i].conv_state
-                        fast[i] = fast[i]._replace(conv_state=tail if boundary == "snapshot" else tail * 0)
+                        conv_state = start[i].conv_state
+                        fast[i] = fast[i]._replace(conv_state=conv_state if boundary == "snapshot" else conv_state * 0)
                 h, more = run(range(first, last + 1), h, begin, fast)
                 keys |= more
             for i in range(last + 1, depth):

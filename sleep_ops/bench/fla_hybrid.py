@@ -30,7 +30,7 @@ def load_fla_hybrid(config: HybridConfig, device: torch.device) -> "FlaHybrid":
 
 
 class LayerStates:
-    """What fla's layers ask of a cache: per layer a recurrent state and convolution tails."""
+    """What fla's layers ask of a cache: per layer a recurrent state and convolution states."""
 
     def __init__(self):
         self._states: dict[int, dict] = {}
@@ -44,13 +44,13 @@ class LayerStates:
     def update(self, *, layer_idx: int, recurrent_state: Tensor, conv_state: tuple, **_: object) -> None:
         self._states[layer_idx] = {"recurrent_state": recurrent_state, "conv_state": conv_state}
 
-    def tails(self) -> dict[int, tuple]:
+    def conv_states(self) -> dict[int, tuple]:
         return {i: state["conv_state"] for i, state in self._states.items()}
 
-    def rewind(self, tails: dict[int, tuple]) -> None:
-        """Go on from the recurrent states as they are and these tails; a layer without one has read nothing yet."""
+    def rewind(self, conv_states: dict[int, tuple]) -> None:
+        """Go on from the recurrent states as they are and these others; a layer without one has read nothing yet."""
         for i, state in self._states.items():
-            state["conv_state"] = tails.get(i, (None, None, None))
+            state["conv_state"] = conv_states.get(i, (None, None, None))
 
 
 class FlaHybrid(nn.Module):
@@ -88,10 +88,10 @@ class FlaHybrid(nn.Module):
         window = self.config.window or length
         for start in range(0, length, window):
             here = slice(start, min(start + window, length))
-            h, tails = self.embed(input_ids[:, here]), states.tails()
+            h, conv_states = self.embed(input_ids[:, here]), states.conv_states()
             for n in range(self.config.passes if here.stop < length else 1):  # type: ignore[arg-type]
                 if n:
-                    states.rewind(tails)
+                    states.rewind(conv_states)
                 h = self._blocks(h, states, start)
                 if n == 0 and loss_mask[:, here].any():
                     logits = self.lm_head(self.norm(h)).float()

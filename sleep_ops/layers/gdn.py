@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sleep_ops.checks import IMPLS, RULES, check_choice, check_count, check_flags
 from sleep_ops.layers.mixer import GDNMixer, ReplayInputs
 from sleep_ops.ops.gated_norm import gated_rms_norm
-from sleep_ops.ops.short_conv import carried_tail, short_convolution
+from sleep_ops.ops.short_conv import next_conv_state, short_convolution
 from sleep_ops.validation import check_eps, check_passes
 
 
@@ -24,7 +24,7 @@ class ShortConvolution(nn.Module):
     def forward(self, x: Tensor, conv_state: Tensor | None, lengths: Tensor | None, cu_seqlens: Tensor | None):
         """x [B, T, channels], conv_state [N, width - 1, channels] -> (output, new conv_state)."""
         return short_convolution(
-            x, self.weight, tail=conv_state, lengths=lengths, cu_seqlens=cu_seqlens, impl=self.impl
+            x, self.weight, conv_state=conv_state, lengths=lengths, cu_seqlens=cu_seqlens, impl=self.impl
         )
 
 
@@ -162,7 +162,7 @@ class SleepGDNLayer(GDNMixer):
             index = (first[:, None] + torch.arange(min(kept, x.shape[1]), device=x.device)).clamp(max=x.shape[1] - 1)
             last = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
         if kept:
-            q_state = carried_tail(self.q_proj(last), self.conv_size, q_state, real)
+            q_state = next_conv_state(self.q_proj(last), self.conv_size, q_state, real)
         else:
             q_state = writes.k.new_zeros(x.shape[0], 0, self.key_channels)
         return writes, torch.cat([q_state, k_state, v_state], dim=-1)

@@ -39,7 +39,7 @@ class DynamicConvolution(nn.Module):
     ):
         """x [B, T, channels], features [B, T, in_features] -> (output, new conv_state)."""
         kernels = self.kernel_generator(features).unflatten(-1, (self.channels, self.width))
-        return dynamic_convolution(x, kernels, tail=conv_state, lengths=lengths, cu_seqlens=cu_seqlens)
+        return dynamic_convolution(x, kernels, conv_state=conv_state, lengths=lengths, cu_seqlens=cu_seqlens)
 
 
 class JetBlock(SleepGDNLayer):

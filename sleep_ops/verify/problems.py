@@ -147,11 +147,11 @@ LARGE = [
 ]
 
 
-def _convolution(lengths: tuple[int, ...], impl: str, x, weight, bias, tail):
+def _convolution(lengths: tuple[int, ...], impl: str, x, weight, bias, conv_state):
     cu_seqlens = None
     if lengths:
         cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=x.device)
-    return tuple(short_convolution(x, weight, bias, tail=tail, cu_seqlens=cu_seqlens, impl=_impl(impl)))
+    return tuple(short_convolution(x, weight, bias, conv_state=conv_state, cu_seqlens=cu_seqlens, impl=_impl(impl)))
 
 
 def _norm(impl: str, x, gate, weight):
@@ -180,7 +180,7 @@ def problems(large: bool) -> Iterator[Problem]:
         yield case.problem(seed)
     for name, shape, lengths in (("ragged", (2, 75), ()), ("packed", (1, sum(PACKED)), PACKED)):
         leaves = {"x": normal(*shape, 40), "weight": normal(40, 4), "bias": normal(40)}
-        leaves["tail"] = normal(len(lengths) or shape[0], 3, 40)
+        leaves["conv_state"] = normal(len(lengths) or shape[0], 3, 40)
         yield Problem("short_convolution", name, leaves, partial(_convolution, lengths), interpreted=not lengths)
     leaves = {"x": normal(2, 75, 2, 24), "gate": normal(2, 75, 2, 24), "weight": normal(24)}
     yield Problem("gated_rms_norm", "ragged", leaves, _norm)

@@ -65,7 +65,7 @@ class _Mixer(GDNMixer):
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         qkv, a, b, gate = self._inputs(x)
         qkv, conv_state = short_convolution(
-            qkv, weight, tail=conv_state, lengths=lengths, cu_seqlens=cu_seqlens, impl=self._plain_impl()
+            qkv, weight, conv_state=conv_state, lengths=lengths, cu_seqlens=cu_seqlens, impl=self._plain_impl()
         )
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         q, k = (t.unflatten(-1, (self.num_k_heads, self.head_k_dim)) for t in (q, k))
