@@ -1,7 +1,7 @@
-"""`sleep-ops bench` in this process: its output on one line, and the tables it writes."""
+"""Commands in this process: what they print, on one line, and the tables they write."""
 
 import csv
-import inspect
+import functools
 import re
 
 from typer.testing import CliRunner
@@ -9,12 +9,15 @@ from typer.testing import CliRunner
 import sleep_ops.cli
 
 
-def bench(*arguments, code=0) -> str:
-    """What the command prints, without colours and line breaks; it must end with `code`."""
-    result = CliRunner().invoke(sleep_ops.cli.app, ["bench", *map(str, arguments)])
+def run(*arguments, code=0) -> str:
+    """What `sleep-ops` prints, without colours and line breaks; it must end with `code`."""
+    result = CliRunner().invoke(sleep_ops.cli.app, [*map(str, arguments)])
     error = "" if result.exception is None else repr(result.exception)
     assert result.exit_code == code, result.output + error
     return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m", "", result.output))
+
+
+bench = functools.partial(run, "bench")
 
 
 def read(path) -> list[dict[str, str]]:
@@ -31,12 +34,3 @@ def refuses(command: str, named: str, folder) -> None:
     text = bench(*command.split(), "--out", folder / "out", code=2)
     assert f"{named}:" in text and "expected" in text
     assert not list(folder.iterdir())
-
-
-def check_defaults(command, benchmark, renamed: dict[str, str], own=("out", "seconds", "write")) -> None:
-    """Every option of a command defaults to the benchmark's setting; `renamed` are those with a name of their own."""
-    for option, parameter in inspect.signature(command).parameters.items():
-        if option not in own:
-            default = getattr(benchmark, renamed.get(option, option))
-            default = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            assert parameter.default == default, option

@@ -1,6 +1,9 @@
 """Tiny random transformers models for the adapter tests, built in well under a second."""
 
+import functools
+
 import pytest
+import small
 import torch
 
 transformers = pytest.importorskip("transformers", reason="the adapters' tests need transformers (extra: hf)")
@@ -67,5 +70,4 @@ def needs_cache(family: str) -> None:
         pytest.skip("transformers 5.14: OlmoHybridDynamicCache lacks get_query_offset, which attention masks call")
 
 
-def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+tokens = functools.partial(small.tokens, first=3, vocab=VOCAB)

@@ -48,8 +48,8 @@ def some_state(layer, B=3, seed=2):
     return GDNState(*(torch.randn(t.shape, generator=generator).to(t) for t in layer.init_state(B)))
 
 
-def tokens(batch=2, length=18, seed=1):
-    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+def tokens(batch=2, length=18, seed=1, first=0, vocab=VOCAB):
+    return torch.randint(first, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def tiny(dt_bias=None, **changes) -> SleepHybridModel:

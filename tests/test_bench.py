@@ -1,22 +1,18 @@
 """What all benchmarks share: cases and their arithmetic, providers, checks, and how calls are measured."""
 
 import functools
-import inspect
 from dataclasses import replace
 
 import pytest
 import torch
-from commands import bench, check_defaults, refuses
+from commands import bench, refuses
 
-from sleep_ops import cli, gated_delta_rule
+from sleep_ops import gated_delta_rule
 from sleep_ops.bench import harness, providers
 from sleep_ops.bench.cases import KERNEL_CASES, PASSES_CASES, Case, make_inputs
 from sleep_ops.bench.checks import operator_check, right_ones
 from sleep_ops.bench.harness import MODES, Problem, Run, gradients, measure, run_of, saved_mib
-from sleep_ops.bench.kernels import KernelsBenchmark
-from sleep_ops.bench.passes import PassesBenchmark
 from sleep_ops.bench.providers import chained, operator_problem, replay_of
-from sleep_ops.bench.training import TrainBenchmark
 
 CPU = torch.device("cpu")
 ONE_WINDOW = Case(batch=2, tokens=70, heads=3, value_heads=3, key_dim=8, value_dim=8, dtype="float32")
@@ -235,13 +231,3 @@ BAD = {
 def test_bad_settings_are_named_and_nothing_is_written(setting, tmp_path):
     command, named = setting.split(": ")
     refuses(command, named, tmp_path)
-
-
-def test_defaults_of_the_commands_are_those_of_the_benchmarks():
-    check_defaults(cli.bench_kernels, KernelsBenchmark(), {"case": "cases"})
-    check_defaults(cli.bench_passes, PassesBenchmark(), {"case": "cases"})
-    training = TrainBenchmark(device="cpu")
-    assert training.presets == ("tiny",)
-    check_defaults(cli.bench_train, training, {}, own=("out", "seconds", "preset", "window", "device"))
-    options = inspect.signature(cli.bench_train).parameters
-    assert options["preset"].default is options["window"].default is None

@@ -79,6 +79,7 @@ def test_points_are_those_that_can_be(monkeypatch):
     assert ours == [Point(n, 24, mode, way) for mode in modes for way in ("off", "on") for n in (1, 2)]
     assert theirs == [Point(n, 24, "eager", "off") for n in (1, 2)]
     assert benchmark.presets == ("rule110", "depo", "1.4b")
+    assert TrainBenchmark(device="cpu").presets == ("tiny",)
     assert benchmark.steps == sum(len(benchmark.points(p, w)) for p in benchmark.presets for w in ("ours", "fla"))
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import bench, check_defaults, read, refuses
+from commands import bench, read, refuses
 
-from sleep_ops import cli
 from sleep_ops.bench import tune
 from sleep_ops.bench.cases import Case
 from sleep_ops.bench.tune import Compiled, Rejected, Tried, TuneBenchmark, check_resources, in_table, launches, search
@@ -276,7 +275,3 @@ def test_grad_is_varied_first(gpu):
 )
 def test_bad_settings_are_named_and_nothing_is_written(gpu, tmp_path, command, named):
     refuses(f"tune {command}", named, tmp_path)
-
-
-def test_defaults_of_the_command_are_those_of_the_benchmark(gpu):
-    check_defaults(cli.bench_tune, TuneBenchmark(), {"case": "cases"})

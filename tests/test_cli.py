@@ -1,9 +1,7 @@
 """The command line: help, what a run leaves behind, resuming, refusals, and the demo in miniature."""
 
-import csv
 import inspect
 import math
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Annotated
 
 import pytest
 import typer
+from commands import read, run
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -24,13 +23,6 @@ from sleep_ops.training import TrainConfig, load_run
 
 SMALL = "--t 2 --strings 2 --bits 6 --width 16 --heads 2 --layers attn-gdn --batch 8 --steps 6 --device cpu".split()
 SMALL += "--eval-every 3 --eval-samples 16 --checkpoint-every 2 --passes 2".split()
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(sleep_ops.cli.app, [str(a) for a in arguments])
-    error = "" if result.exception is None else repr(result.exception)
-    assert result.exit_code == code, result.output + error
-    return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m", "", result.output))
 
 
 def losses(folder):
@@ -128,8 +120,8 @@ def test_train_eval_and_resume(tmp_path):
     assert {p.name for p in out.iterdir()} >= {"config.json", "metrics.csv", "eval.csv", "checkpoints"}
     text = run("eval", out, "--passes", "1,3", "--samples", 32, "--device", "cpu", "--out", tmp_path / "eval.csv")
     assert "chance" in text and "trained with N=2 to step 6" in text
-    with (tmp_path / "eval.csv").open() as file:
-        assert [(row["passes"], row["samples"]) for row in csv.DictReader(file)] == [("1", "32.0"), ("3", "32.0")]
+    rows = read(tmp_path / "eval.csv")
+    assert [(row["passes"], row["samples"]) for row in rows] == [("1", "32.0"), ("3", "32.0")]
 
     parts = tmp_path / "parts"
     assert "at step 3 of 6" in run("train", "rule110", *SMALL, "--out", parts, "--until", 3)

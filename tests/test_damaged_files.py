@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
+from commands import run
 
-from sleep_ops.cli import app
 from sleep_ops.files import read_csv, read_table
 from sleep_ops.training import CheckpointError
 from sleep_ops.training.checkpoint import load_checkpoint, save_checkpoint
@@ -14,9 +13,9 @@ from sleep_ops.training.logs import CsvLog
 
 def refused(*arguments) -> str:
     """The message of a command that ends with exit code 2."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == 2 and "error" in result.output, result.output
-    return result.output
+    text = run(*arguments, code=2)
+    assert "error" in text
+    return text
 
 
 @pytest.mark.parametrize(

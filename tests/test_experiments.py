@@ -1,6 +1,5 @@
 """Presets, baselines, figures: that they build, run in miniature, go on where they stopped, and are drawn."""
 
-import csv
 import json
 import shutil
 from dataclasses import fields
@@ -8,10 +7,9 @@ from dataclasses import fields
 import hf_models
 import pytest
 import torch
+from commands import read, run
 from test_adapter_loading import word_tokenizer
-from typer.testing import CliRunner
 
-import sleep_ops.cli
 from sleep_ops import HybridConfig, SleepHybridModel
 from sleep_ops.cli.options import _NAMES
 from sleep_ops.cli.train import task_commands
@@ -23,12 +21,6 @@ from sleep_ops.tasks.gsm_infinite.task import VOCABULARY
 from sleep_ops.training import TrainConfig, load_run
 
 TRAINED = sorted(set(TASKS) - {"text"})  # text has no data of its own
-
-
-def run(*arguments, code: int = 0) -> str:
-    result = CliRunner().invoke(sleep_ops.cli.app, [str(a) for a in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
 
 
 def settings(task: str, size: str, **changes) -> dict:
@@ -155,8 +147,7 @@ SMALL += "--set train.eval_every=2 --set model.hidden_size=16 --device cpu".spli
 
 
 def table(folder):
-    with (folder / RESULTS_FILE).open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read(folder / RESULTS_FILE)
 
 
 def test_a_sweep_runs_goes_on_and_is_drawn(tmp_path):
@@ -184,8 +175,7 @@ def test_a_sweep_runs_goes_on_and_is_drawn(tmp_path):
     # without the baselines their rows stay, and what was not run again keeps its row as it was
     run("sweep", "fig2b", *SMALL, "--out", out)
     assert table(out) == table_before
-    with (out / "curves.csv").open(newline="") as file:
-        curves = [(r["run"], float(r["step"])) for r in csv.DictReader(file)]
+    curves = [(r["run"], float(r["step"])) for r in read(out / "curves.csv")]
     assert curves == [(r["run"], step) for r in table_before for step in (2.0, 4.0)]
     assert all(r["revision"] and r["threads"] for r in table_before)
 
@@ -259,8 +249,7 @@ def test_a_figure_from_a_checkpoint(tmp_path):
 @pytest.mark.slow
 def test_the_throughput_figure_is_the_benchmark(tmp_path):
     run("sweep", "fig6", "--preset", "tiny", "--device", "cpu", "--set", "train.repeats=1", "--out", tmp_path)
-    with (tmp_path / "train.csv").open(newline="") as file:
-        found = {(r["passes"], r["window"]) for r in csv.DictReader(file)}
+    found = {(r["passes"], r["window"]) for r in read(tmp_path / "train.csv")}
     assert found == {("1", "8"), ("1", "12"), ("2", "8"), ("2", "12")} and (tmp_path / "train.png").exists()
     (tmp_path / "train.png").unlink()
     run("plot", "fig6", "--preset", "tiny", "--out", tmp_path)

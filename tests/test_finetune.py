@@ -10,17 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import slow_unless
+from commands import run as invoke
 from hf_models import build, tokens
 from rich.console import Console
 from test_adapter_loading import plain, word_tokenizer
-from typer.testing import CliRunner
 
 from sleep_ops import SleepSession
 from sleep_ops.adapters.checkpoint import read_config
 from sleep_ops.adapters.hf import from_pretrained, sleepify
 from sleep_ops.adapters.loading import load_model
 from sleep_ops.adapters.ouro import Ouro
-from sleep_ops.cli import app
 from sleep_ops.files import read_csv
 from sleep_ops.model.sleeping import sleeping
 from sleep_ops.tasks import Rule110
@@ -246,12 +245,6 @@ def test_a_run_loads_its_own_weights_only(folders, straight, monkeypatch):
     monkeypatch.setattr("sleep_ops.adapters.hf.from_pretrained", lambda *a, **k: pytest.fail("read the weights again"))
     assert load_run(straight / "full", device="cpu")[3] == 3
     assert same(build_model(run, weights=False).state_dict(), build_model(run, weights=False).state_dict())
-
-
-def invoke(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, f"{result.output}{result.exception!r}"
-    return re.sub(r"\s+", " ", result.output)
 
 
 SMALL = "--passes 2 --batch 4 --steps 2 --warm-steps 1 --device cpu --eval-samples 8 --eval-every 0 --window 8".split()

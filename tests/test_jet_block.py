@@ -102,27 +102,6 @@ def test_low_precision_sums_in_float32():
         assert torch.equal(grad, expected.bfloat16())
 
 
-@pytest.mark.parametrize(
-    "change, name",
-    [
-        (dict(x=torch.zeros(2, 5)), "x"),
-        (dict(kernels=torch.zeros(2, 5, 3)), "kernels"),
-        (dict(kernels=torch.zeros(2, 4, 3, 4)), "kernels"),
-        (dict(kernels=torch.zeros(2, 5, 3, 0)), "kernels"),
-        (dict(conv_state=torch.zeros(2, 4, 3)), "conv_state"),
-        (dict(lengths=torch.tensor([6, 1])), "lengths"),
-        (dict(lengths=torch.tensor([5, 1]), cu_seqlens=torch.tensor([0, 5])), "lengths"),
-        (dict(cu_seqlens=torch.tensor([0, 5])), "cu_seqlens"),
-        (dict(activation="relu"), "activation"),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "-".join(x),
-)
-def test_bad_inputs_of_the_convolution_name_the_argument(change, name):
-    arguments = dict(x=torch.zeros(2, 5, 3), kernels=torch.zeros(2, 5, 3, 4)) | change
-    with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
-        dynamic_convolution(arguments.pop("x"), arguments.pop("kernels"), **arguments)
-
-
 def test_published_names_and_sizes():
     layer = JetBlock(16, num_heads=2, head_dim=12, head_v_dim=32)
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {

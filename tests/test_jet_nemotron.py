@@ -1,10 +1,12 @@
 """The port of Jet-Nemotron against plain transcriptions of it and of sleep over it, on tiny published layouts."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -115,8 +117,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def tokens(batch=2, length=18, seed=1):
-    return torch.randint(0, CONFIG["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+tokens = functools.partial(small.tokens, vocab=CONFIG["vocab_size"])
 
 
 class Transcription:

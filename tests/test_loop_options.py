@@ -1,23 +1,18 @@
 """Options of refining passes: truncated gradients, the gate on the loop's residual, re-injection."""
 
-import pytest
-import torch
+import functools
 
-from sleep_ops import HybridConfig, SleepHybridModel, SleepSession
+import pytest
+import small
+import torch
+from judge import exact
+from small import VOCAB, tokens
+from small import WINDOW as L
+
+from sleep_ops import SleepSession
 from sleep_ops.model.spans import Span
 
-VOCAB, L = 11, 5
-CLOSE = dict(rtol=1e-9, atol=1e-9)
-
-
-def tiny(**changes) -> SleepHybridModel:
-    torch.manual_seed(0)
-    settings = dict(vocab_size=VOCAB, hidden_size=16, layers=("attn", "gdn", "attn", "gdn"), window=L, num_heads=2)
-    return SleepHybridModel(HybridConfig(**(settings | dict(passes=4, initializer_range=0.3) | changes))).double()
-
-
-def tokens(length=12, seed=1):
-    return torch.randint(0, VOCAB, (2, length), generator=torch.Generator().manual_seed(seed))
+tiny = functools.partial(small.tiny, passes=4)
 
 
 def gradients(model, ids, only=None):
@@ -31,8 +26,8 @@ def gradients(model, ids, only=None):
 
 
 def test_all_passes_counted_is_the_full_gradient():
-    loss, grads = gradients(tiny(), tokens())
-    same_loss, same = gradients(tiny(backprop_passes=4), tokens())
+    loss, grads = gradients(tiny(), tokens(2, 12))
+    same_loss, same = gradients(tiny(backprop_passes=4), tokens(2, 12))
     assert torch.equal(loss, same_loss)
     assert all(torch.equal(grads[name], same[name]) for name in grads)
 
@@ -43,7 +38,7 @@ def test_all_passes_counted_is_the_full_gradient():
 def test_truncated_gradients_are_those_from_a_given_start(last, loop, eviction):
     """Against the same sleep done in two halves: passes 1..N-k without a graph, the rest as a sleep of its own."""
     model = tiny(backprop_passes=last, loop=loop, eviction=eviction)
-    ids = tokens(L + 3)
+    ids = tokens(2, L + 3)
     labels = torch.full_like(ids, -100)
     labels[:, L:] = ids[:, L:]
     loss, grads = gradients(model, ids, labels)
@@ -65,10 +60,10 @@ def test_truncated_gradients_are_those_from_a_given_start(last, loop, eviction):
     state = stack.evict(stack.sleep(state, passes=1 + last, rows=(True, True)), rows=(True, True))
     out = by_hand(ids[:, L:], labels=labels[:, L:], state=state)
     out.loss.backward()
-    torch.testing.assert_close(out.loss.detach(), loss, **CLOSE)
+    exact(out.loss.detach(), loss)
     for name, p in by_hand.named_parameters():
         mine = torch.zeros_like(p) if p.grad is None else p.grad
-        torch.testing.assert_close(grads.get(name, torch.zeros_like(p)), mine, **CLOSE, msg=name)
+        exact(grads.get(name, torch.zeros_like(p)), mine, msg=name)
 
 
 def refined(model, state, passes):
@@ -88,7 +83,7 @@ def refined(model, state, passes):
 
 def test_nothing_is_learnt_through_more_passes_than_counted():
     """The embedding of tokens that stand in the first window alone: all its gradient goes through the first passes."""
-    ids = tokens() % (VOCAB - 1)
+    ids = tokens(2, 12) % (VOCAB - 1)
     ids[:, 1] = VOCAB - 1
     full, cut = (gradients(tiny(backprop_passes=k), ids)[1]["embed.weight"][VOCAB - 1] for k in (None, 2))
     assert full.abs().max() > 0 and bool((cut == 0).all())
@@ -105,7 +100,7 @@ def test_truncation_stores_less():
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            gradients(model, tokens())
+            gradients(model, tokens(2, 12))
         stored.append(total)
     assert stored[1] < 0.6 * stored[0]
 
@@ -115,9 +110,9 @@ def test_a_closed_gate_feeds_every_pass_with_the_embedding():
     fed = []
     model.blocks[0].register_forward_pre_hook(lambda _module, args: fed.append(args[0]))
     with torch.no_grad():
-        logits = model(tokens()).logits
+        logits = model(tokens(2, 12)).logits
         model.loop_gate.fill_(1.0)
-        torch.testing.assert_close(model(tokens()).logits, plain(tokens()).logits, **CLOSE)
+        exact(model(tokens(2, 12)).logits, plain(tokens(2, 12)).logits)
     # wake, three passes, twice; then the last, partial window
     for window in (fed[0:4], fed[4:8]):
         assert all(torch.equal(x, window[0]) for x in window)
@@ -138,16 +133,16 @@ def test_reinjection_adds_what_the_loop_was_fed(options, loop):
     last = len(model.blocks) - 1 if loop is None else loop[1]
     model.blocks[last].register_forward_hook(lambda _module, _args, out: put_out.append(out[0]))
     with torch.no_grad():
-        model(tokens(L + 1))
+        model(tokens(2, L + 1))
     gate = model.loop_gate if model.config.loop_gate else 1.0
     for n in range(1, 4):
         h = fed[0] + gate * (put_out[n - 1] - fed[0])
-        torch.testing.assert_close(fed[n], h + fed[0], **CLOSE)
+        exact(fed[n], h + fed[0])
 
 
 @pytest.mark.parametrize("options", (dict(reinject=True), dict(loop_gate=True)), ids=str)
 def test_sessions_agree_and_every_parameter_learns(options, tmp_path):
-    model, ids = tiny(loop=(1, 2), **options), tokens(13)
+    model, ids = tiny(loop=(1, 2), **options), tokens(2, 13)
     session = SleepSession(model)
     for t in range(8):
         session.step(ids[:, t])
@@ -155,19 +150,19 @@ def test_sessions_agree_and_every_parameter_learns(options, tmp_path):
     session = SleepSession.load(tmp_path / "session", model)
     steps = [session.step(ids[:, t]) for t in range(8, 13)]
     with torch.no_grad():
-        torch.testing.assert_close(torch.stack(steps, dim=1), model(ids).logits[:, 8:], **CLOSE)
+        exact(torch.stack(steps, dim=1), model(ids).logits[:, 8:])
     _, grads = gradients(model, ids)
     assert all(bool(g.abs().max() > 0) for g in grads.values()) and len(grads) == len(list(model.parameters()))
 
 
 def test_batched_rows_of_different_lengths():
-    model, ids = tiny(reinject=True), tokens(13)
+    model, ids = tiny(reinject=True), tokens(2, 13)
     mask = torch.ones(2, 13, dtype=torch.bool)
     mask[1, :6] = False
     with torch.no_grad():
         both = model(ids, attention_mask=mask).logits
         alone = model(ids[1:, 6:]).logits
-    torch.testing.assert_close(both[1, 6:], alone[0], **CLOSE)
+    exact(both[1, 6:], alone[0])
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,15 @@ def test_split_at_windows_equals_whole_run(mixer, options):
     close(carried, state)
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (2, 0), (0, 1)])
+def test_runs_without_tokens(mixer, batch, tokens):
+    layer = make(mixer)
+    y, state = layer(vectors(batch, tokens), return_state=True)
+    y, _ = layer(vectors(batch, 1) if batch == 0 else y, state=state, return_state=True)
+    y.sum().backward()
+    assert y.shape[0] == batch and not any(p.grad is None or p.grad.any() for p in layer.parameters())
+
+
 def test_one_token_calls_equal_the_whole_run(mixer):
     layer, x = make(mixer), vectors(T=6)
     state = some_state(layer)

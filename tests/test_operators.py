@@ -417,7 +417,7 @@ WRONG = [
     ("packed-short-conv", "conv_state", [lambda x: x.to(torch.complex64)]),
     ("dynamic-conv", "lengths", [torch.tensor([6, 1])]),
     ("packed-short-conv packed-dynamic-conv", "lengths", [torch.tensor([11])]),
-    ("packed-dynamic-conv", "kernels", [lambda x: x[..., :0]]),
+    ("packed-dynamic-conv", "kernels", [lambda x: x[..., :0], lambda x: x[:, 1:]]),
     ("packed-short-conv packed-dynamic-conv", "activation", ["gelu"]),
     ("packed-short-conv norm", "impl", ["fast"]),
     ("norm", "x", [torch.tensor(1.0)]),

@@ -1,10 +1,12 @@
 """The port of Ouro against plain transcriptions of Ouro and of sleep over it, on tiny checkpoints as published."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -86,8 +88,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def tokens(batch=2, length=18, seed=1):
-    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+tokens = functools.partial(small.tokens, vocab=VOCAB)
 
 
 def pretrained(folder, started=True, **options) -> Ouro:

@@ -1,6 +1,5 @@
 """Sleep by replay passes: against a plain transcription, against the layer that replays alone, and in every use."""
 
-import csv
 import functools
 import json
 import math
@@ -10,10 +9,10 @@ import small
 import torch
 import torch.nn.functional as F
 from cases import slow_unless
+from commands import read, run
 from safetensors import safe_open
 from safetensors.torch import save_file
 from small import REPLAY, WINDOW, assert_same_state, fast_weights, same, tokens
-from typer.testing import CliRunner
 
 import sleep_ops.cli
 import sleep_ops.model.session
@@ -313,11 +312,6 @@ def test_bad_calls_name_the_argument():
 
 
 def test_endless_replays_from_the_command_line(tmp_path):
-    def run(*arguments, code=0):
-        result = CliRunner().invoke(sleep_ops.cli.app, [str(a) for a in arguments])
-        assert result.exit_code == code, result.output + repr(result.exception)
-        return result.output
-
     small = "--t 2 --strings 2 --bits 6 --width 16 --heads 2 --layers attn-gdn --batch 8 --steps 1 --eval-samples 8"
     train = ("train", "rule110", *small.split(), "--device", "cpu", "--out", tmp_path / "run", "--passes", "inf")
     assert "passes:" in run(*train, code=2) and not (tmp_path / "run").exists()
@@ -327,9 +321,8 @@ def test_endless_replays_from_the_command_line(tmp_path):
     assert (config.sleep_kind, config.passes) == ("replay", math.inf)
     evaluate = ("eval", tmp_path / "run", "--samples", 8, "--device", "cpu")
     run(*evaluate, "--passes", "1,3,inf", "--out", tmp_path / "eval.csv")
-    with (tmp_path / "eval.csv").open() as file:
-        assert [row["passes"] for row in csv.DictReader(file)] == ["1", "3", "inf"]
-    assert "trained with N=inf" in " ".join(run(*evaluate).split())
+    assert [row["passes"] for row in read(tmp_path / "eval.csv")] == ["1", "3", "inf"]
+    assert "trained with N=inf" in run(*evaluate)
     assert "passes:" in run(*evaluate, "--passes", "1,few", code=2)
 
 

@@ -4,57 +4,41 @@ import itertools
 
 import pytest
 import torch
+from judge import close, exact, identical
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small import VOCAB, WINDOW, assert_same_state, tiny, tokens
 
-from sleep_ops import HybridConfig, SleepHybridModel, SleepSession
+from sleep_ops import SleepSession
 from sleep_ops.layers.mixer import GDNState
 from sleep_ops.model.sampling import sample
 from sleep_ops.model.session import _digest
 
-VOCAB, WINDOW, LENGTH = 11, 5, 17
+LENGTH = 17
 OPTIONS = [
     pytest.param(eviction, loop, passes, id=f"{eviction}-{'all' if loop is None else 'middle'}-N{passes}")
     for eviction, loop, passes in itertools.product(("hard", "sliding"), (None, (1, 2)), (1, 2, 3))
 ]
 
 
-def tiny(**changes) -> SleepHybridModel:
-    torch.manual_seed(0)
-    settings = dict(vocab_size=VOCAB, hidden_size=16, layers=("attn", "gdn", "attn", "gdn"), window=WINDOW, num_heads=2)
-    return SleepHybridModel(HybridConfig(**(settings | dict(initializer_range=0.3) | changes))).double()
-
-
-def tokens(batch=2, length=LENGTH, seed=1):
-    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
 def _one_row():
     return torch.tensor([[1, 1, 1], [0, 0, 0]])
 
 
-def assert_same_state(a, b):
-    assert (a.position, a.in_window, a.carried, a.labelled) == (b.position, b.in_window, b.carried, b.labelled)
-    for s, t in zip(a.blocks + a.start + (a.hidden,), b.blocks + b.start + (b.hidden,), strict=True):
-        torch.testing.assert_close(s, t, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("eviction, loop, passes", OPTIONS)
 def test_token_by_token_chunks_and_at_once_agree(eviction, loop, passes):
-    model, ids = tiny(eviction=eviction, loop=loop, passes=passes), tokens()
+    model, ids = tiny(eviction=eviction, loop=loop, passes=passes), tokens(length=LENGTH)
     whole = SleepSession(model)
     logits = whole.read(ids, all_logits=True)
-    torch.testing.assert_close(logits, model(ids).logits, rtol=1e-9, atol=1e-9)
+    exact(logits, model(ids).logits)
     single = SleepSession(model)
-    torch.testing.assert_close(
-        torch.stack([single.step(ids[:, t]) for t in range(LENGTH)], dim=1), logits, rtol=1e-9, atol=1e-9
-    )
-    assert_same_state(single.state, whole.state)
+    exact(torch.stack([single.step(ids[:, t]) for t in range(LENGTH)], dim=1), logits)
+    assert_same_state(model, single.state, whole.state)
     for cuts in ((0, 3, 4, 12, LENGTH), (0, 5, 10, LENGTH), (0, 16, LENGTH)):
         chunked = SleepSession(model)
         last = [chunked.read(ids[:, a:b]) for a, b in itertools.pairwise(cuts)]
-        torch.testing.assert_close(torch.stack(last, 1), logits[:, [c - 1 for c in cuts[1:]]], rtol=1e-9, atol=1e-9)
-        assert_same_state(chunked.state, whole.state)
+        exact(torch.stack(last, 1), logits[:, [c - 1 for c in cuts[1:]]])
+        assert_same_state(model, chunked.state, whole.state)
 
 
 @pytest.mark.parametrize("eviction, loop, passes", OPTIONS)
@@ -70,9 +54,9 @@ def test_rows_of_different_lengths_stay_independent(eviction, loop, passes):
     steps = torch.stack([together.step(more[:, t]) for t in range(8)], dim=1)
     for b, prompt in enumerate(prompts):
         alone = SleepSession(model)
-        torch.testing.assert_close(first[b : b + 1], alone.read(prompt), rtol=1e-8, atol=1e-8)
+        exact(first[b : b + 1], alone.read(prompt))
         expected = alone.read(more[b : b + 1], all_logits=True)
-        torch.testing.assert_close(steps[b : b + 1], expected, rtol=1e-8, atol=1e-8)
+        exact(steps[b : b + 1], expected)
 
 
 def test_memory_does_not_grow_with_the_text():
@@ -91,14 +75,14 @@ def test_greedy_generation_equals_the_model_run_anew():
     for _ in range(9):
         text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], dim=1)
     session = SleepSession(model)
-    torch.testing.assert_close(session.generate(prompt, 9), text[:, 7:])
+    identical(session.generate(prompt, 9), text[:, 7:])
     assert session.position == (16, 16)
     seen = []
     again = SleepSession(model)
     out = again.generate(prompt, 4, on_token=seen.append)
     more = again.generate(None, 5)
-    torch.testing.assert_close(torch.cat([out, more], 1), text[:, 7:])
-    torch.testing.assert_close(torch.stack(seen, 1), out)
+    identical(torch.cat([out, more], 1), text[:, 7:])
+    identical(torch.stack(seen, 1), out)
 
 
 def test_generation_stops_a_row_at_its_end():
@@ -118,13 +102,13 @@ def test_sampling_keeps_what_it_says():
     seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
     assert (sample(logits) == 0).all()
     free = sample(logits, temperature=1.0, generator=seeded())
-    torch.testing.assert_close(free.bincount(minlength=4) / 4000.0, logits[0].softmax(-1), rtol=0, atol=0.03)
-    torch.testing.assert_close(free, sample(logits, temperature=1.0, generator=seeded()))
+    close(free.bincount(minlength=4) / 4000.0, logits[0].softmax(-1), rtol=0, atol=0.03)
+    identical(free, sample(logits, temperature=1.0, generator=seeded()))
     assert set(sample(logits, temperature=1.0, top_k=2, generator=seeded()).tolist()) == {0, 1}
     assert set(sample(logits, temperature=1.0, top_p=0.5, generator=seeded()).tolist()) == {0}
     assert set(sample(logits, temperature=1.0, top_p=0.7, generator=seeded()).tolist()) == {0, 1}
     hot = sample(logits, temperature=50.0, generator=seeded())
-    torch.testing.assert_close(hot.bincount(minlength=4) / 4000.0, torch.full((4,), 0.25), rtol=0, atol=0.04)
+    close(hot.bincount(minlength=4) / 4000.0, torch.full((4,), 0.25), rtol=0, atol=0.04)
 
 
 def test_sleep_on_request():
@@ -149,7 +133,7 @@ def test_fork_goes_its_own_way():
     expected = session.fork().read(tokens(1, 6, seed=3))
     other.read(tokens(1, 9, seed=4))
     assert session.position == (7,) and other.position == (16,)
-    torch.testing.assert_close(session.read(tokens(1, 6, seed=3)), expected)
+    exact(session.read(tokens(1, 6, seed=3)), expected)
 
 
 @pytest.mark.parametrize("eviction, loop, passes", OPTIONS)
@@ -160,7 +144,7 @@ def test_saved_sessions_go_on_as_if_never_saved(eviction, loop, passes, tmp_path
     session.save(tmp_path / "session.safetensors")
     loaded = SleepSession.load(tmp_path / "session.safetensors", model)
     assert loaded.passes == passes
-    assert_same_state(loaded.state, session.state)
+    assert_same_state(model, loaded.state, session.state)
     assert torch.equal(loaded.read(tokens(2, 9, seed=2)), session.read(tokens(2, 9, seed=2)))
     assert [p.name for p in tmp_path.iterdir()] == ["session.safetensors"]
 
@@ -217,7 +201,7 @@ def test_files_of_the_first_version_are_read(live, tmp_path):
     header["version"] = "1"
     header["digest"] = _digest(tensors, header)
     save_file(tensors, tmp_path / "old", metadata=header)
-    assert_same_state(SleepSession.load(tmp_path / "old", model).state, session.state)
+    assert_same_state(model, SleepSession.load(tmp_path / "old", model).state, session.state)
     smaller = (tmp_path / "new").stat().st_size < (tmp_path / "old").stat().st_size
     assert smaller == (live == 0)
 
@@ -262,8 +246,8 @@ def test_selected_rows_go_on_as_they_would_have(kind, tmp_path):
     assert chosen.position == (11, 13, 11)
     asked = more[[2, 0, 1]]
     expected = [session.select([b]).read(q[None])[0] for b, q in zip(rows, asked, strict=True)]
-    torch.testing.assert_close(chosen.read(asked), torch.stack(expected), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(session.read(more)[2], expected[0], rtol=1e-9, atol=1e-9)  # itself unchanged before
+    exact(chosen.read(asked), torch.stack(expected))
+    exact(session.read(more)[2], expected[0])  # itself unchanged before
 
     session.sleep()
     session.save(tmp_path / "memory", memory_only=True)
@@ -353,5 +337,5 @@ def test_a_selected_row_sleeps_as_it_does_alone(layers):
         session.sleep()
     for mine, own in zip(one.state.blocks, alone.state.blocks, strict=True):
         for a, b in zip(mine, own, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(one.read(ids[:1]), alone.read(ids[:1]), rtol=1e-9, atol=1e-9)
+            exact(a, b)
+    exact(one.read(ids[:1]), alone.read(ids[:1]))

@@ -1,9 +1,8 @@
 """`sleep-ops verify`: steps in their order and time, going on, the report; and the steps that are its own."""
 
-import csv
+import functools
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -13,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from typer.testing import CliRunner
+from commands import read
+from commands import run as run_command
 
-import sleep_ops.cli
 from sleep_ops.bench import kernels, passes, training, tune
 from sleep_ops.bench import launches as bench_launches
 from sleep_ops.files import write_csv
@@ -47,10 +46,7 @@ def go(found: Verification, seconds: float = 60.0) -> dict[str, str]:
     return {name: x.outcome for name, x in found.outcomes.items()}
 
 
-def invoke(*arguments, code=0) -> str:
-    result = CliRunner().invoke(sleep_ops.cli.app, ["verify", "--device", "cpu", *map(str, arguments)])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return re.sub(r"\s+", " ", result.output)
+verify = functools.partial(run_command, "verify", "--device", "cpu")
 
 
 def test_time_is_shared_by_weight_and_no_step_has_nine_minutes():
@@ -174,37 +170,37 @@ def test_what_is_left_out_says_why(tmp_path, changes, why):
 def test_a_failure_stands_in_the_report_and_the_exit_code(tmp_path, monkeypatch):
     chosen = (step("fine"), step("broken", "print('what went wrong'); raise SystemExit(3)"))
     monkeypatch.setattr(run, "STEPS", chosen)
-    text = invoke("--out", tmp_path, code=1)
+    text = verify("--out", tmp_path, code=1)
     assert "broken: failed after" in text and "1 passed, 1 failed" in text
     written = (tmp_path / "report.md").read_text()
     assert "| broken | what broken does | failed |" in written
     assert "**Failed**: exit code 3." in written and "what went wrong" in written
     monkeypatch.setattr(run, "STEPS", chosen[:1])
-    assert "fine: passed" in invoke("--out", tmp_path / "other")
+    assert "fine: passed" in verify("--out", tmp_path / "other")
 
 
 @pytest.mark.parametrize("budget", ["0", "-1", "nan", "inf"])
 def test_budgets_are_positive_and_finite(tmp_path, budget):
-    text = invoke("--budget", budget, "--out", tmp_path / "out", code=2)
+    text = verify("--budget", budget, "--out", tmp_path / "out", code=2)
     assert "budget: expected a number of minutes > 0" in text and not (tmp_path / "out").exists()
 
 
 def test_other_bad_settings(tmp_path):
-    assert "device: expected auto, cpu" in invoke("--device", "tpu", "--out", tmp_path / "out", code=2)
+    assert "device: expected auto, cpu" in verify("--device", "tpu", "--out", tmp_path / "out", code=2)
     (tmp_path / "file").touch()
-    assert "out: expected a folder that can be written, got a file" in invoke("--out", tmp_path / "file", code=2)
+    assert "out: expected a folder that can be written, got a file" in verify("--out", tmp_path / "file", code=2)
 
 
 def test_results_of_other_code_are_not_mixed_with_new_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "STEPS", (step("one"),))
-    invoke("--out", tmp_path)
+    verify("--out", tmp_path)
     monkeypatch.setattr(run, "code", lambda: "0123456789ab")
-    text = invoke("--out", tmp_path, code=2)
+    text = verify("--out", tmp_path, code=2)
     assert "out: expected results for code 0123456789ab" in text and "--fresh" in text
-    invoke("--out", tmp_path, "--fresh")
+    verify("--out", tmp_path, "--fresh")
     assert json.loads((tmp_path / run.STATE_FILE).read_text())["settings"]["code"] == "0123456789ab"
     (tmp_path / run.STATE_FILE).write_text("[]")
-    assert f"out: expected the {run.STATE_FILE} of a verification" in invoke("--out", tmp_path, code=2)
+    assert f"out: expected the {run.STATE_FILE} of a verification" in verify("--out", tmp_path, code=2)
 
 
 BENCHED = [
@@ -228,8 +224,7 @@ def test_commands_of_the_benchmarks_are_ones_they_take(chosen, device, monkeypat
 
     monkeypatch.setattr("sleep_ops.cli.bench._measure", note)
     command = chosen.command(Place(Path("here"), torch.device(device)), 9)
-    result = CliRunner().invoke(sleep_ops.cli.app, command[3:])
-    assert result.exit_code == 0, result.output
+    run_command(*command[3:])
     assert taken[0][0] > 0 and taken[0][1:] == (Path("here") / chosen.files[0], 9.0)
 
 
@@ -250,18 +245,16 @@ def test_a_checkout_is_where_the_emulated_tests_are(monkeypatch, tmp_path):
 
 def test_a_benchmark_stops_when_its_time_is_over(tmp_path):
     command = ["bench", "kernels", "--device", "cpu", "--case", "rule110", "--providers", "ours", "--repeats", "1"]
-    result = CliRunner().invoke(sleep_ops.cli.app, [*command, "--seconds", "1e-6", "--out", str(tmp_path)])
-    assert result.exit_code == 0 and "stopped after 1e-06 s, at 1 of 3" in result.output
-    with (tmp_path / "kernels.csv").open(newline="") as file:
-        assert [row["mode"] for row in csv.DictReader(file)] == ["forward"]
+    assert "stopped after 1e-06 s, at 1 of 3" in run_command(*command, "--seconds", "1e-6", "--out", tmp_path)
+    assert [row["mode"] for row in read(tmp_path / "kernels.csv")] == ["forward"]
     for bad in ("0", "nan", "inf"):
-        result = CliRunner().invoke(sleep_ops.cli.app, [*command, "--seconds", bad, "--out", str(tmp_path)])
-        assert result.exit_code == 2 and "seconds: expected a number > 0" in result.output
+        text = run_command(*command, "--seconds", bad, "--out", tmp_path, code=2)
+        assert "seconds: expected a number > 0" in text
 
 
 def test_the_first_steps_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "STEPS", [s for s in STEPS if s.name in ("machine", "launches")])
-    text = invoke("--out", tmp_path, "--budget", "1")
+    text = verify("--out", tmp_path, "--budget", "1")
     assert "machine: passed" in text and "launches: left out: it needs an NVIDIA GPU" in text
     written = (tmp_path / "report.md").read_text()
     assert f"| torch | {torch.__version__}" in written and "| fla-core |" in written
@@ -273,11 +266,6 @@ def test_what_is_missing_is_named_with_what_goes_on_without_it(monkeypatch):
     rows = {row["item"]: row for row in machine.machine(CPU)}
     assert rows["no-such-dist"] == {"item": "no-such-dist", "found": "missing", "without": "nothing is lost"}
     assert rows["pytest"]["found"] == pytest.__version__ and rows["pytest"]["without"] == ""
-
-
-def read(path: Path) -> list[dict]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_every_operator_is_right_in_pytorch(tmp_path, monkeypatch):

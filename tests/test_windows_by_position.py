@@ -1,23 +1,24 @@
 """Windows that end at columns, whatever of them is left padding."""
 
+import functools
+
 import pytest
+import small
 import torch
+from judge import exact
+from small import WINDOW as L
+from small import tokens
 
-from sleep_ops import HybridConfig, SleepHybridModel, SleepSession
+from sleep_ops import SleepSession
 
-VOCAB, L, T = 11, 5, 18
-CLOSE = dict(rtol=1e-9, atol=1e-9)
+T = 18
 
-
-def tiny(**changes) -> SleepHybridModel:
-    torch.manual_seed(0)
-    settings = dict(vocab_size=VOCAB, hidden_size=16, layers=("attn", "gdn", "attn", "gdn"), window=L, num_heads=2)
-    return SleepHybridModel(HybridConfig(**(settings | dict(passes=3, initializer_range=0.3) | changes))).double()
+tiny = functools.partial(small.tiny, passes=3)
 
 
 def padded(lengths):
     """Rows of the given real lengths, padded on the left to T: (ids, mask)."""
-    ids = torch.randint(0, VOCAB, (len(lengths), T), generator=torch.Generator().manual_seed(1))
+    ids = tokens(len(lengths), T)
     mask = torch.arange(T) >= T - torch.tensor(lengths)[:, None]
     return ids.masked_fill(~mask, 0), mask
 
@@ -42,7 +43,7 @@ def test_padded_columns_count(change):
     with torch.no_grad():
         logits = model(ids, attention_mask=mask, windows_by="positions").logits
     for b, length in enumerate(lengths):
-        torch.testing.assert_close(logits[b, T - length :], by_hand(model, ids[b], length), **CLOSE)
+        exact(logits[b, T - length :], by_hand(model, ids[b], length))
 
 
 def test_padding_on_the_right_changes_nothing():
@@ -53,7 +54,7 @@ def test_padding_on_the_right_changes_nothing():
     with torch.no_grad():
         logits = model(wide, attention_mask=both, windows_by="positions").logits
         expected = model(ids, attention_mask=mask, windows_by="positions").logits
-    torch.testing.assert_close(logits[:, :T][mask], expected[mask], **CLOSE)
+    exact(logits[:, :T][mask], expected[mask])
 
 
 def test_it_matters_and_only_where_there_is_padding():
@@ -61,9 +62,9 @@ def test_it_matters_and_only_where_there_is_padding():
     ids, mask = padded((18, 16))
     with torch.no_grad():
         columns = model(ids, attention_mask=mask, windows_by="positions").logits
-        tokens = model(ids, attention_mask=mask).logits
-    torch.testing.assert_close(columns[0], tokens[0], **CLOSE)
-    assert not torch.allclose(columns[1], tokens[1])
+        counted = model(ids, attention_mask=mask).logits
+    exact(columns[0], counted[0])
+    assert not torch.allclose(columns[1], counted[1])
 
 
 def test_loss_and_checkpointed_gradients():
@@ -81,13 +82,13 @@ def test_loss_and_checkpointed_gradients():
 def test_reading_on_keeps_the_borders():
     model = tiny()
     ids, mask = padded((18, 9))
-    more = torch.randint(0, VOCAB, (2, 8), generator=torch.Generator().manual_seed(2))
+    more = tokens(2, 8, seed=2)
     with torch.no_grad():
         first = model(ids, attention_mask=mask, windows_by="positions")
         second = model(more, state=first.state)
         wide = torch.cat([mask, torch.ones(2, 8, dtype=torch.bool)], dim=1)
         whole = model(torch.cat([ids, more], dim=1), attention_mask=wide, windows_by="positions")
-    torch.testing.assert_close(second.logits, whole.logits[:, T:], **CLOSE)
+    exact(second.logits, whole.logits[:, T:])
 
 
 @pytest.mark.parametrize(
