@@ -1,4 +1,4 @@
-"""What the synthetic tasks share: reproducible random numbers, and a model's answers scored place by place."""
+"""What the synthetic tasks share: checks of settings, batches, and a model's answers scored place by place."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch, Task
 
-_SPLITS = {"train": 0, "eval": 1}
-
 
 def check_integers(task: object, **lowest: int) -> None:
     """ValueError unless each of these settings of `task` is an integer not below the given one."""
@@ -19,45 +17,6 @@ def check_integers(task: object, **lowest: int) -> None:
         value = getattr(task, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
-
-
-class Stream:
-    """The random numbers of batch `step` of the stream (seed, split): a counter-based generator keyed by the three.
-
-    Built on Philox's raw words alone, so a stream is the same with every version of numpy.
-    """
-
-    def __init__(self, seed: int, step: int, size: int, split: str):
-        if split not in _SPLITS:
-            raise ValueError(f"split: expected one of {tuple(_SPLITS)}, got {split!r}")
-        if not (0 <= seed < 1 << 64 and 0 <= step < 1 << 63 and size >= 1):
-            expected = "integers 0 <= seed < 2^64, 0 <= step < 2^63, size >= 1"
-            raise ValueError(f"seed, step, size: expected {expected}, got {seed}, {step}, {size}")
-        self._source = np.random.Philox(key=np.array([seed, _SPLITS[split] << 63 | step], dtype=np.uint64))
-
-    def uniform(self, *shape: int) -> np.ndarray:
-        """float64 in [0, 1), with 53 random bits."""
-        return (self._source.random_raw(shape) >> np.uint64(11)) * 2.0**-53
-
-    def below(self, total: int, *shape: int) -> np.ndarray:
-        """int64 in [0, total), uniform to within total / 2^53."""
-        return (self.uniform(*shape) * total).astype(np.int64)
-
-    def distinct(self, total: int, rows: int, count: int) -> np.ndarray:
-        """int64 [rows, count]: in each row `count` different integers of [0, total), uniform over ordered choices."""
-        if total <= 4 * count:
-            return self.uniform(rows, total).argsort(1)[:, :count]
-        # Numbers that repeat an earlier one of their row are drawn again until none does. Renaming the integers changes
-        # nothing in that, and some renaming takes any choice to any other: all are equally likely.
-        drawn, unsettled = self.below(total, rows, count), np.arange(rows)
-        while len(unsettled):
-            part = drawn[unsettled]
-            order = part.argsort(1, kind="stable")
-            ranked = np.take_along_axis(part, order, 1)
-            i, j = (ranked[:, 1:] == ranked[:, :-1]).nonzero()
-            drawn[unsettled[i], order[i, j + 1]] = self.below(total, len(i))
-            unsettled = unsettled[np.unique(i)]
-        return drawn
 
 
 def as_batch(input_ids: np.ndarray, labels: np.ndarray, device: torch.device | str) -> Batch:

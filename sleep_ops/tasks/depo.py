@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from sleep_ops.checks import check_choice
+from sleep_ops.streams import Stream
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import Stream, as_batch, by_level, check_integers, score
+from sleep_ops.tasks.common import as_batch, by_level, check_integers, score
 
 PADS = ("masked", "tokens")
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from sleep_ops.streams import Stream, source
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
 
 SEP = 2  # tokens 0 and 1 are the cells
 BOUNDARIES = ("periodic", "zero")
-_SPLITS = {"train": 0, "eval": 1}
 
 
 def rule110_steps(cells: np.ndarray, t: int, boundary: str = "periodic") -> np.ndarray:
@@ -182,29 +182,23 @@ class Rule110:
 
     def _draw(self, seed: int, step: int, size: int, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Strings uint8 [size, strings, bits] and their answers uint8 [size, strings]."""
-        if split not in _SPLITS:
-            raise ValueError(f"split: expected one of {tuple(_SPLITS)}, got {split!r}")
-        if not (0 <= seed < 1 << 64 and 0 <= step < 1 << 63 and size >= 1):
-            expected = "integers 0 <= seed < 2^64, 0 <= step < 2^63, size >= 1"
-            raise ValueError(f"seed, step, size: expected {expected}, got {seed}, {step}, {size}")
-        # A counter-based generator keyed by (seed, split, step): any batch can be made without those before it.
-        source = np.random.Philox(key=np.array([seed, _SPLITS[split] << 63 | step], dtype=np.uint64))
-        cells = self._uniform(source, size * self.strings)
+        stream = Stream(seed, step, size, split)
+        cells = self._uniform(stream, size * self.strings)
         if self.held_out:
             wanted = split == "eval"
             while len(bad := np.flatnonzero(self._is_held_out(cells) != wanted)):
-                cells[bad] = self._uniform(source, len(bad))
+                cells[bad] = self._uniform(stream, len(bad))
         cells = cells.reshape(size, self.strings, self.bits)
         return cells, rule110_steps(cells, self.t, self.boundary)[..., 0]
 
-    def _uniform(self, source: np.random.Philox, count: int) -> np.ndarray:
+    def _uniform(self, stream: Stream, count: int) -> np.ndarray:
         total = count * self.bits
-        words = source.random_raw(-(-total // 64)).astype("<u8")
+        words = stream.words(-(-total // 64)).astype("<u8")
         return np.unpackbits(words.view(np.uint8), count=total, bitorder="little").reshape(count, self.bits)
 
     def _is_held_out(self, cells: np.ndarray) -> np.ndarray:
         """bool [count]: a multiplicative hash of the string's bits falls below the held-out fraction."""
-        weights = np.random.Philox(key=np.array([110, self.bits], dtype=np.uint64)).random_raw(self.bits) | np.uint64(1)
+        weights = source(110, self.bits).random_raw(self.bits) | np.uint64(1)
         h = (cells * weights).sum(-1, dtype=np.uint64)
         h = (h ^ (h >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
         return (h >> np.uint64(11)).astype(np.float64) * 2.0**-53 < self.held_out

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from sleep_ops.checks import check_choice, check_count, check_flags, expect
+from sleep_ops.streams import shuffled
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
 from sleep_ops.tokenizer import load_tokenizer
 
@@ -102,7 +103,7 @@ class Text:
             count = len(train.answers)
             kept = max(round(self.held_out * count), 1)
             expect(kept < count, "data", "lines for training and some to hold out, or eval_data", f"{count} examples")
-            order = _generator(0, _HELD_OUT_KEY).permutation(count)
+            order = shuffled(0, _HELD_OUT_KEY, count)
             train, asked = train.take(np.sort(order[kept:])), train.take(np.sort(order[:kept]))
         object.__setattr__(self, "splits", {"train": train, "eval": asked})
         digest = hashlib.sha256()
@@ -154,7 +155,7 @@ class Text:
         """The examples of a batch, by number."""
         count, key = len(self.splits[split].answers), _ORDER_KEY if split == "train" else _EVAL_KEY
         epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), count)
-        orders = {epoch: _generator(seed, key | int(epoch)).permutation(count) for epoch in np.unique(epochs)}
+        orders = {epoch: shuffled(seed, key | int(epoch), count) for epoch in np.unique(epochs)}
         return np.array([orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
 
     @torch.no_grad()
@@ -296,7 +297,3 @@ def _mean(values: list[bool], levels: list[int], level: int) -> float:
     """The mean over those of a level; NaN where there is none."""
     chosen = [value for value, found in zip(values, levels, strict=True) if found == level]
     return sum(chosen) / len(chosen) if chosen else float("nan")
-
-
-def _generator(seed: int, key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, key], dtype=np.uint64)))

@@ -9,8 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replac
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from sleep_ops import streams
 from sleep_ops.checks import check_choice, check_count, check_flags, expect
 from sleep_ops.files import write_atomically
 from sleep_ops.model.config import HybridConfig, SleepSettings
@@ -31,7 +30,6 @@ _FREE_ON_RESUME = {
     *("stop_at", "patience", "parallel"),
 }
 _WARM_SEED = 1 << 32  # added to the seed: the two phases of fine-tuning go through the data in orders of their own
-_PASSES_STREAM = 1 << 62  # keeps the draws of N apart from the tasks' own random numbers
 
 
 @dataclass(frozen=True)
@@ -161,8 +159,7 @@ class TrainConfig:
     def passes_at(self, step: int, most: int) -> int:
         """N of the training step after `step` others, for a model whose own is `most`."""
         if self.passes_schedule == "random":
-            source = np.random.Philox(key=np.array([self.seed, _PASSES_STREAM | step], dtype=np.uint64))
-            return 1 + int(source.random_raw() % most)
+            return 1 + int(streams.source(self.seed, streams.PASSES | step).random_raw() % most)
         if self.passes_schedule == "curriculum":
             rising = max(round(self.curriculum * self.steps), 1)
             return most if step >= rising else 1 + step * (most - 1) // rising

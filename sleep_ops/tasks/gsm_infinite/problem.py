@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sleep_ops.streams import split_key
 from sleep_ops.tasks.gsm_infinite.structure import WHOLE, Draws, Quantity, Rule, core, distractor
 from sleep_ops.tasks.gsm_infinite.worlds import WORLDS, World
 
-SPLITS = {"train": 0, "eval": 1}
 MAX_OP = 32  # with many more, values within 0..LIMIT are hardly ever found
 _WORD = re.compile(r"[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]")
 _SIGNS = {"more": "{1} + {0}", "fewer": "{0} - {1}", "times": "{1} * {0}"}
@@ -170,11 +170,9 @@ class Generator:
         return largest
 
     def _start(self, seed: int, index: int, split: str) -> tuple[Draws, int, int | None, World]:
-        if split not in SPLITS:
-            raise ValueError(f"split: expected one of {tuple(SPLITS)}, got {split!r}")
         if not 0 <= seed < 1 << 64 or not 0 <= index < 1 << 63:
             raise ValueError(f"seed and index: expected integers >= 0, got {seed} and {index}")
-        draw = Draws(seed, SPLITS[split] << 63 | index)
+        draw = Draws(seed, split_key(split, index))
         op = _between(draw, self.ops)
         return draw, op, self.lengths and _between(draw, self.lengths), draw.choice(WORLDS)
 

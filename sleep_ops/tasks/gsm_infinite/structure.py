@@ -14,7 +14,7 @@ Sources: iGSM (Ye et al., arXiv 2407.20311), structure and dependency graph; GSM
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
+from sleep_ops.streams import source
 
 LIMIT = 50  # every quantity, core or distractor, is in 0..LIMIT
 LARGEST_NUMBER = 9  # of those that stand in a sentence
@@ -28,7 +28,7 @@ class Draws:
     """Random integers of the stream (seed, key): counter-based, so that any stream can be had without the others."""
 
     def __init__(self, seed: int, key: int):
-        self._source = np.random.Philox(key=np.array([seed, key], dtype=np.uint64))
+        self._source = source(seed, key)
         self._words = iter(())
 
     def below(self, n: int) -> int:
