@@ -100,8 +100,9 @@ def test_the_cache_continues_a_text():
     one, state = layer(x[:, :3], layer.init_state(2), context(0, 3))
     two, state = layer(x[:, 3:], state, context(3, 7))
     exact(torch.cat([one, two], 1), whole)
-    kept = layer.update_state(x, layer.init_state(2), context(0, 7))
+    nothing, kept = layer(x, layer.init_state(2), context(0, 7), output=False)
     exact(kept, state)
+    assert nothing is None
 
 
 def test_rotary_depends_on_distance_alone():

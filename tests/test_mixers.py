@@ -135,28 +135,41 @@ def test_packed_sequences_equal_separate_ones(mixer, options):
     "options", [{}, dict(passes=2, window=4), dict(conv_size=1)], ids=["plain", "two_passes", "conv1"]
 )
 @pytest.mark.parametrize("T", [1, 11])
-def test_update_state_is_the_state_of_forward_for_less(mixer, options, lengths, T):
+def test_the_state_without_outputs_is_the_same_for_less(mixer, options, lengths, T):
     layer = make(mixer, **options)
     lengths = None if lengths is None else torch.tensor(lengths, device=DEVICE).clamp(max=T)
     spared = [layer.g_proj, layer.o_proj, layer.o_norm] + ([layer.q_proj] if mixer is JetBlock else [])
     results = []
-    for update in (False, True):
+    for output in (True, False):
         x = vectors(T=T).requires_grad_()
         state = GDNState(*(t.requires_grad_() for t in some_state(layer)))
-        if update:
+        if not output:
             for module in spared:
                 module.register_forward_hook(lambda *a: pytest.fail("computed for nothing"))
-            new_state = layer.update_state(x, state, lengths=lengths)
-            written, writes = layer.update_state(x, state, lengths=lengths, return_writes=True)
-        else:
-            new_state = layer(x, state=state, lengths=lengths, return_state=True)[1]
-            written, writes = layer(x, state=state, lengths=lengths, return_writes=True)[1:]
+        given = dict(state=state, lengths=lengths, output=output)
+        y, new_state = layer(x, **given, return_state=True)
+        _, written, writes = layer(x, **given, return_writes=True)
+        assert (y is not None) == output
         loss = sum((t * torch.linspace(-1, 1, t.numel(), device=DEVICE).view(t.shape)).sum() for t in new_state)
         unread = ("g_proj", "o_proj", "o_norm")
         weights = [p for n, p in layer.named_parameters() if not n.startswith(unread)]
         grads = torch.autograd.grad(loss, [x, *state, *weights], allow_unused=True, materialize_grads=True)
         results.append((*new_state, *written, *writes, *grads))
     close(*results)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [dict(attention_mask=[[0, 1, 1, 0, 1], [0] * 5, [1] * 5]), dict(cu_seqlens=[0, 4, 4, 5])],
+    ids=["mask", "packed"],
+)
+def test_rows_leave_the_same_state_without_outputs(mixer, given):
+    layer, given = make(mixer), {name: torch.tensor(x, device=DEVICE) for name, x in given.items()}
+    x = vectors(1 if "cu_seqlens" in given else 3, 5)
+    given |= dict(state=some_state(layer), return_writes=True)
+    nothing, *rest = layer(x, output=False, **given)
+    assert nothing is None
+    close(rest, list(layer(x, **given)[1:]))
 
 
 def test_replay_repeats_the_writes(mixer):
@@ -194,7 +207,7 @@ def test_autocast_keeps_gates_and_states_in_float32(mixer):
     y, state = layer(x, return_state=True)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         low, low_state = layer(x, state=layer.init_state(3), return_state=True)
-        updated = layer.update_state(x, layer.init_state(3))
+        _, updated = layer(x, state=layer.init_state(3), output=False, return_state=True)
     assert low.dtype == torch.bfloat16 and low_state.conv_state.dtype == torch.bfloat16
     assert low_state.fast_weights.dtype == torch.float32
     close(updated, low_state)

@@ -332,7 +332,7 @@ def test_writes_of_a_layer_replay_its_window():
     x, mask = torch.randn(3, 7, 16).double(), torch.ones(3, 7, dtype=torch.long)
     mask[1, :3] = mask[2, 4:] = 0
     _, state, writes = layer(x, attention_mask=mask, return_writes=True)
-    updated, again = layer.update_state(x, None, return_writes=True)
+    _, updated, again = layer(x, output=False, return_writes=True)
     same(tuple(updated), tuple(layer(x, return_state=True)[1]))
     same(tuple(again), tuple(layer(x, return_writes=True)[2]))
     sleeping = SleepGDNLayer(16, num_heads=2, head_dim=8, num_v_heads=4, head_v_dim=6, passes=4).double()

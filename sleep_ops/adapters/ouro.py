@@ -182,19 +182,15 @@ class OuroLayer(nn.Module):
         self.post_attention_layernorm_2 = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
 
     def forward(
-        self, h: Tensor, state: AttentionState, context: SpanContext, *, return_writes: bool = False
-    ) -> tuple[Tensor, AttentionState, None]:
-        """h `[B, T, hidden_size]` of a span -> (h, the cache after it, None for no writes)."""
-        y, state = self.self_attn(self.input_layernorm(h), state, context)
+        self, h: Tensor, state: AttentionState, context: SpanContext, *, output: bool = True
+    ) -> tuple[Tensor | None, AttentionState, None]:
+        """See `Block.forward`; nothing writes fast weights."""
+        y, state = self.self_attn(self.input_layernorm(h), state, context, output=output)
+        if not output:
+            return None, state, None
         h = h + self.input_layernorm_2(y)
         h = h + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(h)))
         return h, state, None
-
-    def update_state(
-        self, h: Tensor, state: AttentionState, context: SpanContext, *, return_writes: bool = False
-    ) -> tuple[AttentionState, None]:
-        """The cache `forward` would return, without attending."""
-        return self.self_attn.update_state(self.input_layernorm(h), state, context), None
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> AttentionState:
         """An empty cache."""

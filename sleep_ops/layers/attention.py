@@ -127,25 +127,28 @@ class Attention(nn.Module):
         )
         return AttentionState(empty, empty)
 
-    def forward(self, x: Tensor, state: AttentionState, context: SpanContext) -> tuple[Tensor, AttentionState]:
-        """x `[B, T, hidden]` of a span -> (same shape, cache with its keys and values appended)."""
-        q = rotate(self._heads(self.q_proj(x)), *context.rotary(self.head_dim, self.rope_theta))
-        state = self.update_state(x, state, context)
+    def forward(
+        self, x: Tensor, state: AttentionState, context: SpanContext, *, output: bool = True
+    ) -> tuple[Tensor | None, AttentionState]:
+        """x `[B, T, hidden]` of a span -> (same shape, cache with its keys and values appended).
+
+        Without `output` nothing attends, and the first is None.
+        """
+        rotary = context.rotary(self.head_dim, self.rope_theta)
+        q = rotate(self._heads(self.q_proj(x)), *rotary) if output else None
+        k, v = rotate(self._heads(self.k_proj(x)), *rotary), self._heads(self.v_proj(x))
+        if state.keys.dtype != k.dtype:  # an empty cache made before autocast chose the dtype
+            state = AttentionState(state.keys.to(k.dtype), state.values.to(v.dtype))
+        state = AttentionState(
+            ragged.append(state.keys, context.cache_lengths, k, context.lengths),
+            ragged.append(state.values, context.cache_lengths, v, context.lengths),
+        )
+        if q is None:
+            return None, state
         window = narrower(context.window, self.sliding_window)
         mask = context.mask(window)
         y = causal_attention(q, state.keys, state.values, window=window, mask=mask, backend=self.backend)
         return self.o_proj(y.flatten(2)), state
-
-    def update_state(self, x: Tensor, state: AttentionState, context: SpanContext) -> AttentionState:
-        """The cache `forward` would return, without attending."""
-        k = rotate(self._heads(self.k_proj(x)), *context.rotary(self.head_dim, self.rope_theta))
-        v = self._heads(self.v_proj(x))
-        if state.keys.dtype != k.dtype:  # an empty cache made before autocast chose the dtype
-            state = AttentionState(state.keys.to(k.dtype), state.values.to(v.dtype))
-        return AttentionState(
-            ragged.append(state.keys, context.cache_lengths, k, context.lengths),
-            ragged.append(state.values, context.cache_lengths, v, context.lengths),
-        )
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))

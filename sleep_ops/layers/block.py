@@ -30,7 +30,7 @@ class Block(nn.Module):
     intermediate_size: the MLP's; None for a block without one, which can be put between the blocks
         of another model.
     fast_weights: whether the state is a fast-weight memory (GDN) or a cache of keys and values
-        (attention); `return_writes` and `replay` are for the former.
+        (attention); `replay` is for the former.
     """
 
     def __init__(self, mixer: Attention | GDNMixer, hidden_size: int, intermediate_size: int | None, norm_eps: float):
@@ -44,29 +44,25 @@ class Block(nn.Module):
         self.fast_weights = isinstance(mixer, GDNMixer)
 
     def forward(
-        self, h: Tensor, state: BlockState, context: SpanContext, *, return_writes: bool = False
-    ) -> tuple[Tensor, BlockState, ReplayInputs | None]:
-        """h `[B, T, hidden]` of a span -> (h, the state after it, what it wrote if asked for)."""
-        x, writes = self.mixer_norm(h), None
+        self, h: Tensor, state: BlockState, context: SpanContext, *, output: bool = True
+    ) -> tuple[Tensor | None, BlockState, ReplayInputs | None]:
+        """h `[B, T, hidden]` of a span -> (h, the state after it, what fast weights were written).
+
+        output: False gives None for h, and computes no more than the rest needs.
+        """
+        x = self.mixer_norm(h)
         if self.fast_weights:
-            y, state, writes = self.mixer(x, state=state, lengths=context.length_tensor, return_writes=True)
+            y, state, writes = self.mixer(
+                x, state=state, lengths=context.length_tensor, output=output, return_writes=True
+            )
         else:
-            y, state = self.mixer(x, state, context)
+            (y, state), writes = self.mixer(x, state, context, output=output), None
+        if not output:
+            return None, state, writes
         h = h + y
         if self.mlp is not None:
             h = h + self.mlp(self.mlp_norm(h))
-        return h, state, writes if return_writes else None
-
-    def update_state(
-        self, h: Tensor, state: BlockState, context: SpanContext, *, return_writes: bool = False
-    ) -> tuple[BlockState, ReplayInputs | None]:
-        """The state and writes `forward` would return, without computing outputs."""
-        x, writes = self.mixer_norm(h), None
-        if self.fast_weights:
-            state, writes = self.mixer.update_state(x, state, lengths=context.length_tensor, return_writes=True)
-        else:
-            state = self.mixer.update_state(x, state, context)
-        return state, writes if return_writes else None
+        return h, state, writes
 
     def replay(
         self, writes: ReplayInputs, fast_weights: Tensor, passes: int | float, lengths: Tensor | None = None

@@ -150,21 +150,13 @@ class SleepGDNLayer(GDNMixer):
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
         return q, writes, torch.cat([q_state, k_state, v_state], dim=-1), self._gate(x)
 
-    def _project_writes(self, x, conv_state, lengths):
+    def _project_writes(self, x, conv_state, lengths, cu_seqlens):
         """Queries only for the convolution's state."""
         q_state, k_state, v_state = self._split_state(conv_state)
-        writes, k_state, v_state = self._writes(x, k_state, v_state, lengths, None)
-        kept = self.conv_size - 1
-        if lengths is None:
-            last, real = x[:, max(x.shape[1] - kept, 0) :], None
-        else:
-            first, real = (lengths - kept).clamp(min=0), lengths.clamp(max=kept)
-            index = (first[:, None] + torch.arange(min(kept, x.shape[1]), device=x.device)).clamp(max=x.shape[1] - 1)
-            last = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-        if kept:
-            q_state = next_conv_state(self.q_proj(last), self.conv_size, q_state, real)
-        else:
-            q_state = writes.k.new_zeros(x.shape[0], 0, self.key_channels)
+        writes, k_state, v_state = self._writes(x, k_state, v_state, lengths, cu_seqlens)
+        if lengths is None and cu_seqlens is None:
+            x = x[:, max(x.shape[1] - self.conv_size + 1, 0) :]
+        q_state = next_conv_state(self.q_proj(x), self.conv_size, q_state, lengths, cu_seqlens)
         return writes, torch.cat([q_state, k_state, v_state], dim=-1)
 
     def _writes(self, x, k_state, v_state, lengths, cu_seqlens):

@@ -94,16 +94,12 @@ class JetBlock(SleepGDNLayer):
         self.dynamic_conv1d = DynamicConvolution(self.value_channels, self.conv_size, self.hidden_size, hidden)
 
     def _project(self, x, conv_state, lengths, cu_seqlens):
-        writes, conv_state = self._writes(x, conv_state, lengths, cu_seqlens)
+        writes, conv_state = self._project_writes(x, conv_state, lengths, cu_seqlens)
         q = F.silu(self.q_proj(x)).unflatten(-1, (self.num_heads, self.head_dim))
         return q, writes, conv_state, self._gate(x)
 
-    def _project_writes(self, x, conv_state, lengths):
+    def _project_writes(self, x, conv_state, lengths, cu_seqlens):
         """No queries and no gate."""
-        return self._writes(x, conv_state, lengths, None)
-
-    def _writes(self, x, conv_state, lengths, cu_seqlens):
-        """What x writes, and the new convolution state."""
         k = F.silu(self.k_proj(x)).unflatten(-1, (self.num_heads, self.head_dim))
         v, conv_state = self.dynamic_conv1d(self.v_proj(x), x, conv_state, lengths, cu_seqlens)
         v = v.unflatten(-1, (self.num_v_heads, self.head_v_dim))

@@ -57,10 +57,10 @@ class GDNMixer(nn.Module):
     (V), conv_size and conv_channels (what its convolutions carry from token to token), the
     parameters A_log and dt_bias [HV], and
 
-        _dtype()                                      what it expects of x
-        _project(x, conv_state, lengths, cu_seqlens)  -> (q [B, T, H, K], writes, conv_state, gate)
-        _project_writes(x, conv_state, lengths)       -> (writes, conv_state): no output is wanted
-        _emit(o [B, T, HV, V], gate)                  -> y [B, T, hidden_size], zero where o is
+        _dtype()                                             what it expects of x
+        _project(x, conv_state, lengths, cu_seqlens)         -> (q [B, T, H, K], writes, conv_state, gate)
+        _project_writes(x, conv_state, lengths, cu_seqlens)  -> (writes, conv_state), where these come for less
+        _emit(o [B, T, HV, V], gate)                         -> y [B, T, hidden_size], zero where o is
 
     writes are `ReplayInputs`, and the conv_state returned is the one after x.
 
@@ -73,10 +73,8 @@ class GDNMixer(nn.Module):
     output_pass, rule, impl = "first", "delta", "auto"
     allow_neg_eigval = False
 
-    def _project_writes(
-        self, x: Tensor, conv_state: Tensor | None, lengths: Tensor | None
-    ) -> tuple[ReplayInputs, Tensor]:
-        _, writes, conv_state, _ = self._project(x, conv_state, lengths, None)
+    def _project_writes(self, x, conv_state, lengths, cu_seqlens):
+        _, writes, conv_state, _ = self._project(x, conv_state, lengths, cu_seqlens)
         return writes, conv_state
 
     def init_state(self, batch_size: int, *, device=None, dtype=None) -> GDNState:
@@ -100,7 +98,8 @@ class GDNMixer(nn.Module):
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
         return_writes: bool = False,
-    ) -> Tensor | tuple[Tensor, GDNState] | tuple[Tensor, GDNState, ReplayInputs]:
+        output: bool = True,
+    ) -> Tensor | None | tuple[Tensor | None, GDNState] | tuple[Tensor | None, GDNState, ReplayInputs]:
         """Mix the tokens of x.
 
         x: [B, T, hidden_size].
@@ -111,6 +110,7 @@ class GDNMixer(nn.Module):
         lengths: int64 [B], real tokens per row, padding at the right: the same without moving
             tokens.
         cu_seqlens: int32 or int64 [num_seqs + 1], borders of sequences packed into B = 1.
+        output: False gives None for y, and computes no more than the rest needs.
 
         Returns y, (y, state) with `return_state`, or (y, state, writes) with `return_writes`: what
         `replay` takes, the real tokens at the left of their row. Raises ValueError for a wrong
@@ -118,45 +118,22 @@ class GDNMixer(nn.Module):
         """
         self._check(x, state, attention_mask, lengths, cu_seqlens)
         if attention_mask is None:
-            y, state, writes = self._mix(x, state, lengths, cu_seqlens)
+            y, state, writes = self._mix(x, state, lengths, cu_seqlens, output)
         else:
             place, lengths = _left_places(attention_mask != 0)
             place = place[..., None].expand_as(x)
-            y, state, writes = self._mix(torch.zeros_like(x).scatter(1, place, x), state, lengths, None)
-            y = y.gather(1, place)
+            y, state, writes = self._mix(torch.zeros_like(x).scatter(1, place, x), state, lengths, None, output)
+            y = y.gather(1, place) if output else None
         if return_writes:
             return y, state, writes
         return (y, state) if return_state else y
-
-    def update_state(
-        self, x: Tensor, state: GDNState | None, *, lengths: Tensor | None = None, return_writes: bool = False
-    ) -> GDNState | tuple[GDNState, ReplayInputs]:
-        """The state `forward` leaves behind, without computing outputs.
-
-        x: [B, T, hidden_size].
-        lengths: int64 [B] or None, as in `forward`.
-
-        Returns state, or (state, writes) with `return_writes`.
-        """
-        self._check(x, state, None, lengths, None)
-        if lengths is not None:
-            x = x.masked_fill(_padded(x, lengths), 0)
-        fast_weights, conv_state = (None, None) if state is None else state
-        writes, conv_state = self._project_writes(x, conv_state, lengths)
-        writes = _closed(writes, lengths)
-        fast_weights = delta_rule_state(
-            *writes, passes=self.passes, window=self.window if self.passes > 1 else None,
-            initial_state=fast_weights, **self._rule_options(),
-        )  # fmt: skip
-        state = GDNState(fast_weights, conv_state)
-        return (state, writes) if return_writes else state
 
     def replay(
         self, writes: ReplayInputs, fast_weights: Tensor, *, passes: int | float, lengths: Tensor | None = None
     ) -> Tensor:
         """`fast_weights` [B, HV, K, V] after `passes` further passes over the same writes.
 
-        writes: of B rows, from `forward` or `update_state`, or several calls' joined along T.
+        writes: of B rows, from `forward`, or several calls' joined along T.
         passes: >= 1, or math.inf for the fixed point.
         lengths: int64 [B], how many of each row's writes count, from the left; None for all.
 
@@ -167,13 +144,22 @@ class GDNMixer(nn.Module):
         writes = _closed(writes, lengths)
         return delta_rule_state(*writes, passes=passes, initial_state=fast_weights, **self._rule_options())
 
-    def _mix(self, x, state, lengths, cu_seqlens):
+    def _mix(self, x, state, lengths, cu_seqlens, output):
         if lengths is not None:
             x = x.masked_fill(_padded(x, lengths), 0)  # whatever stands there, NaN included, reaches no gradient
         fast_weights, conv_state = (None, None) if state is None else state
+        options = self._rule_options()
+        if not output:
+            writes, conv_state = self._project_writes(x, conv_state, lengths, cu_seqlens)
+            writes = _closed(writes, lengths)
+            fast_weights = delta_rule_state(
+                *writes, passes=self.passes, window=self.window if self.passes > 1 else None,
+                initial_state=fast_weights, cu_seqlens=cu_seqlens, **options,
+            )  # fmt: skip
+            return None, GDNState(fast_weights, conv_state), writes
+
         q, writes, conv_state, gate = self._project(x, conv_state, lengths, cu_seqlens)
         writes = _closed(writes, lengths)
-        options = self._rule_options()
         if self.passes > 1:
             o, fast_weights = sleep_gated_delta_rule(
                 q, *writes, passes=self.passes, window=self.window, output_pass=self.output_pass,

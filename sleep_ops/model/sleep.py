@@ -279,15 +279,13 @@ class SleepStack:
         if len(indices) == 0:
             return h, blocks, tuple(written)
 
-        def run(h: Tensor, states: tuple) -> tuple[Tensor, tuple, tuple]:
-            states, writes = list(states), [None] * len(states)
-            for place, i in enumerate(indices):
-                block, record = self.blocks[i], i in recorded
-                if i == indices[-1] and not output:
-                    states[place], writes[place] = block.update_state(h, states[place], context, return_writes=record)
-                else:
-                    h, states[place], writes[place] = block(h, states[place], context, return_writes=record)
-            return h, tuple(states), tuple(writes)
+        def run(h: Tensor, states: tuple) -> tuple[Tensor | None, tuple, tuple]:
+            after, writes = [], []
+            for i, state in zip(indices, states, strict=True):
+                h, state, new = self.blocks[i](h, state, context, output=output or i != indices[-1])
+                after.append(state)
+                writes.append(new if i in recorded else None)
+            return h, tuple(after), tuple(writes)
 
         inside = slice(indices.start, indices.stop)
         h, states, written[inside] = self._unit(run, h, blocks[inside])

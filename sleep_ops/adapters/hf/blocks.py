@@ -19,7 +19,7 @@ class LayerBlock:
     """One layer of a transformers model, with the methods of `layers.block.Block`.
 
     The layer is called as its own model calls it, whole, so that hooks, adapters, FSDP and compiled
-    layers work; so `update_state` saves nothing.
+    layers work: without `output` too, which then saves nothing.
 
     arguments: arguments(h, context) is what else the layer is called with, rotary positions first
         of all.
@@ -38,10 +38,10 @@ class LayerBlock:
         self.fast_weights = self._mixer is not None
 
     def __call__(
-        self, h: Tensor, state: BlockState, context: SpanContext, *, return_writes: bool = False
+        self, h: Tensor, state: BlockState, context: SpanContext, *, output: bool = True
     ) -> tuple[Tensor, BlockState, ReplayInputs | None]:
-        """h `[B, T, hidden]` of a span -> (h, the state after it, what it wrote if asked for)."""
-        cache = LayerCache(state, context, record=return_writes)
+        """h `[B, T, hidden]` of a span -> (h, the state after it, what fast weights were written)."""
+        cache = LayerCache(state, context)
         h = self.layer(
             h,
             attention_mask=None
@@ -55,12 +55,6 @@ class LayerBlock:
         dropped = "a layer that left no state: transformers' own checkpointing drops it"
         expect(cache.after is not None, "gradient checkpointing", "that of the sleeping model as a whole", dropped)
         return joined(self.layer, h, cache.after, cache.writes)
-
-    def update_state(
-        self, h: Tensor, state: BlockState, context: SpanContext, *, return_writes: bool = False
-    ) -> tuple[BlockState, ReplayInputs | None]:
-        """The state and writes of `__call__`."""
-        return self(h, state, context, return_writes=return_writes)[1:]
 
     def replay(
         self, writes: ReplayInputs, fast_weights: Tensor, passes: int | float, lengths: Tensor | None = None

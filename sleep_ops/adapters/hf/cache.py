@@ -24,14 +24,14 @@ class LayerCache:
     """The state of a layer before a span; once the layer was called, also the one after it.
 
     after: None until then.
-    writes: what a fast-weight layer wrote, if `record`.
+    writes: what a fast-weight layer wrote.
 
     A layer called once more with the same cache (to compute it again in the backward pass) finds
     it as it was.
     """
 
-    def __init__(self, state: BlockState, context: SpanContext, *, record: bool = False):
-        self.before, self.context, self.record = state, context, record
+    def __init__(self, state: BlockState, context: SpanContext):
+        self.before, self.context = state, context
         self.after: BlockState | None = None
         self.writes: ReplayInputs | None = None
 
@@ -46,8 +46,7 @@ class LayerCache:
     def mix(self, mixer: GDNMixer, x: Tensor) -> Tensor:
         """What this project's mixers call: x `[B, T, hidden_size]` -> the same shape."""
         lengths = self.context.length_tensor
-        y, self.after, writes = mixer.read(x, state=self.before, lengths=lengths, return_writes=True)
-        self.writes = writes if self.record else None
+        y, self.after, self.writes = mixer.read(x, state=self.before, lengths=lengths, return_writes=True)
         return y
 
 

@@ -48,8 +48,7 @@ class HFSleepingModel(SleepingModel):
             blocks.append(LayerBlock(layer, self._arguments, self.model.config, dtype))
             if str(i) in inserted:
                 block = inserted[str(i)]
-                for name in ("update_state", "replay"):
-                    gathered(block, name)
+                gathered(block, "replay")
                 blocks.append(block)
         return blocks
 
