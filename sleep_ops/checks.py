@@ -24,7 +24,13 @@ def check_flags(**flags: object) -> None:
             raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise unless value is an int >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise unless value is an int >= least."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+
+
+def check_counts(settings: object, **least: int) -> None:
+    """Raise unless each of these settings is an int >= what is given for it."""
+    for name, low in least.items():
+        check_count(name, getattr(settings, name), low)

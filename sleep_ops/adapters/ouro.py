@@ -192,9 +192,9 @@ class OuroLayer(nn.Module):
         h = h + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(h)))
         return h, state, None
 
-    def init_state(self, batch_size: int, *, device=None, dtype=None) -> AttentionState:
+    def init_state(self, batch_size: int) -> AttentionState:
         """An empty cache."""
-        return self.self_attn.init_state(batch_size, device=device, dtype=dtype)
+        return self.self_attn.init_state(batch_size)
 
 
 class OuroModel(nn.Module):

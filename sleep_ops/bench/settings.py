@@ -6,6 +6,8 @@ And their checks: ValueError naming the setting, what was expected and what was 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sleep_ops.checks import check_count
+
 
 @dataclass(frozen=True)
 class PassesSettings:
@@ -135,8 +137,8 @@ def check_counts(settings: object, *names: str, **lowest: int) -> None:
     """Integers, or None; at least 1 for `names`, at least what is given for the others."""
     for name, low in (dict.fromkeys(names, 1) | lowest).items():
         value = getattr(settings, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-            raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+        if value is not None:
+            check_count(name, value, low)
 
 
 def check_distinct_counts(settings: object, *names: str) -> None:

@@ -119,12 +119,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=False)
 
-    def init_state(self, batch_size: int, *, device=None, dtype=None) -> AttentionState:
+    def init_state(self, batch_size: int) -> AttentionState:
         """An empty cache."""
         weight = self.k_proj.weight
-        empty = torch.empty(
-            batch_size, 0, self.num_kv_heads, self.head_dim, device=device or weight.device, dtype=dtype or weight.dtype
-        )
+        empty = torch.empty(batch_size, 0, self.num_kv_heads, self.head_dim, device=weight.device, dtype=weight.dtype)
         return AttentionState(empty, empty)
 
     def forward(

@@ -70,6 +70,6 @@ class Block(nn.Module):
         """`fast_weights` after `passes` further passes over `writes`; see `GDNMixer.replay`."""
         return self.mixer.replay(writes, fast_weights, passes=passes, lengths=lengths)
 
-    def init_state(self, batch_size: int, *, device=None, dtype=None) -> BlockState:
+    def init_state(self, batch_size: int) -> BlockState:
         """Zero fast weights, or an empty cache."""
-        return self.mixer.init_state(batch_size, device=device, dtype=dtype)
+        return self.mixer.init_state(batch_size)

@@ -77,9 +77,9 @@ class GDNMixer(nn.Module):
         _, writes, conv_state, _ = self._project(x, conv_state, lengths, cu_seqlens)
         return writes, conv_state
 
-    def init_state(self, batch_size: int, *, device=None, dtype=None) -> GDNState:
+    def init_state(self, batch_size: int, *, dtype: torch.dtype | None = None) -> GDNState:
         """A state of zeros, the convolution's in `dtype`."""
-        device = self.A_log.device if device is None else device
+        device = self.A_log.device
         kept = torch.float64 if self._dtype() == torch.float64 else torch.float32
         if dtype is None:  # a quantised projection's is that of its storage
             dtype = self._dtype() if self._dtype() in FLOAT_DTYPES else self.dt_bias.dtype

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sleep_ops.checks import check_count
+
 
 def sample(
     logits: Tensor,
@@ -47,8 +49,8 @@ def check_sampling(
         raise ValueError(f"max_new_tokens: expected an integer >= 1, got {max_new_tokens!r}")
     if not number(temperature) or not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
-    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-        raise ValueError(f"top_k: expected an integer >= 1, got {top_k!r}")
+    if top_k is not None:
+        check_count("top_k", top_k)
     if top_p is not None and (not number(top_p) or not 0 < top_p <= 1):
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
     if eos_token_id is not None and (not isinstance(eos_token_id, int) or not 0 <= eos_token_id < vocab):

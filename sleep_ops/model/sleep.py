@@ -102,9 +102,9 @@ class SleepStack:
         looped = range(self.loop[0], self.loop[1] + 1) if settings.sleep_kind == "replay" else ()
         self.replayed = tuple(i for i in looped if blocks[i].fast_weights)
 
-    def init_state(self, batch_size: int, *, device=None, dtype=None) -> SleepState:
+    def init_state(self, batch_size: int) -> SleepState:
         """The state before the first token."""
-        blocks = tuple(block.init_state(batch_size, device=device, dtype=dtype) for block in self.blocks)
+        blocks = tuple(block.init_state(batch_size) for block in self.blocks)
         none, unwritten = (0,) * batch_size, (None,) * len(blocks)
         return SleepState(blocks, self._starts(blocks), None, unwritten, none, none, none, (False,) * batch_size, none)
 
@@ -141,10 +141,8 @@ class SleepStack:
         refining = passes > 1 and self.settings.sleep_kind == "refine"
         if refining:
             first, begin = self.loop[0], self.loop[1] + 1
-            if self.feed_from_input:
-                h, blocks, _ = self._run(range(first), h, blocks, context, output=True, closed=closed)
-            loop_input, rest = h, range(first if self.feed_from_input else 0, begin)
-            h, blocks, _ = self._run(rest, h, blocks, context, output=True, closed=closed)
+            loop_input, blocks, _ = self._run(range(first), h, blocks, context, output=True, closed=closed)
+            h, blocks, _ = self._run(range(first, begin), loop_input, blocks, context, output=True, closed=closed)
             hidden = torch.cat([h, loop_input.to(h.dtype)], dim=-1) if self.feed_from_input else h
             if state.hidden is not None:
                 hidden = ragged.append(state.hidden.to(h.dtype), state.in_window, hidden, lengths)
@@ -210,19 +208,14 @@ class SleepStack:
             if n == given + 1:
                 h = h.detach()
                 blocks[first : last + 1] = each(blocks[first : last + 1], Tensor.detach)
-            for i in range(first, last + 1):
-                blocks[i] = self._pass_start(i, blocks[i], state)
+            blocks[first : last + 1] = [self._pass_start(i, blocks[i], state) for i in range(first, last + 1)]
             output = n < passes or refine_after
             with torch.no_grad() if n <= given else nullcontext():
                 h = h if self.feed is None else self.feed(h, loop_input)
                 h, run, _ = self._run(range(first, last + 1), h, tuple(blocks), context, output=output, closed=True)
             blocks = list(run)
         if refine_after:
-            for i in after:
-                begun_state = (
-                    state.start[i] if self.blocks[i].fast_weights else self._carried_keys(state.blocks[i], state)
-                )
-                blocks[i] = begun_state
+            blocks[last + 1 :] = [self._begun(i, state) for i in after]
             _, run, _ = self._run(after, h, tuple(blocks), context, output=False, closed=True)
             blocks = list(run)
         for i, old in enumerate(state.blocks):
@@ -308,16 +301,19 @@ class SleepStack:
         """Whether later tokens see block i's state after a run; closed: it ends the window."""
         return self.blocks[i].fast_weights or not closed or self.settings.eviction == "sliding"
 
+    def _begun(self, i: int, state: SleepState) -> BlockState:
+        """Block i's state as the open window began."""
+        if self.blocks[i].fast_weights:
+            return state.start[i]
+        return AttentionState(*(ragged.take(x, (0,) * len(state.carried), state.carried) for x in state.blocks[i]))
+
     def _pass_start(self, i: int, current: BlockState, state: SleepState) -> BlockState:
         """Block i's state as a further pass starts: fast weights go on, the window's keys don't."""
+        begun = self._begun(i, state)
         if not self.blocks[i].fast_weights:
-            return self._carried_keys(state.blocks[i], state)
-        snapshot = state.start[i].conv_state
+            return begun
         zero = self.settings.conv_boundary == "zero"
-        return current._replace(conv_state=torch.zeros_like(snapshot) if zero else snapshot)
-
-    def _carried_keys(self, cache: AttentionState, state: SleepState) -> AttentionState:
-        return AttentionState(*(ragged.take(x, (0,) * len(state.carried), state.carried) for x in cache))
+        return current._replace(conv_state=torch.zeros_like(begun.conv_state) if zero else begun.conv_state)
 
     def _starts(self, blocks: Sequence[BlockState]) -> tuple[GDNState | None, ...]:
         """Those of the states at the start of a window to which refining passes return."""

@@ -1,4 +1,4 @@
-"""What the synthetic tasks share: checks of settings, batches, and a model's answers scored place by place."""
+"""What the synthetic tasks share: batches, and a model's answers scored place by place."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,14 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch, Task
-
-
-def check_integers(task: object, **lowest: int) -> None:
-    """ValueError unless each of these settings of `task` is an integer not below the given one."""
-    for name, low in lowest.items():
-        value = getattr(task, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
 
 
 def as_batch(input_ids: np.ndarray, labels: np.ndarray, device: torch.device | str) -> Batch:

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sleep_ops.checks import check_choice
+from sleep_ops.checks import check_choice, check_counts
 from sleep_ops.streams import Stream
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import as_batch, by_level, check_integers, score
+from sleep_ops.tasks.common import as_batch, by_level, score
 
 PADS = ("masked", "tokens")
 
@@ -66,8 +66,8 @@ class Depo:
 
     def __post_init__(self):
         lowest = {"min_nodes": 2, "vocabulary": 2, "shortest_name": 1, "queries": 1, "max_hops": 1, "repeats": 1}
-        check_integers(self, **lowest, window=1)
-        check_integers(self, max_nodes=self.min_nodes, longest_name=self.shortest_name)
+        check_counts(self, **lowest, window=1)
+        check_counts(self, max_nodes=self.min_nodes, longest_name=self.shortest_name)
         check_choice("pads", self.pads, PADS)
         if self.vocabulary**self.shortest_name < self.max_nodes:
             raise ValueError(

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sleep_ops.checks import check_counts
 from sleep_ops.streams import Stream
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import as_batch, by_level, check_integers, score
+from sleep_ops.tasks.common import as_batch, by_level, score
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class MQAR:
     metric: ClassVar[str] = "per_label"
 
     def __post_init__(self):
-        check_integers(self, num_pairs=1, num_queries=1, window=1)
-        check_integers(self, vocab_size=2 * self.num_pairs)
+        check_counts(self, num_pairs=1, num_queries=1, window=1)
+        check_counts(self, vocab_size=2 * self.num_pairs)
         if self.num_queries > self.num_pairs:
             raise ValueError(f"num_queries: expected at most num_pairs = {self.num_pairs}, got {self.num_queries}")
         if self.context % self.window:

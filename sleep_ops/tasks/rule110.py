@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from sleep_ops.checks import check_counts
 from sleep_ops.streams import Stream, source
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
+from sleep_ops.tasks.common import as_batch
 
 SEP = 2  # tokens 0 and 1 are the cells
 BOUNDARIES = ("periodic", "zero")
@@ -67,10 +69,7 @@ class Rule110:
     vocab_size: ClassVar[int] = 3
 
     def __post_init__(self):
-        for key, low in (("t", 0), ("strings", 1), ("bits", 3), ("repeats", 1)):
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{key}: expected an integer >= {low}, got {value!r}")
+        check_counts(self, t=0, strings=1, bits=3, repeats=1)
         if self.boundary not in BOUNDARIES:
             raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {self.boundary!r}")
         if self.held_out and not (0.01 <= self.held_out <= 0.5 and self.bits >= 10):
@@ -110,8 +109,7 @@ class Rule110:
         input_ids[:, context + 1 :] = answers[:, : n - 1]
         labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
         labels[:, context:] = answers
-        labels = torch.from_numpy(labels)
-        return Batch(torch.from_numpy(input_ids), labels, labels != IGNORE_INDEX).to(device)
+        return as_batch(input_ids, labels, device)
 
     @torch.no_grad()
     def evaluate(

@@ -24,6 +24,7 @@ from torch import nn
 from sleep_ops.checks import check_choice, check_count, check_flags, expect
 from sleep_ops.streams import shuffled
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
+from sleep_ops.tasks.common import as_batch
 from sleep_ops.tokenizer import load_tokenizer
 
 OVERFLOWS = ("error", "cut")
@@ -148,8 +149,7 @@ class Text:
             tokens, answer = examples.tokens[examples.starts[i] : examples.starts[i + 1]], examples.answers[i]
             input_ids[row, : len(tokens) - 1] = tokens[:-1]
             labels[row, answer - 1 : len(tokens) - 1] = tokens[answer:]
-        labels = torch.from_numpy(labels)
-        return Batch(torch.from_numpy(input_ids), labels, labels != IGNORE_INDEX).to(device)
+        return as_batch(input_ids, labels, device)
 
     def _chosen(self, seed: int, step: int, size: int, split: str) -> np.ndarray:
         """The examples of a batch, by number."""

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sleep_ops.checks import check_choice
+from sleep_ops.checks import check_choice, check_counts
 from sleep_ops.streams import Stream
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import as_batch, by_level, check_integers, score
+from sleep_ops.tasks.common import as_batch, by_level, score
 
 ASKS = ("values", "variables")
 ORDERS = ("forward", "shuffled")
@@ -60,8 +60,8 @@ class VariableTracking:
     def __post_init__(self):
         check_choice("ask", self.ask, ASKS)
         check_choice("order", self.order, ORDERS)
-        check_integers(self, chains=1, hops=0, queries=1, window=1)
-        check_integers(self, variables=self.statements, values=self.chains)
+        check_counts(self, chains=1, hops=0, queries=1, window=1)
+        check_counts(self, variables=self.statements, values=self.chains)
         most = self.chains if self.ask == "variables" else self.statements
         if self.queries > most:
             raise ValueError(f"queries: expected at most {most} with ask={self.ask!r}, got {self.queries}")

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sleep_ops.checks import check_choice
+from sleep_ops.checks import check_choice, check_counts
 from sleep_ops.streams import Stream
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import as_batch, check_integers, score
+from sleep_ops.tasks.common import as_batch, score
 
 GROUPS = ("S5", "A5")
 LOSSES = ("every", "last")
@@ -83,7 +83,7 @@ class WordProblem:
     def __post_init__(self):
         check_choice("group", self.group, GROUPS)
         check_choice("loss", self.loss, LOSSES)
-        check_integers(self, length=1, window=1)
+        check_counts(self, length=1, window=1)
 
     @property
     def order(self) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sleep_ops import streams
-from sleep_ops.checks import check_choice, check_count, check_flags, expect
+from sleep_ops.checks import check_choice, check_count, check_counts, check_flags, expect
 from sleep_ops.files import write_atomically
 from sleep_ops.model.config import HybridConfig, SleepSettings
 
@@ -101,19 +101,8 @@ class TrainConfig:
     parallel: str = "ddp"
 
     def __post_init__(self):
-        for name, low in (
-            ("steps", 1),
-            ("batch_size", 1),
-            ("seed", 0),
-            ("max_skipped", 1),
-            ("eval_every", 0),
-            ("eval_samples", 1),
-            ("checkpoint_every", 0),
-            ("keep_checkpoints", 1),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+        check_counts(self, steps=1, batch_size=1, seed=0, max_skipped=1, eval_every=0, eval_samples=1)
+        check_counts(self, checkpoint_every=0, keep_checkpoints=1)
         if self.seed >= 2**63:
             raise ValueError(f"seed: expected an integer < 2^63, got {self.seed}")
         for name in ("lr_muon", "lr_adamw", "grad_clip"):
@@ -293,8 +282,7 @@ class FinetuneConfig:
     warm_steps: int = 0
 
     def __post_init__(self):
-        if not isinstance(self.warm_steps, int) or isinstance(self.warm_steps, bool) or self.warm_steps < 0:
-            raise ValueError(f"warm_steps: expected an integer >= 0, got {self.warm_steps!r}")
+        check_counts(self, warm_steps=0)
         if self.train.trainable != "all":
             raise ValueError(f"trainable: expected 'all' (see warm_steps), got {self.train.trainable!r}")
         # Checked now: those of the second phase would otherwise be found wanting after the first.

@@ -101,11 +101,14 @@ class RunLog:
                 self._board.add_scalar(f"{group}/{key}", value, step)
 
 
+_TOLD_EVERY = 15.0  # seconds between plain lines
+
+
 class ProgressBar:
     """Loss, tokens per second and time left; plain lines where the output is not a terminal."""
 
-    def __init__(self, console: Console, label: str, step: int, steps: int, every: float = 15.0):
-        self._console, self._label, self._steps, self._every = console, label, steps, every
+    def __init__(self, console: Console, label: str, step: int, steps: int):
+        self._console, self._label, self._steps = console, label, steps
         self._told = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -129,7 +132,7 @@ class ProgressBar:
         figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s{note}"
         self._bar.update(self._task, completed=step, figures=figures)
         now = time.monotonic()
-        if not self._console.is_terminal and (now - self._told > self._every or step == self._steps):
+        if not self._console.is_terminal and (now - self._told > _TOLD_EVERY or step == self._steps):
             self._told = now
             self._console.print(f"{self._label}  step {step}/{self._steps}  {figures}")
 

@@ -66,13 +66,12 @@ class LayerBlock:
     def _sliding_window(self) -> int | None:
         return getattr(self.layer.self_attn, "sliding_window", getattr(self._config, "sliding_window", None))
 
-    def init_state(self, batch_size: int, *, device=None, dtype: torch.dtype | None = None) -> BlockState:
+    def init_state(self, batch_size: int) -> BlockState:
         """Zero fast weights, or an empty cache."""
-        dtype = dtype or self._dtype
         if self.fast_weights:
-            return self._mixer.init_state(batch_size, device=device, dtype=dtype)
-        device, heads = device or next(self.layer.parameters()).device, self._config.num_key_value_heads
-        empty = torch.empty(batch_size, 0, heads, self.layer.self_attn.head_dim, device=device, dtype=dtype)
+            return self._mixer.init_state(batch_size, dtype=self._dtype)
+        device, heads = next(self.layer.parameters()).device, self._config.num_key_value_heads
+        empty = torch.empty(batch_size, 0, heads, self.layer.self_attn.head_dim, device=device, dtype=self._dtype)
         return AttentionState(empty, empty)
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from sleep_ops.checks import expect
+from sleep_ops.checks import check_counts, expect
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import as_batch, by_level, check_integers, score
+from sleep_ops.tasks.common import as_batch, by_level, score
 from sleep_ops.tasks.gsm_infinite.problem import MAX_OP, Generator, prompt_of, words
 from sleep_ops.tasks.gsm_infinite.structure import LIMIT
 from sleep_ops.tasks.gsm_infinite.worlds import WORLDS
@@ -66,13 +66,13 @@ class GSMInfinite:
     vocab_size: ClassVar[int] = len(VOCABULARY)
 
     def __post_init__(self):
-        check_integers(self, min_op=1)
-        check_integers(self, max_op=self.min_op)
+        check_counts(self, min_op=1)
+        check_counts(self, max_op=self.min_op)
         expect(self.max_op <= MAX_OP, "max_op", f"an integer <= {MAX_OP}", self.max_op)
         needed = Generator((self.min_op, self.max_op), None, _length).needed()
-        check_integers(self, seq_len=needed)
+        check_counts(self, seq_len=needed)
         if self.shortest is not None:
-            check_integers(self, shortest=needed)
+            check_counts(self, shortest=needed)
             expect(self.shortest <= self.seq_len, "shortest", f"None, or <= seq_len {self.seq_len}", self.shortest)
 
     @property
