@@ -42,12 +42,12 @@ class Gates(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What chunk_prepare makes of tokens and gates, contiguous, and factors that inverse_norms makes of q and k.
+    """What chunk_prepare makes of tokens and gates, contiguous, and what normalised q and k were scaled by.
 
     G: [B, T, HV], the base-2 log decay summed from the chunk's start to each token, float32 or float64.
     beta: [B, T, HV] float32, the active write strength.
     A: [B, T, HV, C], the delta rule's inverse; None for the Hebbian rule.
-    rq, rk: [B, T, H] float32, factors of the rows of q and k; None for ones.
+    rq, rk: [B, T, H] float32, the inverse norms of rows of q and k before `normalise`; None where they are as given.
     """
 
     G: Any = None
@@ -119,7 +119,7 @@ class Dims(NamedTuple):
 
 
 @functools.cache
-def make_dims(H: int, HV: int, K: int, V: int, C: int, BV: int, l2norm: bool, widened: bool = False) -> Dims:
+def make_dims(H: int, HV: int, K: int, V: int, C: int, BV: int, widened: bool = False, l2norm: bool = False) -> Dims:
     width, tiles = (K + V, triton.cdiv(K, BV)) if widened else (V, 0)
     return Dims(H, HV, K, V, width, C, block_size(K), BV, tiles + triton.cdiv(V, BV), l2norm, widened)
 
@@ -180,16 +180,6 @@ def load_G_C(prepared, chunk, dims: tl.constexpr):
     """G of the last token, which is the chunk's whole decay."""
     o_gate = chunk.start * dims.HV + chunk.i_hv
     return tl.load(prepared.G + o_gate + (chunk.num_rows - 1) * dims.HV)
-
-
-@triton.jit
-def load_norms(r, chunk, dims: tl.constexpr):
-    """Factors [C] of rows of q or k, from r [rows, H]; ones where that is None."""
-    if r is None:
-        b_r = tl.full([dims.C], 1.0, tl.float32)
-    else:
-        b_r = load_rows(r + (chunk.start * dims.H + chunk.i_h), tl.arange(0, dims.C), dims.H, chunk.num_rows)
-    return b_r
 
 
 @triton.jit

@@ -46,7 +46,9 @@ from sleep_ops.kernels.configs import ChunkConfig
 from sleep_ops.kernels.primitives import (
     LN2,
     decay,
+    inverse_norm,
     l2norm_gradient,
+    load_rows,
     load_tile,
     locate_chunk,
     pair_decay,
@@ -211,13 +213,22 @@ def value_head_gradient(b_dq, b_dk, gates, tokens, chunk, S0, cotangents, dv, dS
 
 
 @triton.jit
-def store_key_gradient(d, b_d, x, stride, chunk, dims: tl.constexpr):
-    """Store the cotangent of rows of q or k, x, in d [rows, H, K], from that of what load_heads made of them."""
+def store_key_gradient(d, b_d, x, stride, r, chunk, dims: tl.constexpr):
+    """Store the cotangent of rows of q or k in d [rows, H, K], from that of what load_heads made of rows of x.
+
+    Where r is given, x are rows that were scaled by it to be normalised, and the cotangent is that of them before.
+    """
     o_i = tl.arange(0, dims.C)
     o_k = tl.arange(0, dims.BK)
+    p_x = x + chunk.start * stride + chunk.i_h * dims.K
     if dims.USE_L2NORM:
-        p_x = x + chunk.start * stride + chunk.i_h * dims.K
-        b_d = l2norm_gradient(load_tile(p_x, o_i, o_k, stride, chunk.num_rows, dims.K), b_d)
+        b_x = load_tile(p_x, o_i, o_k, stride, chunk.num_rows, dims.K)
+        b_r = inverse_norm(b_x)
+        b_d = l2norm_gradient(b_x.to(tl.float32) * b_r[:, None], b_r, b_d)
+    elif r is not None:
+        b_y = load_tile(p_x, o_i, o_k, stride, chunk.num_rows, dims.K).to(tl.float32)
+        b_r = load_rows(r + chunk.start * dims.H + chunk.i_h, o_i, dims.H, chunk.num_rows)
+        b_d = l2norm_gradient(b_y, b_r, b_d)
     p_d = d + (chunk.start * dims.H + chunk.i_h) * dims.K
     store_tile(p_d, b_d, o_i, o_k, dims.H * dims.K, chunk.num_rows, dims.K)
 
@@ -270,9 +281,9 @@ def chunk_grad_kernel(tokens, prepared, packing, states, cotangents, gradients, 
         store_gate(gradients.beta, b_dbeta, chunk, dims)
 
     rows = Chunk(start, num_rows, i_h, None)
-    store_key_gradient(gradients.k, b_dk, tokens.k, tokens.stride_k, rows, dims)
+    store_key_gradient(gradients.k, b_dk, tokens.k, tokens.stride_k, prepared.rk, rows, dims)
     if cotangents.output is not None:
-        store_key_gradient(gradients.q, b_dq, tokens.q, tokens.stride_q, rows, dims)
+        store_key_gradient(gradients.q, b_dq, tokens.q, tokens.stride_q, prepared.rq, rows, dims)
 
 
 def chunk_grad(
@@ -283,7 +294,6 @@ def chunk_grad(
     cotangents: Cotangents,
     *,
     scale: float,
-    use_qk_l2norm: bool,
     config: ChunkConfig,
     widened: bool = False,
 ) -> Gradients:
@@ -301,7 +311,7 @@ def chunk_grad(
         torch.empty_like(prepared.G),
         torch.empty_like(prepared.beta),
     )
-    dims = make_dims(H, HV, K, V, config.chunk, config.grad.block_v, use_qk_l2norm, widened)
+    dims = make_dims(H, HV, K, V, config.chunk, config.grad.block_v, widened)
     length = (T, packing.num_seqs)
     chunk_grad_kernel[(states.shape[0], H)](
         tokens, prepared, packing, states, cotangents, gradients, scale, *length, dims, **config.grad.options

@@ -1,4 +1,4 @@
-"""What chunks need before the state arrives: active gates, summed decays, the delta rule's inverse, norms of q and k.
+"""What chunks need before the state arrives: normalised q and k, active gates, summed decays, the rule's inverse.
 
 With k_i, beta_i and the cumulative log decay G_i of one chunk of C tokens (Yang, Kautz, Hatamizadeh, "Gated Delta
 Networks", arXiv 2412.06464, section 3.3),
@@ -9,7 +9,7 @@ Backwards only the gates are at home here: g_i is the sum of what reaches G_i, .
 through A is chunk_grad's.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,11 +26,11 @@ from sleep_ops.kernels.arguments import (
     load_keys,
     make_dims,
     store_gate,
-    store_square,
 )
 from sleep_ops.kernels.configs import ChunkConfig, block_size
 from sleep_ops.kernels.primitives import (
     LOG2E,
+    decay,
     inverse_norm,
     load_rows,
     load_tile,
@@ -42,6 +42,7 @@ from sleep_ops.kernels.primitives import (
 
 # A token's natural log decay is no lower: its exponential is 0 in float32 already, and -inf would leave sums no value.
 LOWEST_LOG_DECAY = tl.constexpr(-104.0)
+BLOCK = tl.constexpr(16)  # tokens: the smallest tile of a product
 GATE_BLOCK_H = 16
 NORM_ROWS = 32
 
@@ -55,29 +56,35 @@ def left_blocks(b_L, level, C: tl.constexpr):
 
 
 @triton.jit
-def double_blocks(b_A, b_L, level, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Inverses of the diagonal blocks of size 2^(level + 1), from b_A, those of half the size."""
-    b_XA = tl.dot(left_blocks(b_L, level, C), b_A, input_precision=PRECISION)  # X A  [C, C]
-    return b_A - tl.dot(b_A, b_XA, input_precision=PRECISION)  # A - A X A  [C, C]
-
-
-@triton.jit
-def unit_lower_inverse(b_L, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Inverse of a unit lower triangular [C, C] tile, float32, by forward substitution over doubling blocks.
+def unit_lower_inverse(b_L, PRECISION: tl.constexpr):
+    """Inverse of a unit lower triangular [BLOCK, BLOCK] tile, float32, by forward substitution over doubling blocks.
 
     Let A_s hold the inverses of the diagonal blocks of size s, and X_s the block of L left of each second one. Then
     A_2s = A_s - A_s X_s A_s. Unlike the power series of L - I, no term outgrows the result (repeated keys, beta 2).
     """
-    o_i = tl.arange(0, C)
-    b_A = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0) - left_blocks(b_L, 0, C)
-    if C <= 32:
-        for level in tl.static_range(1, 5):
-            if (1 << level) < C:
-                b_A = double_blocks(b_A, b_L, level, C, PRECISION)
-    else:  # unrolled, C = 64 takes half a minute to compile
-        for level in range(1, 6):
-            b_A = double_blocks(b_A, b_L, level, C, PRECISION)
+    o_i = tl.arange(0, BLOCK)
+    b_A = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0) - left_blocks(b_L, 0, BLOCK)
+    for level in tl.static_range(1, 4):
+        b_XA = tl.dot(left_blocks(b_L, level, BLOCK), b_A, input_precision=PRECISION)  # X A  [BLOCK, BLOCK]
+        b_A -= tl.dot(b_A, b_XA, input_precision=PRECISION)  # A - A X A  [BLOCK, BLOCK]
     return b_A
+
+
+@triton.jit
+def quarters(b_x, BLOCK: tl.constexpr):
+    """The four blocks [BLOCK, BLOCK] of a tile of twice the size: x00, x01, x10, x11."""
+    b_x = tl.permute(tl.reshape(b_x, [2, BLOCK, 2, BLOCK]), [1, 3, 0, 2])
+    b_x0, b_x1 = tl.split(b_x)  # columns
+    b_x00, b_x10 = tl.split(b_x0)
+    b_x01, b_x11 = tl.split(b_x1)
+    return b_x00, b_x01, b_x10, b_x11
+
+
+@triton.jit
+def of_quarters(b_x00, b_x01, b_x10, b_x11, BLOCK: tl.constexpr):
+    """The inverse of `quarters`."""
+    b_x = tl.join(tl.join(b_x00, b_x10), tl.join(b_x01, b_x11))  # [BLOCK, BLOCK, 2 of rows, 2 of columns]
+    return tl.reshape(tl.permute(b_x, [2, 0, 3, 1]), [2 * BLOCK, 2 * BLOCK])
 
 
 @triton.jit
@@ -112,12 +119,21 @@ def activate_gates(gates, chunk, dtype: tl.constexpr, BETA_SCALE: tl.constexpr, 
 
 @triton.jit
 def delta_rule_inverse(b_k, b_G, b_beta, C: tl.constexpr):
-    """A = L^{-1} of a chunk [C, C], float32."""
+    """A = L^{-1} of C tokens [C, C], float32."""
     PRECISION: tl.constexpr = "ieee" if b_k.dtype == tl.float32 else "tf32x3"
     o_i = tl.arange(0, C)
     b_kk = tl.dot(b_k, tl.trans(b_k), input_precision="ieee")  # K K^T  [C, C]
     b_L = b_beta[:, None] * b_kk * pair_decay(b_G, o_i[:, None] > o_i[None, :])
-    return unit_lower_inverse(b_L, C, PRECISION)
+    if C == 16:
+        b_A = unit_lower_inverse(b_L, PRECISION)
+    else:
+        b_L00, b_L01, b_L10, b_L11 = quarters(b_L, BLOCK)
+        b_A00 = unit_lower_inverse(b_L00, PRECISION)
+        b_A11 = unit_lower_inverse(b_L11, PRECISION)
+        b_XA = tl.dot(b_L10, b_A00, input_precision=PRECISION)  # L10 A00  [BLOCK, BLOCK]
+        b_A10 = -tl.dot(b_A11, b_XA, input_precision=PRECISION)  # -A11 L10 A00  [BLOCK, BLOCK]
+        b_A = of_quarters(b_A00, tl.zeros_like(b_A00), b_A10, b_A11, BLOCK)
+    return b_A
 
 
 @triton.jit
@@ -133,9 +149,43 @@ def log_decay_gradient(b_dg, b_x, b_rate):
     return b_dg * tl.sigmoid(b_x), b_dg * softplus(b_x)
 
 
+class Block(NamedTuple):
+    """Of BLOCK tokens: K [BLOCK, BK], G and active beta [BLOCK]."""
+
+    b_k: Any
+    b_G: Any
+    b_beta: Any
+
+
+@triton.jit
+def block_product(b_x, b_y, dtype: tl.constexpr):
+    """x y of two blocks of float32  [BLOCK, BLOCK]."""
+    return tl.dot(b_x, b_y, input_precision="ieee" if dtype == tl.float32 else "tf32x3")
+
+
+@triton.jit
+def block_below(row, column):
+    """The block of L in the rows of one block of tokens and the columns of an earlier one  [BLOCK, BLOCK]."""
+    b_k, b_G, b_beta = row
+    b_k_column, b_G_column, _ = column
+    b_kk = tl.dot(b_k, tl.trans(b_k_column), input_precision="ieee")  # K_i K_j^T  [BLOCK, BLOCK]
+    return b_beta[:, None] * b_kk * decay(b_G[:, None] - b_G_column[None, :])
+
+
+@triton.jit
+def store_block(A, b_A, i, j, chunk, C: tl.constexpr, HV: tl.constexpr):
+    """Store block i, j of a chunk's A [C, C]."""
+    p_A = A + (chunk.start * HV + chunk.i_hv) * C + j * BLOCK
+    store_tile(p_A, b_A, tl.arange(0, BLOCK) + i * BLOCK, tl.arange(0, BLOCK), HV * C, chunk.num_rows, BLOCK)
+
+
 @triton.jit(do_not_specialize=["T", "num_seqs"])
-def chunk_prepare_kernel(tokens, gates, prepared, packing, T, num_seqs, BETA_SCALE: tl.constexpr, dims: tl.constexpr):
-    """Gates and inverse of one chunk and value head.
+def chunk_prepare_kernel(
+    tokens, gates, prepared, packing, T, num_seqs, BETA_SCALE: tl.constexpr, C: tl.constexpr, dims: tl.constexpr
+):
+    """Gates and inverse of one chunk of C tokens and value head, block by block of dims.C = BLOCK tokens.
+
+    With L_ij and A_ij the blocks of L and of its inverse, A_ij = -A_ii (L_ij A_jj + ... + L_i,i-1 A_i-1,j) for j < i.
 
     Reads
         g and beta; with BETA_SCALE > 0 beta is the logit of BETA_SCALE * sigmoid(beta),
@@ -147,30 +197,54 @@ def chunk_prepare_kernel(tokens, gates, prepared, packing, T, num_seqs, BETA_SCA
     Grid (chunks, HV). Mirrors `log_decay`, `write_strength` and `l2_normalise` of sleep_ops/reference.py.
     """
     i_hv = tl.program_id(1)
-    start, num_rows = locate_chunk(tl.program_id(0), packing, T, num_seqs, dims.C)
+    start, num_rows = locate_chunk(tl.program_id(0), packing, T, num_seqs, C)
     if num_rows <= 0:
         return
     chunk = Chunk(start, num_rows, i_hv // (dims.HV // dims.H), i_hv)
-    b_G, b_beta = activate_gates(gates, chunk, tokens.k.dtype.element_ty, BETA_SCALE, dims)
-    store_gate(prepared.G, b_G, chunk, dims)
-    store_gate(prepared.beta, b_beta, chunk, dims)
-    if prepared.A is not None:
-        b_k = load_keys(tokens, chunk, dims)
-        store_square(prepared.A, delta_rule_inverse(b_k, b_G, b_beta, dims.C), chunk, dims)
+    dtype: tl.constexpr = tokens.k.dtype.element_ty
+    zero = tl.full([BLOCK, BLOCK], 0.0, tl.float32)
+    G_before = tl.full([], 0.0, prepared.G.dtype.element_ty)  # of the token before a block
+    blocks = ()
+    A = ()  # the blocks of A, row by row up to the diagonal
+    for i in tl.static_range(0, C // BLOCK):
+        rows = Chunk(start + i * BLOCK, num_rows - i * BLOCK, chunk.i_h, i_hv)
+        b_G, b_beta = activate_gates(gates, rows, dtype, BETA_SCALE, dims)
+        b_G += G_before
+        G_before = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, b_G, 0.0))
+        store_gate(prepared.G, b_G, rows, dims)
+        store_gate(prepared.beta, b_beta, rows, dims)
+        if prepared.A is not None:
+            block = Block(load_keys(tokens, rows, dims), b_G, b_beta)
+            b_A = delta_rule_inverse(block.b_k, b_G, b_beta, BLOCK)
+            for j in tl.static_range(0, i):
+                b_LA = zero
+                for m in tl.static_range(j, i):
+                    b_LA += block_product(block_below(block, blocks[m]), A[m * (m + 1) // 2 + j], dtype)
+                b_A_ij = -block_product(b_A, b_LA, dtype)
+                store_block(prepared.A, b_A_ij, i, j, chunk, C, dims.HV)
+                A = A + (b_A_ij,)
+            A = A + (b_A,)
+            blocks = blocks + (block,)
+            store_block(prepared.A, b_A, i, i, chunk, C, dims.HV)
+            for j in tl.static_range(i + 1, C // BLOCK):
+                store_block(prepared.A, zero, i, j, chunk, C, dims.HV)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def inverse_norm_kernel(x, r, num_rows, stride, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
-    """r = 1 / sqrt(sum x^2 + 1e-6) over the rows of x, [num_rows, H] float32, for BR rows of a head.
+def normalise_kernel(x, y, r, num_rows, stride, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
+    """y = r x [num_rows, H, K] with r = 1 / sqrt(sum x^2 + 1e-6) [num_rows, H] float32, for BR rows of a head of x.
 
     Grid (tiles of rows, H). Mirrors `l2_normalise` of sleep_ops/reference.py.
     """
     start = tl.program_id(0).to(tl.int64) * BR
     i_h = tl.program_id(1)
     o_r = tl.arange(0, BR)
+    o_k = tl.arange(0, BK)
     left = num_rows - start
-    b_r = inverse_norm(load_tile(x + start * stride + i_h * K, o_r, tl.arange(0, BK), stride, left, K))
+    b_x = load_tile(x + start * stride + i_h * K, o_r, o_k, stride, left, K)
+    b_r = inverse_norm(b_x)
     tl.store(r + start * H + i_h + o_r * H, b_r, mask=o_r < left)
+    store_tile(y + (start * H + i_h) * K, b_x.to(tl.float32) * b_r[:, None], o_r, o_k, H * K, left, K)
 
 
 class GateDims(NamedTuple):
@@ -241,7 +315,6 @@ def chunk_prepare(
     *,
     num_chunks: int,
     rule: str,
-    use_qk_l2norm: bool,
     beta_scale: float,
     config: ChunkConfig,
 ) -> Prepared:
@@ -256,20 +329,24 @@ def chunk_prepare(
         torch.empty(B, T, HV, dtype=torch.float32, device=device),
         torch.empty(B, T, HV, config.chunk, dtype=tokens.k.dtype, device=device) if rule == "delta" else None,
     )
-    dims = make_dims(H, HV, K, 0, config.chunk, config.prepare.block_v, use_qk_l2norm)
+    dims = make_dims(H, HV, K, 0, BLOCK.value, config.prepare.block_v)
     chunk_prepare_kernel[(num_chunks, HV)](
-        tokens, gates, prepared, packing, T, packing.num_seqs, beta_scale, dims, **config.prepare.options
+        tokens, gates, prepared, packing, T, packing.num_seqs, beta_scale, config.chunk, dims, **config.prepare.options
     )
     return prepared
 
 
-def inverse_norms(x: Tensor, row_stride: int) -> Tensor:
-    """Inverse norms of q or k [B, T, H, K], whose rows lie as chunk_prepare's do: [B, T, H] float32."""
+def normalise(x: Tensor, row_stride: int) -> tuple[Tensor, Tensor]:
+    """Rows of q or k [B, T, H, K], L2-normalised, contiguous in x's dtype, and their inverse norms [B, T, H] float32.
+
+    Rows of x are row_stride elements apart, heads contiguous.
+    """
     B, T, H, K = x.shape
+    y = torch.empty(B, T, H, K, dtype=x.dtype, device=x.device)
     r = torch.empty(B, T, H, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(B * T, NORM_ROWS), H)
-    inverse_norm_kernel[grid](x, r, B * T, row_stride, H=H, K=K, BK=block_size(K), BR=NORM_ROWS, num_warps=4)
-    return r
+    normalise_kernel[grid](x, y, r, B * T, row_stride, H=H, K=K, BK=block_size(K), BR=NORM_ROWS, num_warps=4)
+    return y, r
 
 
 def gate_backward(

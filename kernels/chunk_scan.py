@@ -12,9 +12,6 @@ and backwards, with dS the cotangent of the state after the chunk:
     dU = QK^T dO + e^{G_C - G} K dS        dY = beta A^T dU
     dS <- e^{G_C} dS + Q^T (scale e^G dO) - K^T (e^G dY)        (Hebbian rule: no dY term)
 
-Rows of q and k are normalised in the tile, or stay as they are while rows of products are scaled by their inverse
-norms: with K = diag(r) K', K S = diag(r) (K' S) and K^T X = K'^T (diag(r) X).
-
 The columns of S are independent: a program carries [K, block_v] of them in float32 registers. So one pass over a
 segment as an affine map, S -> P S + R, is the same sweep over wider columns: from [I | 0] with values [0 | V] it leaves
 [P | R]. Products take operands in k's dtype, sums are float32.
@@ -36,14 +33,13 @@ from sleep_ops.kernels.arguments import (
     load_G_C,
     load_gate,
     load_keys,
-    load_norms,
     load_queries,
     load_square,
     load_values,
     make_dims,
     store_columns,
 )
-from sleep_ops.kernels.configs import ChunkConfig
+from sleep_ops.kernels.configs import ChunkConfig, sweep_launch
 from sleep_ops.kernels.primitives import (
     decay,
     first_chunk,
@@ -101,16 +97,14 @@ def chunk_scan_kernel(
         b_G = load_G(prepared, chunk, dims)
         b_beta = load_gate(prepared.beta, chunk, dims)
         b_e = decay(b_G)
-        b_rk = load_norms(prepared.rk, chunk, dims)
         dtype = b_k.dtype
         if prepared.A is None:
             b_U = b_beta[:, None] * b_v
         else:
             b_kS = tl.dot(b_k, b_S.to(dtype), input_precision="ieee")  # K S  [C, BV]
             b_A = load_square(prepared.A, chunk, dims)
-            b_Y = b_beta[:, None] * (b_v - (b_e * b_rk)[:, None] * b_kS)
+            b_Y = b_beta[:, None] * (b_v - b_e[:, None] * b_kS)
             b_U = tl.dot(b_A, b_Y.to(dtype), input_precision="ieee")  # U = A (beta Y)  [C, BV]
-        b_U *= b_rk[:, None]  # from here on it only meets k
 
         if output is not None:
             b_q = load_queries(tokens, chunk, dims)
@@ -118,8 +112,7 @@ def chunk_scan_kernel(
             b_QK *= pair_decay(b_G, o_i[:, None] >= o_i[None, :])
             b_O = b_e[:, None] * tl.dot(b_q, b_S.to(dtype), input_precision="ieee")  # Q S  [C, BV]
             b_O += tl.dot(b_QK.to(dtype), b_U.to(dtype), input_precision="ieee")  # QK U  [C, BV]
-            b_O *= scale * load_norms(prepared.rq, chunk, dims)[:, None]
-            store_columns(output, b_O, chunk, o_v, dims.V, dims.V, dims)
+            store_columns(output, scale * b_O, chunk, o_v, dims.V, dims.V, dims)
 
         G_C = load_G_C(prepared, chunk, dims)
         b_write = (decay(G_C - b_G)[:, None] * b_U).to(dtype)
@@ -160,6 +153,8 @@ def chunk_reverse_kernel(
         b_dS = load_tile(cotangents.state + o_state, o_k, o_v, dims.V, dims.K, dims.V)
 
     num_chunks = tl.cdiv(length, dims.C)
+    p_G = prepared.G + start * dims.HV + i_hv
+    G_next = tl.load(p_G + (length - 1) * dims.HV, mask=length > 0, other=0.0)  # loaded a chunk ahead
     for i_r in range(0, num_chunks):
         i_t = num_chunks - 1 - i_r
         num_rows = tl.minimum(length - i_t * dims.C, dims.C)
@@ -168,32 +163,30 @@ def chunk_reverse_kernel(
         store_tile(p_dS, b_dS, o_k, o_v, dims.V, dims.K, dims.V)
 
         b_G = load_G(prepared, chunk, dims)
-        G_C = load_G_C(prepared, chunk, dims)
+        G_C = G_next
+        G_next = tl.load(p_G + (tl.maximum(i_t * dims.C, 1) - 1) * dims.HV)
         b_e = decay(b_G)
         b_k = load_keys(tokens, chunk, dims)
-        b_rk = load_norms(prepared.rk, chunk, dims)
         dtype = b_k.dtype
         b_dS_next = decay(G_C) * b_dS
 
         if cotangents.output is not None:
             b_q = load_queries(tokens, chunk, dims)
             b_dO = load_columns(cotangents.output, chunk, o_v, dims.V, dims.V, dims)
-            b_rq = scale * load_norms(prepared.rq, chunk, dims)
-            b_dqS = ((b_rq * b_e)[:, None] * b_dO.to(tl.float32)).to(dtype)
+            b_dqS = (scale * b_e[:, None] * b_dO.to(tl.float32)).to(dtype)
             b_dS_next += tl.dot(tl.trans(b_q), b_dqS, input_precision="ieee")  # Q^T (scale e^G dO)  [BK, BV]
 
         if prepared.A is not None:
             # e^{G_C - G} K dS  [C, BV]
-            b_dU = (b_rk * decay(G_C - b_G))[:, None] * tl.dot(b_k, b_dS.to(dtype), input_precision="ieee")
+            b_dU = decay(G_C - b_G)[:, None] * tl.dot(b_k, b_dS.to(dtype), input_precision="ieee")
             if cotangents.output is not None:
                 b_decay = pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
-                b_decay *= b_rk[:, None] * b_rq[None, :]
-                b_QKT = b_decay * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # QK^T  [C, C]
+                b_QKT = scale * b_decay * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # QK^T  [C, C]
                 b_dU += tl.dot(b_QKT.to(dtype), b_dO.to(dtype), input_precision="ieee")  # QK^T dO  [C, BV]
             b_A = load_square(prepared.A, chunk, dims)
             b_beta = load_gate(prepared.beta, chunk, dims)
             b_dX = tl.dot(tl.trans(b_A), b_dU.to(dtype), input_precision="ieee")  # A^T dU  [C, BV]
-            b_dkS = ((b_e * b_beta * b_rk)[:, None] * b_dX).to(dtype)
+            b_dkS = ((b_e * b_beta)[:, None] * b_dX).to(dtype)
             b_dS_next -= tl.dot(tl.trans(b_k), b_dkS, input_precision="ieee")  # K^T (e^G dY)  [BK, BV]
         b_dS = b_dS_next
 
@@ -208,7 +201,6 @@ def chunk_scan(
     initial_state: Tensor | None,
     *,
     scale: float,
-    use_qk_l2norm: bool,
     config: ChunkConfig,
     widened: bool = False,
     num_chunks: int | None = None,
@@ -217,13 +209,14 @@ def chunk_scan(
 
     With `num_chunks` (their bound over all sequences) the states before each chunk, [num_chunks, HV, K, V] in k's
     dtype, are returned instead of the final state and there is no output. `widened` (without output and initial_state):
-    states are [P | R], [K, K + V]. Tiles are normalised where inverse norms of k are not given to scale rows by.
+    states are [P | R], [K, K + V].
     """
     q, k, v = tokens[:3]
     B, T, H, K = k.shape
     HV, V = v.shape[2:]
     N = B if packing.cu_seqlens is None else packing.num_seqs
-    dims = make_dims(H, HV, K, V, config.chunk, config.scan.block_v, use_qk_l2norm and prepared.rk is None, widened)
+    launch = sweep_launch(config.scan, N * HV, K + V if widened else V, k.device)
+    dims = make_dims(H, HV, K, V, config.chunk, launch.block_v, widened)
     output = final_state = states = None
     if num_chunks is None:
         final_state = torch.empty(N, HV, K, dims.width, dtype=torch.float32, device=k.device)
@@ -232,7 +225,7 @@ def chunk_scan(
     else:
         states = torch.empty(num_chunks, HV, K, dims.width, dtype=k.dtype, device=k.device)
     chunk_scan_kernel[(N * HV * dims.tiles,)](
-        tokens, prepared, packing, initial_state, output, states, final_state, scale, T, dims, **config.scan.options
+        tokens, prepared, packing, initial_state, output, states, final_state, scale, T, dims, **launch.options
     )
     return output, final_state if num_chunks is None else states
 
@@ -245,7 +238,6 @@ def chunk_reverse(
     *,
     width: int,
     scale: float,
-    use_qk_l2norm: bool,
     need_initial: bool,
     num_chunks: int,
     config: ChunkConfig,
@@ -257,10 +249,11 @@ def chunk_reverse(
     B, T, H, K = tokens.k.shape
     HV, device = prepared.G.shape[2], tokens.k.device
     N = B if packing.cu_seqlens is None else packing.num_seqs
-    dims = make_dims(H, HV, K, width, config.chunk, config.reverse.block_v, use_qk_l2norm and prepared.rk is None)
+    launch = sweep_launch(config.reverse, N * HV, width, device)
+    dims = make_dims(H, HV, K, width, config.chunk, launch.block_v)
     d_states = torch.empty(num_chunks, HV, K, width, dtype=tokens.k.dtype, device=device)
     d_initial = torch.empty(N, HV, K, width, dtype=torch.float32, device=device) if need_initial else None
     chunk_reverse_kernel[(N * HV * dims.tiles,)](
-        tokens, prepared, packing, cotangents, d_states, d_initial, scale, T, dims, **config.reverse.options
+        tokens, prepared, packing, cotangents, d_states, d_initial, scale, T, dims, **launch.options
     )
     return d_states, d_initial

@@ -2,9 +2,9 @@
 
 float32 products use no tensor cores, so their tiles live in registers: the smallest ones. In 16 bits, chunks of 32
 tokens keep every kernel but chunk_grad nearly free of register spills up to K = V = 128. Chunks of 64, with
-chunk_grad_split's three kernels in the place of that one, do so on sm_90 and sm_100, and have wgmma for all products;
-which is faster has not been measured. tests/test_aot.py states the bounds that hold. Four warps: eight have raced on
-Blackwell.
+chunk_grad_long in the place of that one, have wgmma for all products but those of the inverse on sm_90: predicted to be
+faster there, and not measured. tests/test_aot.py states the bounds on spills that hold. Four warps: eight have raced on
+Blackwell. One for the inverse, whose tiles are small.
 """
 
 import functools
@@ -39,11 +39,23 @@ class ChunkConfig(NamedTuple):
     grad: Launch
 
 
+def sweep_launch(launch: Launch, states: int, columns: int, device: torch.device) -> Launch:
+    """The launch of a sweep over so many states of so many columns each.
+
+    Where wide tiles leave multiprocessors without a program it has tiles of half the width and one more stage: a chunk
+    then takes a program less time, and that is all the time there is.
+    """
+    if launch.block_v > 32 and states * triton.cdiv(columns, launch.block_v) < multiprocessors(device):
+        return Launch(launch.block_v // 2, launch.warps, launch.stages + 1)
+    return launch
+
+
 class SingleChunkConfig(NamedTuple):
-    """Chunk length in tokens, which holds the whole sequence, and the launch of both kernels of single_chunk.py."""
+    """Chunk length in tokens, which holds the whole sequence, and the launches of the kernels of single_chunk.py."""
 
     chunk: int
-    launch: Launch
+    forward: Launch
+    backward: Launch
 
 
 def block_size(dim: int) -> int:
@@ -65,6 +77,12 @@ def _architecture(device: torch.device) -> str:
 
 
 _known_architecture = functools.cache(_architecture)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 0 for other devices."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def launch_key(K: int, V: int, dtype: torch.dtype, arch: str | None) -> tuple[str, int, int, str | None]:
@@ -92,16 +110,6 @@ def chunk_config(K: int, V: int, T: int, dtype: torch.dtype, arch: str | None = 
     return ChunkConfig(chunk, *[Launch(min(block_v, BV), warps, stages) for block_v, warps, stages in launches])
 
 
-def scales_rows(config: ChunkConfig, dtype: torch.dtype, arch: str | None = None) -> bool:
-    """Whether the sweeps leave q and k as they are, and scale rows of products by inverse norms computed beforehand.
-
-    With 64 rows a tile goes from memory to the tensor cores of sm_90 and sm_100 without passing through registers,
-    if nothing is done to it: at K = V = 128 on sm_90 that saves a sweep 100 to 120 bytes of spills. Other tensor cores
-    read registers, and spill more that way. float16 lacks the range for what meets keys of any norm.
-    """
-    return config.chunk == 64 and dtype != torch.float16 and arch in (None, "sm90", "sm100", "sm103")
-
-
 def single_chunk_config(
     K: int, V: int, T: int, dtype: torch.dtype, arch: str | None = None
 ) -> SingleChunkConfig | None:
@@ -111,13 +119,14 @@ def single_chunk_config(
     sm_100 compiles to a trap at K = V = 128; one of 32 in float32 spills 1.6. Where a tile of 64 columns is the whole
     state (K = V = 64) next to nothing spills on sm_90 and sm_100; elsewhere it spills more than one of 32.
     """
-    longest, (block_v, warps, stages) = launch_row(K, V, dtype, arch, SINGLE_CHUNK_LAUNCHES)
+    longest, *launches = launch_row(K, V, dtype, arch, SINGLE_CHUNK_LAUNCHES)
     if T > longest:
         return None
+    BV = block_size(V)
     chunk = 16
     while chunk < T:
         chunk *= 2
-    return SingleChunkConfig(chunk, Launch(min(block_v, block_size(V)), warps, stages))
+    return SingleChunkConfig(chunk, *[Launch(min(block_v, BV), warps, stages) for block_v, warps, stages in launches])
 
 
 def num_segments(
@@ -129,7 +138,7 @@ def num_segments(
     sweep has less than one program for every four multiprocessors, into as many segments as give the sweep over
     K + V columns about four programs on each, and none shorter than 512 tokens.
     """
-    block_v = chunk_config(K, V, T, dtype, arch).scan.block_v
+    block_v = min(chunk_config(K, V, T, dtype, arch).scan.block_v, 32)  # see sweep_launch
     programs = heads * triton.cdiv(V, block_v)
     if 4 * programs > multiprocessors:
         return 1

@@ -152,8 +152,6 @@ def load_key_tile(p, o_r, o_c, stride, num_rows, num_cols, USE_L2NORM: tl.conste
 
 
 @triton.jit
-def l2norm_gradient(b_x, b_dy):
-    """Cotangent of x from that of y = x / sqrt(sum x^2 + eps): r (dy - y <y, dy>), float32."""
-    b_r = inverse_norm(b_x)[:, None]
-    b_y = b_x.to(tl.float32) * b_r
-    return b_r * (b_dy - b_y * tl.sum(b_y * b_dy, 1)[:, None])
+def l2norm_gradient(b_y, b_r, b_dy):
+    """Cotangent of x from that of y = r x, r = 1 / sqrt(sum x^2 + eps): r (dy - y <y, dy>), float32."""
+    return b_r[:, None] * (b_dy - b_y * tl.sum(b_y * b_dy, 1)[:, None])

@@ -32,7 +32,7 @@ from sleep_ops.kernels.chunk_prepare import (
     load_gate_input,
     log_decay_gradient,
 )
-from sleep_ops.kernels.configs import SingleChunkConfig
+from sleep_ops.kernels.configs import Launch, SingleChunkConfig
 from sleep_ops.kernels.primitives import decay, load_tile, pair_decay, store_tile
 
 
@@ -176,14 +176,14 @@ def single_chunk_backward_kernel(
         store_gate(gradients.beta, b_dbeta, chunk, dims)
 
     rows = Chunk(start, T, i_h, None)
-    store_key_gradient(gradients.k, b_dk, tokens.k, tokens.stride_k, rows, dims)
+    store_key_gradient(gradients.k, b_dk, tokens.k, tokens.stride_k, None, rows, dims)
     if cotangents.output is not None:
-        store_key_gradient(gradients.q, b_dq, tokens.q, tokens.stride_q, rows, dims)
+        store_key_gradient(gradients.q, b_dq, tokens.q, tokens.stride_q, None, rows, dims)
 
 
-def _dims(tokens: Tokens, use_qk_l2norm: bool, config: SingleChunkConfig) -> Dims:
+def _dims(tokens: Tokens, use_qk_l2norm: bool, chunk: int, launch: Launch) -> Dims:
     (H, K), (HV, V) = tokens.k.shape[2:], tokens.v.shape[2:]
-    return make_dims(H, HV, K, V, config.chunk, config.launch.block_v, use_qk_l2norm)
+    return make_dims(H, HV, K, V, chunk, launch.block_v, l2norm=use_qk_l2norm)
 
 
 def single_chunk_forward(
@@ -207,8 +207,8 @@ def single_chunk_forward(
     final_state = torch.empty(B, HV, tokens.k.shape[3], V, dtype=torch.float32, device=v.device)
     single_chunk_forward_kernel[(B * HV,)](
         *(tokens, gates, initial_state, output, final_state, scale, T, rule == "delta", beta_scale),
-        _dims(tokens, use_qk_l2norm, config),
-        **config.launch.options,
+        _dims(tokens, use_qk_l2norm, config.chunk, config.forward),
+        **config.forward.options,
     )
     return output, final_state
 
@@ -242,8 +242,8 @@ def single_chunk_backward(
     single_chunk_backward_kernel[(B * H,)](
         *(tokens, gates, initial_state, cotangents, gradients, partial, d_initial_state),
         *(scale, T, rule == "delta", beta_scale),
-        _dims(tokens, use_qk_l2norm, config),
-        **config.launch.options,
+        _dims(tokens, use_qk_l2norm, config.chunk, config.backward),
+        **config.backward.options,
     )
     if partial is None:
         return gradients, (None, None), d_initial_state

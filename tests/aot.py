@@ -27,21 +27,17 @@ from triton.compiler import ASTSource
 from sleep_ops.kernels import gated_norm, short_conv, single_chunk, step
 from sleep_ops.kernels.arguments import Cotangents, Gates, Gradients, Packing, Prepared, Tokens, make_dims
 from sleep_ops.kernels.chunk_grad import chunk_grad_kernel
-from sleep_ops.kernels.chunk_grad_split import (
-    Values,
-    chunk_grad_keys_kernel,
-    chunk_grad_queries_kernel,
-    chunk_grad_values_kernel,
-)
+from sleep_ops.kernels.chunk_grad_long import Values, chunk_grad_long_kernel
 from sleep_ops.kernels.chunk_prepare import (
+    BLOCK,
     NORM_ROWS,
     GateDims,
     chunk_prepare_kernel,
     gate_backward_kernel,
-    inverse_norm_kernel,
+    normalise_kernel,
 )
 from sleep_ops.kernels.chunk_scan import chunk_reverse_kernel, chunk_scan_kernel
-from sleep_ops.kernels.configs import block_size, chunk_config, scales_rows, single_chunk_config
+from sleep_ops.kernels.configs import block_size, chunk_config, single_chunk_config
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # bytes of a multiprocessor
@@ -77,11 +73,11 @@ def _chunk_arguments(kernel: Any, dtype: str, absent: tuple[str, ...]) -> dict[s
         "packing": Packing(p("cu_seqlens", "i32"), p("chunk_offsets", "i64")),
         "cotangents": Cotangents(p("d_output"), p("d_state", "fp32" if kernel is chunk_reverse_kernel else dtype)),
         "gradients": Gradients(p("dq"), p("dk"), p("dv"), p("dG", G), p("dbeta", "fp32")),
-        "values": Values(p("U_decayed"), p("dY"), p("ds"), p("dl"), p("dG", G), p("dbeta", "fp32")),
-        **{name: p(name) for name in ("states", "d_states", "output", "d_output", "ds", "dq")},
+        "values": Values(*map(p, ("U_decayed", "dY", "ds", "dl")), p("dG", G), p("dG_queries", G), p("dbeta", "fp32")),
+        **{name: p(name) for name in ("states", "d_states", "output")},
         **{name: p(name, "fp32") for name in ("initial_state", "final_state", "d_initial_state")},
         **{name: p(name, "fp32") for name in ("active", "d_active", "dg", "dbeta", "partial")},
-        **{name: p(name, G) for name in ("dG", "dG_queries")},
+        "dG": p("dG", G),
         **{"scale": "fp32", "T": "i32", "num_seqs": "i32", "BETA_SCALE": 1.0},
     }
 
@@ -98,24 +94,16 @@ def chunk_cases(
     archs=(80, 90, 100),
 ):
     """The chunk kernels of a training step, in the configuration the operator would choose but for a `chunk` given."""
-    config = chunk_config(K, V, 1 << 15, DTYPES[dtype])
+    arch = f"sm{archs[0]}"
+    config = chunk_config(K, V, 1 << 15, DTYPES[dtype], arch if chunk else None)
     config = config._replace(chunk=chunk or config.chunk)
-    scaled = l2norm and scales_rows(config, DTYPES[dtype], f"sm{archs[0]}")
     none = () if packed else ("cu_seqlens", "chunk_offsets")
     widened = (*none, "q", "rq", "output", "initial_state", "d_output", "dq", "ds", "dG_queries")
     label = f"{dtype}-K{K}-V{V}" + ("-packed" if packed else "") + (f"-C{chunk}" if chunk else "")
-    gradient = [
-        ("chunk_grad", chunk_grad_kernel, config.grad, none, V),
-        ("chunk_grad_widened", chunk_grad_kernel, config.grad, widened, V),
-    ]
+    name, kernel = "chunk_grad", chunk_grad_kernel
     if config.chunk == 64:
-        gradient = [
-            ("chunk_grad_values", chunk_grad_values_kernel, config.grad, none, V),
-            ("chunk_grad_values_widened", chunk_grad_values_kernel, config.grad, widened, V),
-            ("chunk_grad_queries", chunk_grad_queries_kernel, config.grad, none, V),
-            ("chunk_grad_keys", chunk_grad_keys_kernel, config.grad, none, V),
-            ("chunk_grad_keys_widened", chunk_grad_keys_kernel, config.grad, widened, K + V),
-        ]
+        name, kernel = "chunk_grad_long", chunk_grad_long_kernel
+    gradient = [(name, kernel, config.grad, none, V), (f"{name}_widened", kernel, config.grad, widened, V)]
     for name, kernel, launch, absent, columns in (
         ("chunk_prepare", chunk_prepare_kernel, config.prepare, none, V),
         ("chunk_scan", chunk_scan_kernel, config.scan, (*none, "states"), V),
@@ -127,23 +115,22 @@ def chunk_cases(
         *gradient,
         ("gate_backward", gate_backward_kernel, config.prepare, none, V),
     ):
-        sweeps = kernel in (chunk_scan_kernel, chunk_reverse_kernel)
-        if sweeps and not scaled:
+        if not l2norm:
             absent = (*absent, "rq", "rk")
-        normalised = l2norm and not (sweeps and scaled)
         wide = "d_output" in absent and columns == V
-        dims = make_dims(4, 4 * groups, K, columns, config.chunk, launch.block_v, normalised, wide)
+        rows = BLOCK.value if kernel is chunk_prepare_kernel else config.chunk
+        dims = make_dims(4, 4 * groups, K, columns, rows, launch.block_v, wide)
         if kernel is gate_backward_kernel:
             dims = GateDims(4 * groups, config.chunk, 4 * groups, 1.0)
-        arguments = _chunk_arguments(kernel, dtype, absent) | {"dims": dims}
+        arguments = _chunk_arguments(kernel, dtype, absent) | {"dims": dims, "C": config.chunk}
         yield Case(f"{name}-{label}", kernel, arguments, launch.warps, launch.stages, archs)
 
 
-def inverse_norm_cases(dtype: str, K: int):
-    """The norms of q or k for sweeps that scale rows."""
-    arguments = {"x": f"*{dtype}", "r": "*fp32", "num_rows": "i32", "stride": "i32", "H": 4, "K": K}
+def normalise_cases(dtype: str, K: int):
+    """q or k with rows of unit norm."""
+    arguments = {"x": f"*{dtype}", "y": f"*{dtype}", "r": "*fp32", "num_rows": "i32", "stride": "i32", "H": 4, "K": K}
     arguments |= {"BK": block_size(K), "BR": NORM_ROWS}
-    yield Case(f"inverse_norm-{dtype}-K{K}", inverse_norm_kernel, arguments, 4, 3)
+    yield Case(f"normalise-{dtype}-K{K}", normalise_kernel, arguments, 4, 3)
 
 
 def single_chunk_cases(
@@ -159,17 +146,18 @@ def single_chunk_cases(
         "gradients": Gradients(x, x, x, "*fp32", "*fp32"),
         **{"initial_state": state, "d_initial_state": state, "final_state": "*fp32", "output": x, "partial": "*fp32"},
         **{"scale": "fp32", "T": "i32", "IS_DELTA": True, "BETA_SCALE": 1.0},
-        "dims": make_dims(4, 4 * groups, K, V, config.chunk, config.launch.block_v, True),
     }
     label = f"{dtype}-K{K}-V{V}-T{T}" + ("" if initial_state else "-fresh")
-    for name in ("forward", "backward"):
+    for name, launch in (("forward", config.forward), ("backward", config.backward)):
         kernel = getattr(single_chunk, f"single_chunk_{name}_kernel")
-        yield Case(f"single_chunk_{name}-{label}", kernel, arguments, config.launch.warps, config.launch.stages, archs)
+        dims = make_dims(4, 4 * groups, K, V, config.chunk, launch.block_v, l2norm=True)
+        given = arguments | {"dims": dims}
+        yield Case(f"single_chunk_{name}-{label}", kernel, given, launch.warps, launch.stages, archs)
 
 
 def short_conv_cases(dtype: str, *, packed: bool = False):
     """The short convolution over four taps, its weights and sums in float32."""
-    arguments: dict[str, Any] = {name: f"*{dtype}" for name in ("y", "dy", "dx", "dtail")}
+    arguments: dict[str, Any] = {name: f"*{dtype}" for name in ("y", "dy", "dx", "dconv_state")}
     arguments |= {"inputs": short_conv.Inputs(f"*{dtype}", "*fp32", f"*{dtype}", f"*{dtype}")}
     arguments |= {"borders": short_conv.Borders(*(("*i64", "*i32", None) if packed else (None, None, "*i64")))}
     arguments |= {name: "*fp32" for name in ("weight", "dz", "partial")}
@@ -178,7 +166,7 @@ def short_conv_cases(dtype: str, *, packed: bool = False):
         ("forward", short_conv.BLOCK_T),
         ("z_backward", short_conv.SUM_BLOCK_T),
         ("x_backward", short_conv.BLOCK_T),
-        ("tail_backward", 4),
+        ("state_backward", 4),
     ):
         kernel = getattr(short_conv, f"short_conv_{name}_kernel")
         label = f"short_conv_{name}-{dtype}" + ("-packed" if packed else "")
@@ -202,7 +190,7 @@ def step_cases(dtype: str, K: int, V: int, *, archs=(80, 90, 100)):
     x, number = f"*{dtype}", "*fp32"
     arguments = {"tokens": Tokens(x, x, x), "gates": Gates(*4 * [number]), "state": number, "output": x}
     arguments |= {"new_state": number, "scale": "fp32", "IS_DELTA": True, "BETA_SCALE": 1.0}
-    arguments |= {"dims": make_dims(4, 8, K, V, 1, step.BLOCK_V, True)}
+    arguments |= {"dims": make_dims(4, 8, K, V, 1, step.BLOCK_V, l2norm=True)}
     yield Case(f"step-{dtype}-K{K}-V{V}", step.step_kernel, arguments, step.NUM_WARPS, 3, archs)
 
 
@@ -211,12 +199,12 @@ CASES = [
     *step_cases("fp32", 256, 100, archs=(90,)),
     *chunk_cases(64, 64, "bf16", packed=True),
     *chunk_cases(128, 128, "bf16"),
-    *chunk_cases(128, 128, "bf16", chunk=64, archs=(80,)),
-    *chunk_cases(128, 128, "bf16", chunk=64, archs=(90, 100)),
+    *chunk_cases(128, 128, "bf16", chunk=64, archs=(90,)),
+    *chunk_cases(128, 128, "bf16", chunk=64, archs=(80, 100)),
     *chunk_cases(256, 256, "bf16"),
     *chunk_cases(96, 192, "fp16", archs=(90,)),
     *chunk_cases(64, 64, "fp32", archs=(80,)),
-    *inverse_norm_cases("bf16", 128),
+    *normalise_cases("bf16", 128),
     *single_chunk_cases(64, 64, 24, "bf16"),
     *single_chunk_cases(64, 64, 24, "bf16", initial_state=False, archs=(90,)),
     *single_chunk_cases(128, 128, 32, "bf16", groups=2),

@@ -70,7 +70,7 @@ def chunks_of_64(monkeypatch) -> None:
     from sleep_ops.kernels.launches import LAUNCHES
 
     for width in ("float32", "16-bit"):
-        monkeypatch.setitem(LAUNCHES, (width, None, None, None), (64, (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1)))
+        monkeypatch.setitem(LAUNCHES, (width, None, None, None), (64, (16, 1, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1)))
 
 
 @pytest.fixture(autouse=True)

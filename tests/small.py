@@ -2,20 +2,16 @@
 
 import functools
 import itertools
-import json
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from judge import close
-from safetensors.torch import save_file
 
 from sleep_ops import HybridConfig, SleepHybridModel
 from sleep_ops.layers.gdn import SleepGDNLayer
 from sleep_ops.layers.jet import JetBlock
 from sleep_ops.layers.mixer import GDNState
-from sleep_ops.reference import sleep_gated_delta_rule_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB, WINDOW = 11, 5
@@ -50,31 +46,6 @@ MIXERS = {"gdn": SleepGDNLayer, "jet": JetBlock}
 def some_state(layer, B=3, seed=2):
     generator = torch.Generator().manual_seed(seed)
     return GDNState(*(torch.randn(t.shape, generator=generator).to(t) for t in layer.init_state(B)))
-
-
-def specified(layer, x, q, k, v, state):
-    """(outputs, fast weights) of a mixer for x, by the specification, of what its convolutions made of x."""
-    o, fast_weights = sleep_gated_delta_rule_reference(
-        q, k, v, layer.a_proj(x), layer.b_proj(x), initial_state=state.fast_weights,
-        passes=layer.passes, window=layer.window, output_pass=layer.output_pass, rule=layer.rule,
-        use_qk_l2norm=True, A_log=layer.A_log, dt_bias=layer.dt_bias,
-        use_beta_sigmoid=True, allow_neg_eigval=layer.allow_neg_eigval,
-    )  # fmt: skip
-    o = o * (o.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * layer.o_norm.weight
-    gated = o * F.silu(layer.g_proj(x).unflatten(-1, o.shape[-2:]))
-    return layer.o_proj(gated.flatten(2)), fast_weights
-
-
-def write_weights(path, config, shapes, std):
-    """A random checkpoint of a published layout."""
-    path.mkdir(exist_ok=True)
-    draw = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.randn(shape, generator=draw, dtype=torch.float64) * std + ("norm" in name)
-        for name, shape in shapes.items()
-    }
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(config))
 
 
 def tokens(batch=2, length=18, seed=1, first=0, vocab=VOCAB):

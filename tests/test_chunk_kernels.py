@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import CASES, Case, check_two_times, evaluate, float16_is_slow, make_inputs, single_pass, slow_unless
 
-from sleep_ops.kernels.configs import chunk_config, scales_rows
+from sleep_ops.kernels.configs import chunk_config
 from sleep_ops.ops.chunk_torch import TorchPass
 from sleep_ops.ops.chunk_triton import TritonPass, _chunk_offsets, _num_chunks
 from sleep_ops.ops.launching import as_rows
@@ -68,14 +68,6 @@ def test_queries_and_keys_of_any_norm(size, dtype, device, chunks_of_64):
     functions = {"specification": gated_delta_rule_reference, "plain": single_pass(TorchPass)}
     functions = {name: resized(function) for name, function in functions.items()}
     check_two_times(resized(chunk_gated_delta_rule_triton), LONG_CHUNKS[0], dtype, device, **functions)
-
-
-def test_which_sweeps_scale_rows():
-    config = chunk_config(128, 128, 1000, torch.bfloat16)
-    assert not scales_rows(config, torch.bfloat16, "sm90")
-    long = config._replace(chunk=64)
-    assert [scales_rows(long, torch.bfloat16, arch) for arch in (None, "sm80", "sm90", "gfx942")] == [1, 0, 1, 0]
-    assert not scales_rows(long, torch.float16, "sm90")
 
 
 def test_views_are_read_in_place(device):

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small import DEVICE, close, make, some_state, specified, vectors
+from small import DEVICE, close, make, some_state, vectors
 from torch import nn
 
 from sleep_ops.layers.gdn import SleepGDNLayer
+from sleep_ops.reference import sleep_gated_delta_rule_reference
 
 SLEEPS = {
     "plain": {},
@@ -36,10 +37,29 @@ def test_replays_what_the_reference_replays(sleep):
     q, q_state = convolved(layer.q_proj, layer.q_conv1d, q_state, 2)
     k, k_state = convolved(layer.k_proj, layer.k_conv1d, k_state, 2)
     v, v_state = convolved(layer.v_proj, layer.v_conv1d, v_state, 4)
-    expected, fast_weights = specified(layer, x, q, k, v, state)
+    o, fast_weights = sleep_gated_delta_rule_reference(
+        q,
+        k,
+        v,
+        layer.a_proj(x),
+        layer.b_proj(x),
+        passes=layer.passes,
+        window=layer.window,
+        output_pass=layer.output_pass,
+        initial_state=state.fast_weights,
+        rule=layer.rule,
+        use_qk_l2norm=True,
+        A_log=layer.A_log,
+        dt_bias=layer.dt_bias,
+        use_beta_sigmoid=True,
+        allow_neg_eigval=layer.allow_neg_eigval,
+    )
+    gate = layer.g_proj(x).unflatten(-1, (4, 6))
+    o = o * (o.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * layer.o_norm.weight * F.silu(gate)
+    expected = layer.o_proj(o.flatten(2)), (fast_weights, torch.cat([q_state, k_state, v_state], -1))
     y, new_state = layer(x, state=state, return_state=True)
-    close(y, expected, rtol=1e-9, atol=1e-9)
-    close(tuple(new_state), (fast_weights, torch.cat([q_state, k_state, v_state], -1)), rtol=1e-9, atol=1e-9)
+    close(y, expected[0], rtol=1e-9, atol=1e-9)
+    close(new_state, expected[1], rtol=1e-9, atol=1e-9)
 
 
 def test_published_initialisation():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small import DEVICE, HYBRIDS, VOCAB, WINDOW, close, hybrid, make, normal, some_state, specified, tokens, vectors
+from small import DEVICE, HYBRIDS, VOCAB, WINDOW, close, hybrid, make, normal, some_state, tokens, vectors
 
 from sleep_ops import HybridConfig, SleepHybridModel, SleepSession
 from sleep_ops.layers.attention import Attention
@@ -11,6 +11,7 @@ from sleep_ops.layers.gdn import SleepGDNLayer
 from sleep_ops.layers.jet import JetBlock
 from sleep_ops.ops.dynamic_conv import dynamic_convolution
 from sleep_ops.ops.short_conv import short_convolution
+from sleep_ops.reference import sleep_gated_delta_rule_reference
 
 SLEEPS = {
     "plain": {},
@@ -137,8 +138,24 @@ def test_replays_what_the_reference_replays(sleep):
     kernels = kernels.unflatten(-1, (24, layer.conv_size))
     rows = [convolved(linear("v_proj")[b], kernels[b], state.conv_state[b]) for b in range(3)]
     v, conv_state = (torch.stack(part) for part in zip(*rows, strict=True))
-    q, k = (F.silu(linear(f"{name}_proj")).unflatten(-1, (2, 8)) for name in "qk")
-    y, fast_weights = specified(layer, x, q, k, v.unflatten(-1, (4, 6)), state)
+    o, fast_weights = sleep_gated_delta_rule_reference(
+        F.silu(linear("q_proj")).unflatten(-1, (2, 8)),
+        F.silu(linear("k_proj")).unflatten(-1, (2, 8)),
+        v.unflatten(-1, (4, 6)),
+        linear("a_proj"),
+        linear("b_proj"),
+        passes=layer.passes,
+        window=layer.window,
+        output_pass=layer.output_pass,
+        initial_state=state.fast_weights,
+        rule=layer.rule,
+        use_qk_l2norm=True,
+        A_log=layer.A_log,
+        dt_bias=layer.dt_bias,
+        use_beta_sigmoid=True,
+    )
+    o = o * (o.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weights["o_norm.weight"]
+    y = (o * F.silu(linear("g_proj").unflatten(-1, (4, 6)))).flatten(2) @ weights["o_proj.weight"].T
     actual, new_state = layer(x, state=state, return_state=True)
     close((actual, *new_state), (y, fast_weights, conv_state), rtol=1e-9, atol=1e-9)
 

@@ -70,7 +70,15 @@ def published_shapes(c: dict) -> dict[str, tuple[int, ...]]:
 
 
 def write_checkpoint(path):
-    small.write_weights(path, CONFIG, published_shapes(CONFIG), std=0.3)
+    """A random checkpoint in the published layout."""
+    path.mkdir(exist_ok=True)
+    draw = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(shape, generator=draw, dtype=torch.float64) * 0.3 + ("norm" in name)
+        for name, shape in published_shapes(CONFIG).items()
+    }
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(CONFIG))
 
 
 @pytest.fixture(scope="module")

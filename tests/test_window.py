@@ -132,5 +132,6 @@ def test_which_windows_and_how():
     assert [single_chunk_config(64, 64, T, half).chunk for T in (1, 16, 17, 32)] == [16, 16, 32, 32]
     assert single_chunk_config(64, 64, 33, half) is None and single_chunk_config(64, 64, 17, single) is None
     assert single_chunk_config(192, 64, 16, half).chunk == 16 and single_chunk_config(192, 64, 17, half) is None
-    tiles = {(64, 64): 64, (64, 128): 32, (16, 20): 32}
-    assert {dims: single_chunk_config(*dims, 24, half).launch.block_v for dims in tiles} == tiles
+    tiles = {(64, 64): (32, 64), (64, 128): (32, 32), (100, 20): (32, 32), (16, 20): (16, 16)}
+    for dims, blocks in tiles.items():
+        assert tuple(launch.block_v for launch in single_chunk_config(*dims, 24, half)[1:]) == blocks

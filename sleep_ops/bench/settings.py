@@ -101,14 +101,17 @@ class TuneSettings:
 
     cases    cases of `bench kernels`, each of which stands for its head dims.
     chunks   lengths of a chunk to try, where the case has it; the rest is as in the row that holds now.
-    kernels  kernels to vary: of long sequences the first four, of the shortest the last.
+    kernels  kernels to vary: of long sequences the first four, of the shortest the others.
     dtype    "float32", "bfloat16" or "float16"; the cases' own by default, bfloat16.
     repeats  timed runs of every candidate, of ten replays of its graph each.
     """
 
     cases: tuple[str, ...] = ("long", "jet", "rule110")
     chunks: tuple[int, ...] = (16, 32, 64)
-    kernels: tuple[str, ...] = ("prepare", "scan", "reverse", "grad", "single_chunk")
+    kernels: tuple[str, ...] = (
+        *("prepare", "scan", "reverse", "grad"),
+        *("single_chunk_forward", "single_chunk_backward"),
+    )
     dtype: str | None = None
     repeats: int = 20
     seed: int = 0

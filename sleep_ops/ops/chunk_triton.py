@@ -2,11 +2,12 @@
 
 Two operators, so that passes over the same tokens share what they have in common:
 
-    chunk_prepare    gates and triangular inverse of every chunk: G, active beta, A (beside it inverse_norms of q and k)
+    normalise        q or k with rows of unit norm, where asked for
+    chunk_prepare    gates and triangular inverse of every chunk: G, active beta, A
     chunk_scan       one sweep over the chunks from a given state: outputs and final state, or (widened) the map [P | R]
 
 The backward of a sweep computes its states again, sweeps their cotangents back (chunk_reverse), and forms all gradients
-at once (chunk_grad, or chunk_grad_split for chunks of 64), what reaches the keys through A among them; chunk_prepare's
+at once (chunk_grad, or chunk_grad_long for chunks of 64), what reaches the keys through A among them; chunk_prepare's
 turns those of G and beta into those of the gate inputs. Between forward and backward only the inputs, their norms, the
 gates and the inverse are kept, no states.
 """
@@ -19,8 +20,8 @@ from sleep_ops.kernels import chunk_prepare as prepare_kernels
 from sleep_ops.kernels import chunk_scan as scan_kernels
 from sleep_ops.kernels.arguments import Cotangents, Gates, Packing, Prepared, Tokens
 from sleep_ops.kernels.chunk_grad import chunk_grad
-from sleep_ops.kernels.chunk_grad_split import chunk_grad_split
-from sleep_ops.kernels.configs import ChunkConfig, architecture, chunk_config, scales_rows
+from sleep_ops.kernels.chunk_grad_long import chunk_grad_long
+from sleep_ops.kernels.configs import ChunkConfig, architecture, chunk_config
 from sleep_ops.ops.launching import as_rows, contiguous, differentiable, on_device
 from sleep_ops.ops.rule import RuleOptions
 
@@ -79,9 +80,7 @@ def _prepare_backward(
     return _cleared(dg, cu_seqlens), _cleared(dbeta, cu_seqlens), *parameters[:2]
 
 
-def _prepare_shapes(
-    k, g, beta, A_log, dt_bias, cu_seqlens, chunk_offsets, longest, head_v_dim, rule, use_qk_l2norm, beta_scale
-):
+def _prepare_shapes(k, g, beta, A_log, dt_bias, cu_seqlens, chunk_offsets, longest, head_v_dim, rule, beta_scale):
     G = k.new_empty(g.shape, dtype=prepare_kernels.decay_dtype(k.dtype))
     active = k.new_empty(g.shape, dtype=torch.float32)
     chunk = _config(k, head_v_dim, longest).chunk
@@ -106,7 +105,6 @@ def chunk_prepare(
     longest: int,
     head_v_dim: int,
     rule: str,
-    use_qk_l2norm: bool,
     beta_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """G [B, T, HV] in decay_dtype(k.dtype), active beta, float32, and A [B, T, HV, C] in k's dtype (or none).
@@ -120,23 +118,36 @@ def chunk_prepare(
         Packing(cu_seqlens, chunk_offsets),
         num_chunks=_num_chunks(k, cu_seqlens, _config(k, head_v_dim, longest).chunk),
         rule=rule,
-        use_qk_l2norm=use_qk_l2norm,
         beta_scale=beta_scale,
         config=_config(k, head_v_dim, longest),
     )
     return prepared[:3]
 
 
-@torch.library.custom_op("sleep_ops::inverse_norms", mutates_args=())
-def _inverse_norms(x: Tensor) -> Tensor:
-    """1 / sqrt(sum x^2 + 1e-6) of rows of x [B, T, H, K]: [B, T, H] float32. Its gradient is part of chunk_scan's."""
+@torch.library.custom_op("sleep_ops::normalise", mutates_args=())
+def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """y = r x of x [B, T, H, K], contiguous, and r = 1 / sqrt(sum x^2 + 1e-6), [B, T, H] float32."""
     with on_device(x):
-        return prepare_kernels.inverse_norms(*as_rows(x))
+        return prepare_kernels.normalise(*as_rows(x))
 
 
-@_inverse_norms.register_fake
+@normalise.register_fake
 def _(x):
-    return x.new_empty(x.shape[:3], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape[:3], dtype=torch.float32)
+
+
+class _Normalised(torch.autograd.Function):
+    """`normalise`, for chunk_scan alone: given r beside y it answers with the cotangent of x in the place of y's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y, r = normalise(x.detach())
+        ctx.mark_non_differentiable(r)
+        return y, r
+
+    @staticmethod
+    def backward(ctx, dx, _):
+        return dx
 
 
 def _scan_backward(
@@ -155,7 +166,6 @@ def _scan_backward(
     chunk_offsets,
     longest,
     scale,
-    use_qk_l2norm,
     widened,
 ):
     """The gradients of k, G and beta are A's too."""
@@ -168,7 +178,7 @@ def _scan_backward(
         Prepared(G, beta, A, rq, rk),
         Packing(cu_seqlens, chunk_offsets),
     )
-    common = {"scale": scale, "use_qk_l2norm": use_qk_l2norm, "config": config}
+    common = {"scale": scale, "config": config}
     _, states = scan_kernels.chunk_scan(*inputs, initial_state, widened=widened, num_chunks=num_chunks, **common)
     d_states, d_initial_state = scan_kernels.chunk_reverse(
         *inputs,
@@ -178,13 +188,13 @@ def _scan_backward(
         num_chunks=num_chunks,
         **common,
     )
-    gradient = chunk_grad_split if config.chunk == 64 else chunk_grad
+    gradient = chunk_grad_long if config.chunk == 64 else chunk_grad
     dq, dk, dv, dG, dbeta = gradient(*inputs, states, Cotangents(d_output, d_states), widened=widened, **common)
     dq, dk, dv = (_cleared(x, cu_seqlens) for x in (dq, dk, dv))
     return dq, dk, dv, dG, dbeta, d_initial_state
 
 
-def _scan_shapes(q, k, v, rq, rk, G, beta, A, initial_state, cu_seqlens, chunk_offsets, longest, scale, norm, widened):
+def _scan_shapes(q, k, v, rq, rk, G, beta, A, initial_state, cu_seqlens, chunk_offsets, longest, scale, widened):
     K, (HV, V) = k.shape[3], v.shape[2:]
     N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final_state = k.new_empty((N, HV, K, K + V if widened else V), dtype=torch.float32)
@@ -212,12 +222,11 @@ def chunk_scan(
     chunk_offsets: Tensor | None,
     longest: int,
     scale: float,
-    use_qk_l2norm: bool,
     widened: bool,
 ) -> tuple[Tensor, Tensor]:
     """output (none without q) and final_state [N, HV, K, V] float32; with `widened` [P | R], [N, HV, K, K + V].
 
-    rq, rk: inverse norms, where rows of products are to be scaled by them.
+    rq, rk: inverse norms of q and k before they were normalised; the gradients are then those of them before.
     """
     output, final_state = scan_kernels.chunk_scan(
         as_tokens(q, k, v),
@@ -225,7 +234,6 @@ def chunk_scan(
         Packing(cu_seqlens, chunk_offsets),
         *contiguous(initial_state),
         scale=scale,
-        use_qk_l2norm=use_qk_l2norm,
         widened=widened,
         config=_config(k, v.shape[3], longest),
     )
@@ -253,28 +261,29 @@ class TritonPass:
         cu_seqlens: Tensor | None = None,
         longest: int | None = None,
     ):
-        self.k, self.v, self.use_qk_l2norm = k, v, options.use_qk_l2norm
+        self.v, self.use_qk_l2norm = v, options.use_qk_l2norm
         A_log, dt_bias, cu_seqlens = contiguous(options.A_log, options.dt_bias, cu_seqlens)
         self.longest = k.shape[1] if longest is None else longest
         config = _config(k, v.shape[3], self.longest)
         self.packing = (cu_seqlens, _chunk_offsets(cu_seqlens, config.chunk))
-        self.scales_rows = options.use_qk_l2norm and scales_rows(config, k.dtype, architecture(k.device))
-        flags = (options.rule, options.use_qk_l2norm, options.beta_scale)
-        G, active, A = chunk_prepare(k, g, beta, A_log, dt_bias, *self.packing, self.longest, v.shape[3], *flags)
-        self.factors = (self._norms(k), G, active, A if options.rule == "delta" else None)
+        self.k, rk = self._normalised(k)
+        flags = (options.rule, options.beta_scale)
+        G, active, A = chunk_prepare(self.k, g, beta, A_log, dt_bias, *self.packing, self.longest, v.shape[3], *flags)
+        self.factors = (rk, G, active, A if options.rule == "delta" else None)
 
-    def _norms(self, x: Tensor | None) -> Tensor | None:
-        return _inverse_norms(x.detach()) if self.scales_rows and x is not None else None
+    def _normalised(self, x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return _Normalised.apply(x) if self.use_qk_l2norm and x is not None else (x, None)
 
     def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
         """Output [B, T, HV, V] in v's dtype (None without q) and final state [N, HV, K, V] float32."""
-        sweep = (self.longest, scale, self.use_qk_l2norm, False)
-        output, final_state = chunk_scan(q, self.k, self.v, self._norms(q), *self.factors, state, *self.packing, *sweep)
+        q, rq = self._normalised(q)
+        sweep = (self.longest, scale, False)
+        output, final_state = chunk_scan(q, self.k, self.v, rq, *self.factors, state, *self.packing, *sweep)
         return None if q is None else output, final_state
 
     def transition(self) -> tuple[Tensor, Tensor]:
         """The pass as S -> P S + R: P [N, HV, K, K] and R [N, HV, K, V], float32."""
-        sweep = (self.longest, 1.0, self.use_qk_l2norm, True)
+        sweep = (self.longest, 1.0, True)
         _, widened = chunk_scan(None, self.k, self.v, None, *self.factors, None, *self.packing, *sweep)
         K = self.k.shape[3]
         return widened[..., :K], widened[..., K:]

@@ -157,7 +157,7 @@ def _tune(rows: list[Row], said: list[str]) -> list[str]:
 
 
 def _launch(row: Row) -> str:
-    names = ("prepare", "scan", "reverse", "grad", "single_chunk")
+    names = ("prepare", "scan", "reverse", "grad", "single_chunk_forward", "single_chunk_backward")
     return f"{row['tokens']}; " + ", ".join(f"{name} {row[name]}" for name in names if row[name])
 
 

@@ -1,6 +1,6 @@
 """What is wrong with a row of kernels/launches.py, by its kernels as compiled; `bench tune` asks before it writes one.
 
-    python tests/ptx/rows.py '["SINGLE_CHUNK_LAUNCHES", ["16-bit", 64, 64, "sm90"], [32, [64, 4, 1]]]'
+    python tests/ptx/rows.py '["SINGLE_CHUNK_LAUNCHES", ["16-bit", 64, 64, "sm90"], [32, [64, 4, 1], [64, 4, 1]]]'
 
 Prints one fault a line, none for a row that is right. Forward, backward and, of the chunk kernels, three passes, whose
 kernels are others, over more than four chunks, so that loops are pipelined: by the 2x rule and all checks of the

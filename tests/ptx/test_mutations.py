@@ -9,7 +9,7 @@ from cases import NEGATIVE, Case, arguments, slow_unless
 from ptx import toys
 from ptx.emulation import launch_table, on_gpu
 from ptx.emulator import Emulator, emulated
-from ptx.test_operators import CHUNKS_OF_64
+from ptx.test_operators import CHUNKS_OF_32, CHUNKS_OF_64
 
 from sleep_ops import gated_delta_rule
 
@@ -45,8 +45,8 @@ class Scan(NamedTuple):
 
 
 SCANS = {
-    "sm90": Scan(90, {}, 133, tuple(SYNCHRONISATION)),
-    "sm80": Scan(80, {}, 133, ("barrier", "copy wait")),
+    "sm90": Scan(90, CHUNKS_OF_32, 133, tuple(SYNCHRONISATION)),
+    "sm80": Scan(80, CHUNKS_OF_32, 133, ("barrier", "copy wait")),
     "sm90-long-chunks": Scan(90, CHUNKS_OF_64, 261, tuple(SYNCHRONISATION)),
 }
 

@@ -14,18 +14,22 @@ from judge import triton_within_two_times
 from ptx.emulation import DTYPES, check_silent, launch_table, on_gpu
 
 from sleep_ops import gated_delta_rule, sleep_gated_delta_rule
+from sleep_ops.kernels.launches import LAUNCHES
 from sleep_ops.ops.affine import segment_transition
 from sleep_ops.ops.gated_norm import gated_rms_norm
 from sleep_ops.ops.short_conv import short_convolution
 from sleep_ops.ops.step import gated_delta_rule_step
 from sleep_ops.reference import sleep_gated_delta_rule_reference
 
-CHUNKS_OF_64 = {("16-bit", None, None, None): (64, (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1))}
+SM90 = ("16-bit", None, None, "sm90")
+CHUNKS_OF_32 = {SM90: LAUNCHES["16-bit", None, None, None]}
+CHUNKS_OF_64 = {("16-bit", None, None, None): (64, (16, 1, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1))}  # sm_90 has its own
+FEW_PROGRAMS = {SM90: (64, (16, 1, 1), (32, 4, 3), (32, 4, 3), (64, 4, 1))}  # by sweep_launch of kernels/configs.py
 ONE_PASS = ("chunk_prepare", "chunk_scan", "chunk_reverse", "gate_backward")
 WHOLE = (*ONE_PASS, "chunk_grad")
-SPLIT = (*ONE_PASS, "chunk_grad_values", "chunk_grad_queries", "chunk_grad_keys")
+LONG = (*ONE_PASS, "chunk_grad_long")
 SINGLE_CHUNK = ("single_chunk_forward", "single_chunk_backward")
-CONVOLUTION = tuple(f"short_conv_{name}" for name in ("forward", "z_backward", "x_backward", "tail_backward"))
+CONVOLUTION = tuple(f"short_conv_{name}" for name in ("forward", "z_backward", "x_backward", "state_backward"))
 NORM = ("gated_norm_forward", "gated_norm_backward")
 
 
@@ -35,7 +39,7 @@ class Problem(NamedTuple):
     id: str
     case: Case
     kernels: tuple[str, ...]
-    rows: dict = {}
+    rows: dict = CHUNKS_OF_32
     quick: bool = False
 
 
@@ -52,15 +56,16 @@ PASSES = [
     Problem("packed", Case("packed", lengths=(40, 0, 133, 1, 27), dims=(64, 64), options=NEGATIVE), WHOLE),
     Problem("plain", Case("plain", T=133, dims=(64, 64), heads=(2, 2), B=2, initial_state=False), WHOLE),
     Problem("hebbian", Case("h", T=133, dims=(64, 64), heads=(1, 2), rule="hebbian", options=GATED), WHOLE),
-    Problem("long-chunks-K64-V64", gated(260, 64, 64), SPLIT, CHUNKS_OF_64, quick=True),
-    Problem("long-chunks-K128-V128", gated(260, 128, 128, heads=(1, 1)), SPLIT, CHUNKS_OF_64),
-    Problem("long-chunks-K60-V100", gated(260, 60, 100), SPLIT, CHUNKS_OF_64),
-    Problem("long-chunks-K96-V256", gated(260, 96, 256), SPLIT, CHUNKS_OF_64),
-    Problem("long-chunks-packed", Case("packed", lengths=(70, 0, 1, 260), dims=(64, 64)), SPLIT, CHUNKS_OF_64),
+    Problem("long-chunks-K64-V64", gated(260, 64, 64), LONG, CHUNKS_OF_64, quick=True),
+    Problem("long-chunks-K128-V128", gated(260, 128, 128, heads=(1, 1)), LONG, CHUNKS_OF_64),
+    Problem("long-chunks-K60-V100", gated(260, 60, 100), LONG, CHUNKS_OF_64),
+    Problem("long-chunks-K96-V256", gated(260, 96, 256), LONG, CHUNKS_OF_64),
+    Problem("long-chunks-few-programs", gated(325, 128, 128, heads=(1, 1)), LONG, CHUNKS_OF_64 | FEW_PROGRAMS),
+    Problem("long-chunks-packed", Case("packed", lengths=(70, 0, 1, 260), dims=(64, 64)), LONG, CHUNKS_OF_64),
     Problem(
         "long-chunks-hebbian",
         Case("h", T=260, dims=(64, 64), heads=(1, 2), rule="hebbian", options=GATED),
-        SPLIT,
+        LONG,
         CHUNKS_OF_64,
     ),
     Problem("single-chunk-K64-V64", gated(24, 64, 64, B=2), SINGLE_CHUNK, quick=True),
@@ -78,7 +83,7 @@ SLEEPS = [
     Problem("K128-V128", gated(133, 128, 128, heads=(1, 1)), WHOLE),
     Problem("packed", Case("packed", lengths=(50, 0, 30), dims=(64, 64), options=GATED), WHOLE),
     Problem("hebbian", Case("h", T=100, dims=(64, 64), heads=(1, 2), rule="hebbian", options=GATED), WHOLE),
-    Problem("long-chunks", gated(260, 64, 64), SPLIT[:-2] + SPLIT[-1:], CHUNKS_OF_64),
+    Problem("long-chunks", gated(260, 64, 64), LONG, CHUNKS_OF_64),
 ]
 
 
@@ -107,15 +112,14 @@ def test_one_pass(problem, arch, dtype):
     with launch_table("LAUNCHES", problem.rows), on_gpu(arch) as emulator:
         check_two_times(run_triton(gated_delta_rule), problem.case, DTYPES[dtype], "cpu")
     check_silent(emulator, *problem.kernels)
-    normalised = problem.case.options.get("use_qk_l2norm", False)
-    scaled = normalised and problem.rows and (arch, dtype) == (90, "bf16")  # scales_rows of kernels/configs.py
-    assert ("inverse_norm_kernel" in emulator.counts) == bool(scaled)
+    normalised = problem.case.options.get("use_qk_l2norm", False) and problem.kernels is not SINGLE_CHUNK
+    assert ("normalise_kernel" in emulator.counts) == normalised
 
 
 @pytest.mark.parametrize(("problem", "arch", "dtype"), params(SLEEPS))
 def test_sleep(problem, arch, dtype):
     """Four passes over windows of 40 (of 150 with long chunks): the widened kernels."""
-    sleep = {"passes": 4, "window": 150 if problem.rows else 40}
+    sleep = {"passes": 4, "window": 40 if problem.rows is CHUNKS_OF_32 else 150}
     with launch_table("LAUNCHES", problem.rows), on_gpu(arch) as emulator:
         check_two_times(
             run_triton(sleep_gated_delta_rule, **sleep),
@@ -227,7 +231,7 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize(("B", "T", "D", "options", "arch", "dtype"), small(CONVOLUTIONS, "packed"))
 def test_short_convolution(B, T, D, options, arch, dtype):
     N = len(options["cu_seqlens"]) - 1 if "cu_seqlens" in options else B
-    shapes = {"x": (B, T, D), "weight": (D, 4), "bias": (D,), "tail": (N, 3, D)}
+    shapes = {"x": (B, T, D), "weight": (D, 4), "bias": (D,), "conv_state": (N, 3, D)}
     check_against_torch(short_convolution, drawn(shapes, dtype), arch, dtype, CONVOLUTION, **options)
 
 
@@ -245,4 +249,4 @@ def test_every_kernel_is_among_the_kernels_that_must_run():
     sources = [path.read_text() for path in (Path(__file__).parents[2] / "kernels").glob("*.py")]
     names = {name for source in sources for name in re.findall(r"^def (\w+)_kernel\(", source, re.MULTILINE)}
     required = {name for problem in PASSES + SLEEPS for name in problem.kernels}
-    assert names == required | {"inverse_norm", "step", *CONVOLUTION, *NORM}
+    assert names == required | {"normalise", "step", *CONVOLUTION, *NORM}

@@ -39,12 +39,12 @@ def test_a_race_is_a_fault():
     def change(name, ptx):
         return re.sub(r"bar\.sync\s+0;", "", ptx) if name == "single_chunk_forward_kernel" else ptx
 
-    found = faults("SINGLE_CHUNK_LAUNCHES", ("16-bit", 64, 64, "sm90"), (32, (64, 4, 1)), 90, change=change)
+    found = faults("SINGLE_CHUNK_LAUNCHES", ("16-bit", 64, 64, "sm90"), (32, (64, 4, 1), (64, 4, 1)), 90, change=change)
     assert any(fault.startswith("sm_90: race: single_chunk_forward_kernel") for fault in found)
 
 
 def test_what_does_not_compile_is_a_fault():
-    (found,) = faults("SINGLE_CHUNK_LAUNCHES", ("16-bit", 64, 64, "sm90"), (32, (24, 4, 1)), 90)
+    (found,) = faults("SINGLE_CHUNK_LAUNCHES", ("16-bit", 64, 64, "sm90"), (32, (24, 4, 1), (64, 4, 1)), 90)
     assert found.startswith("sm_90: CompilationError")
 
 
@@ -54,13 +54,13 @@ def test_what_does_not_compile_is_a_fault():
     ids=["right", "not a power of 2"],
 )
 def test_tune_asks_in_a_process_of_its_own(block_v, right):
-    found = emulated_faults("SINGLE_CHUNK_LAUNCHES", ("16-bit", 64, 64, "sm90"), (32, (block_v, 4, 1)))
+    found = emulated_faults("SINGLE_CHUNK_LAUNCHES", ("16-bit", 64, 64, "sm90"), (32, (block_v, 4, 1), (64, 4, 1)))
     assert (found == []) == right
 
 
 def test_the_command_line_refuses_the_interpreter():
     script = Path(__file__).with_name("rows.py")
     environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(script.parents[2])}
-    row = '["SINGLE_CHUNK_LAUNCHES", ["16-bit", 64, 64, "sm90"], [32, [64, 4, 1]]]'
+    row = '["SINGLE_CHUNK_LAUNCHES", ["16-bit", 64, 64, "sm90"], [32, [64, 4, 1], [64, 4, 1]]]'
     done = subprocess.run([sys.executable, script, row], env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "TRITON_INTERPRET: expected it unset" in done.stderr
