@@ -27,6 +27,7 @@ from sleep_ops.reference import l2_normalise, state_dtype
 from sleep_ops.validation import check_first_order
 
 MAX_CHUNK = 64
+VANISHED = -1e4  # a log decay that leaves nothing, in every dtype
 
 
 class _RoundedMatmul(torch.autograd.Function):
@@ -34,53 +35,42 @@ class _RoundedMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, dtype):
-        x, y = x.to(dtype), y.to(dtype)
+        x, y = _rounded(x, dtype), _rounded(y, dtype)
         ctx.save_for_backward(x, y)
-        return x.float() @ y.float()
+        ctx.dtype = dtype
+        return x @ y
 
     @staticmethod
     def backward(ctx, grad):
         check_first_order("gated_delta_rule")
         x, y = ctx.saved_tensors
-        grad = grad.to(x.dtype).float()
-        return (grad @ y.float().mT).sum_to_size(x.shape), (x.float().mT @ grad).sum_to_size(y.shape), None
+        grad = _rounded(grad, ctx.dtype)
+        return (grad @ y.mT).sum_to_size(x.shape), (x.mT @ grad).sum_to_size(y.shape), None
 
 
-class _UnitLowerSolve(torch.autograd.Function):
-    """L^-1 x for a unit lower triangular L, given its inverse A: dx = A^T du, dL = -dx u^T."""
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).float() if dtype in (torch.float16, torch.bfloat16) else x
 
-    @staticmethod
-    def forward(ctx, L, A, x, dtype):
-        u = _product(A, x, dtype)
-        ctx.save_for_backward(A, u)
-        ctx.dtype = dtype
-        return u
+
+class _Decays(torch.autograd.Function):
+    """See `_decays`. Of a log decay g_t, the gradient sums over the pairs i >= t > j."""
 
     @staticmethod
-    def backward(ctx, grad):
+    def forward(ctx, g):
+        ones = g.new_ones(g.shape[-2], g.shape[-2])
+        g = g.clamp(min=VANISHED)  # -inf times 0 is not 0
+        decay = flushed_exp((g * ones.tril(-1)).cumsum(-2)) * ones.tril()
+        G_exp = flushed_exp(g.cumsum(-2))
+        ctx.save_for_backward(decay, G_exp)
+        return decay, G_exp
+
+    @staticmethod
+    def backward(ctx, d_decay, dG_exp):
         check_first_order("gated_delta_rule")
-        A, u = ctx.saved_tensors
-        dx = _product(A.mT, grad, ctx.dtype)
-        return -_product(dx, u.mT, ctx.dtype).tril(-1), None, dx, None
-
-
-def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype in (torch.float16, torch.bfloat16):
-        x, y = x.to(dtype).float(), y.to(dtype).float()
-    return x @ y
-
-
-def _matmul(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    return _RoundedMatmul.apply(x, y, dtype) if dtype in (torch.float16, torch.bfloat16) else x @ y
-
-
-def _split(x: Tensor) -> tuple[Tensor, ...]:
-    """The chunks of a [B, heads, R, num_chunks, ...] tensor; a single one as a view whose gradient needs no copy."""
-    return x.unbind(3) if x.shape[3] > 1 else (x.squeeze(3),)
-
-
-def _join(chunks: list[Tensor]) -> Tensor:
-    return torch.stack(chunks, 3) if len(chunks) > 1 else chunks[0].unsqueeze(3)
+        decay, G_exp = ctx.saved_tensors
+        ones = decay.new_ones(decay.shape[-2:])
+        pairs = (decay * d_decay) @ ones.triu(1)  # [i, t]: over j < t
+        return (pairs * ones.tril()).sum(-2)[..., None] + (G_exp * dG_exp).flip(-2).cumsum(-2).flip(-2)
 
 
 def _decays(g: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,9 +79,132 @@ def _decays(g: Tensor) -> tuple[Tensor, Tensor]:
     G_i - G_j is summed from g_{j+1} to g_i, never a difference of sums: a decay of -1e9 or -inf costs its neighbours no
     digit, here and in the gradient, which are sums over the same pairs.
     """
-    above = torch.ones(g.shape[-2], g.shape[-2], dtype=torch.bool, device=g.device).triu()
-    between = g.expand(*g.shape[:-1], g.shape[-2]).masked_fill(above, 0).cumsum(-2)
-    return flushed_exp(between).tril(), flushed_exp(g.cumsum(-2))
+    return _Decays.apply(g)
+
+
+class _Scan(torch.autograd.Function):
+    """The outputs (none without q) and the last state, from what passes share and the state before the first chunk.
+
+    q, k [n, N, 1, C, K] and v [n, N, R, C, V] chunk by chunk, of N = B * H key heads with R value heads each; beta,
+    G_exp [n, N, R, C, 1]; decay, L and its inverse A [n, N, R, C, C], no L and A for the Hebbian rule; state
+    [N, R, K, V] or None for zero.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, beta, decay, G_exp, L, A, state, scale, dtype):
+        def low(x):
+            return _rounded(x, dtype)
+
+        k_each = k.expand(-1, -1, v.shape[2], -1, -1).contiguous()
+        k_end = low(decay[..., -1:, :].mT * k)  # e^(G_C - G_i) k_i
+        end = G_exp[..., -1:, :]
+        inverse = None if A is None else low(A)
+        writes = None if A is not None else low(beta * v)
+        starts, errors, updates = [], [], []
+        for i in range(k.shape[0]):
+            if A is None:
+                u = writes[i]
+            else:
+                y = v[i]
+                if state is not None:
+                    y = torch.addcmul(y, G_exp[i], k_each[i] @ low(state), value=-1)
+                errors.append(y)
+                u = low(inverse[i] @ low(beta[i] * y))
+            if state is not None:
+                starts.append(state)
+            updates.append(u)
+            write = k_end[i].mT @ u
+            state = flushed(write if state is None else write.addcmul_(end[i], state))
+
+        starts, errors, updates = (torch.stack(x) if x else None for x in (starts, errors, updates))
+        ctx.scale, ctx.dtype = scale, dtype
+        kept = [q, k, v if A is None else errors, beta, decay, G_exp, A, starts, updates, k_each, k_end]
+        if q is None:
+            ctx.save_for_backward(*kept, None)
+            return state
+        scores = q @ k.mT
+        o = low(decay * scores) @ updates
+        o *= scale
+        if starts is not None:
+            first = len(o) - len(starts)
+            o[first:].addcmul_(G_exp[first:], q.expand_as(k_each)[first:] @ low(starts), value=scale)
+        ctx.save_for_backward(*kept, scores)
+        return o, state
+
+    @staticmethod
+    def backward(ctx, *grads):
+        check_first_order("gated_delta_rule")
+        q, k, y, beta, decay, G_exp, A, starts, updates, k_each, k_end, scores = ctx.saved_tensors
+        scale = ctx.scale
+
+        def low(x):
+            return _rounded(x, ctx.dtype)
+
+        def over_keys(x):
+            return x.sum(2, keepdim=True) if x.shape[2] > 1 else x
+
+        n = k.shape[0]
+        first = n - (0 if starts is None else len(starts))
+        d_decay, dG_exp, dk, dq = None, torch.zeros_like(G_exp), None, None
+        d_updates = d_starts = None
+        dS = grads[-1]
+        if q is not None:
+            do = scale * low(grads[0])
+            d_updates = low(decay * scores).mT @ do
+            d_weights = do @ updates.mT
+            d_scores = low(over_keys(decay * d_weights))
+            d_decay = scores * d_weights
+            dq, dk = d_scores @ k, d_scores.mT @ q
+            if starts is not None:
+                q_each = q.expand_as(k_each)[first:]
+                d_starts = q_each.mT @ low(G_exp[first:] * do[first:])
+                read = do[first:] @ low(starts).mT
+                dG_exp[first:] += (q_each * read).sum(-1, keepdim=True)
+                dq[first:] += over_keys(G_exp[first:] * read)
+
+        end = G_exp[..., -1:, :]
+        after, d_read = [], []
+        inverse = None if A is None else low(A).mT
+        strength = -beta * G_exp
+        for i in reversed(range(n)):
+            after.append(dS)
+            low_dS = low(dS)
+            d_update = k_end[i] @ low_dS
+            if d_updates is not None:
+                d_update += d_updates[i]
+            if A is not None:
+                d_update = inverse[i] @ low(d_update)
+            d_read.append(d_update)
+            if i < first:
+                continue
+            before = end[i] * dS
+            if d_starts is not None:
+                before += d_starts[i - first]
+            if A is not None:
+                before += k_each[i].mT @ low(strength[i] * d_update)
+            dS = flushed(before)
+        after, d_read = torch.stack(after[::-1]), torch.stack(d_read[::-1])
+
+        dk_end = updates @ low(after).mT
+        d_end = (k * dk_end).sum(-1)
+        dk_end = over_keys(decay[..., -1:, :].mT * dk_end)
+        dk = dk_end if dk is None else dk.add_(dk_end)
+        if d_decay is None:
+            d_decay = torch.zeros_like(decay)
+        d_decay[..., -1, :] += d_end
+        if starts is not None:
+            dG_exp[first:, ..., -1:, :] += (starts * after[first:]).sum((-2, -1), keepdim=True)
+        dL = None
+        dv, dbeta = beta * d_read, (y * d_read).sum(-1, keepdim=True)
+        if A is not None:
+            d_read = low(d_read)
+            dL = (d_read @ updates.mT).mul_(-torch.ones_like(decay[0, 0, 0]).tril(-1))
+            if starts is not None:
+                read = d_read[first:] @ low(starts).mT
+                dG_exp[first:] -= beta[first:] * (k_each[first:] * read).sum(-1, keepdim=True)
+                dk[first:] += over_keys(strength[first:] * read)
+        d_start = dS if first == 0 else None
+        return dq, dk, dv, dbeta, d_decay, dG_exp, dL, None, d_start, None, None
 
 
 class TorchPass:
@@ -146,80 +259,58 @@ class _BatchPass:
 
     def __init__(self, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, options: RuleOptions):
         acc = state_dtype(k, v)
-        self.dtype, self.out_dtype, self.options = k.dtype, v.dtype, options
+        self.acc, self.dtype, self.out_dtype, self.options = acc, k.dtype, v.dtype, options
         g, beta = options.activate(g, beta, acc)
-        k, v = self._key(k, acc), v.to(acc)
         batch, tokens, heads, key_dim = k.shape
         value_heads, value_dim = v.shape[2:]
         self.num_chunks = -(-tokens // MAX_CHUNK)
         self.chunk = -(-tokens // self.num_chunks)  # equal chunks: the least padding
         self.tokens, self.shape = tokens, (batch, heads, value_heads // heads, key_dim, value_dim)
-        k, v, g, beta = (self._chunks(x) for x in (k, v, g[..., None], beta[..., None]))
-        self.k, self.v, self.beta = k, v, beta
+        self.k = self._chunks(self._key(k))
+        self.v, self.beta, g = (self._chunks(x) for x in (v, beta[..., None], g[..., None]))
         self.decay, self.G_exp = _decays(g)
-        to_end = self.decay[..., -1:, :].mT  # e^(G_C - G_i)
-        self.by_chunk = [_split(x) for x in (k, beta, (to_end * k).mT, self.G_exp, self.G_exp[..., -1:, :])]
+        self.L = self.A = None
         if options.rule == "delta":
             # the solves read L strictly below the diagonal, as unit triangular
-            L = beta * self.decay * _matmul(k, k.mT, self.dtype)
-            identity = torch.eye(self.chunk, dtype=L.dtype, device=L.device).expand_as(L)
-            A = torch.linalg.solve_triangular(L.detach(), identity, upper=False, unitriangular=True)
-            self.L, self.A = _split(L), _split(A)
+            self.L = self.beta * self.decay * _RoundedMatmul.apply(self.k, self.k.mT, self.dtype)
+            identity = torch.eye(self.chunk, dtype=acc, device=k.device).expand_as(self.L)
+            self.A = torch.linalg.solve_triangular(self.L.detach(), identity, upper=False, unitriangular=True)
 
     def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
         batch, heads, groups, key_dim, value_dim = self.shape
         if state is not None:
-            state = state.to(self.v.dtype).reshape(self.shape)
-        starts, updates, state = self._sweep(self.v, state)
+            state = state.to(self.acc).reshape(batch * heads, groups, key_dim, value_dim)
+        if q is not None:
+            q = self._chunks(self._key(q))
+        found = self._scan(q, self.v, state, scale)
+        o, state = (None, found) if q is None else found
         state = state.reshape(batch, heads * groups, key_dim, value_dim)
-        if q is None:
-            return None, state
-
-        q = self._chunks(self._key(q, self.v.dtype))
-        o = _matmul(scale * self.decay * _matmul(q, self.k.mT, self.dtype), _join(updates), self.dtype)
-        known = [s for s in starts if s is not None]
-        if known:
-            first = self.num_chunks - len(known)
-            read = _matmul(q[:, :, :, first:], _join(known), self.dtype)
-            inter = scale * self.G_exp[:, :, :, first:] * read
-            o = o + inter if first == 0 else torch.cat([o[:, :, :, :1], o[:, :, :, 1:] + inter], 3)
-        o = o.permute(0, 3, 4, 1, 2, 5).reshape(batch, self.num_chunks * self.chunk, heads * groups, value_dim)
-        return o[:, : self.tokens].to(self.out_dtype), state
+        if o is not None:
+            o = o.unflatten(1, (batch, heads)).permute(1, 0, 4, 2, 3, 5)
+            o = o.to(self.out_dtype, memory_format=torch.contiguous_format)
+            o = o.reshape(batch, self.num_chunks * self.chunk, heads * groups, value_dim)[:, : self.tokens]
+        return o, state
 
     def transition(self) -> tuple[Tensor, Tensor]:
         batch, heads, groups, key_dim, value_dim = self.shape
         widened = torch.cat([self.v.new_zeros(*self.v.shape[:-1], key_dim), self.v], -1)
-        start = torch.eye(key_dim, key_dim + value_dim, dtype=self.v.dtype, device=self.v.device)
-        _, _, state = self._sweep(widened, start.expand(batch, heads, groups, -1, -1))
+        start = torch.eye(key_dim, key_dim + value_dim, dtype=self.acc, device=self.v.device)
+        state = self._scan(None, widened, start.expand(batch * heads, groups, -1, -1), 1.0)
         state = state.reshape(batch, heads * groups, key_dim, key_dim + value_dim)
         return flushed(state[..., :key_dim], MAP), state[..., key_dim:]
 
-    def _sweep(self, v: Tensor, state: Tensor | None) -> tuple[list, list, Tensor]:
-        """The states before each chunk (None for zero) and its updates U, from values [B, h, R, n, C, .]; the last."""
-        starts, updates = [], []
-        v_n, writes_n = _split(v), _split(self.beta * v)
-        for n, (k, beta, k_end, G_exp, end) in enumerate(zip(*self.by_chunk, strict=True)):
-            starts.append(state)
-            u = writes_n[n]
-            if self.options.rule == "delta":
-                if state is not None:
-                    u = beta * (v_n[n] - G_exp * _matmul(k, state, self.dtype))
-                u = _UnitLowerSolve.apply(self.L[n], self.A[n], u, self.dtype)
-            updates.append(u)
-            write = _matmul(k_end, u, self.dtype)
-            state = flushed(write if state is None else end * state + write)
-        return starts, updates, state
+    def _scan(self, q: Tensor | None, v: Tensor, state: Tensor | None, scale: float):
+        return _Scan.apply(q, self.k, v, self.beta, self.decay, self.G_exp, self.L, self.A, state, scale, self.dtype)
 
-    def _key(self, x: Tensor, acc: torch.dtype) -> Tensor:
-        """q or k in the dtype of sums, normalised where asked, and then as rounded as the inputs."""
-        x = x.to(acc)
-        return l2_normalise(x).to(self.dtype).to(acc) if self.options.use_qk_l2norm else x
+    def _key(self, x: Tensor) -> Tensor:
+        """q or k, normalised where asked, and then as rounded as the inputs."""
+        return l2_normalise(x.to(self.acc)).to(self.dtype) if self.options.use_qk_l2norm else x
 
     def _chunks(self, x: Tensor) -> Tensor:
-        """[B, T, heads * R, ...] -> [B, heads, R, num_chunks, chunk, ...], padded with beta = g = 0."""
+        """[B, T, heads * R, ...] -> [num_chunks, B * heads, R, chunk, ...], padded with beta = g = 0."""
         pad = self.num_chunks * self.chunk - self.tokens
         if pad:
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad))
         batch, heads = self.shape[:2]
-        x = x.reshape(batch, self.num_chunks, self.chunk, heads, x.shape[2] // heads, *x.shape[3:])
-        return x.permute(0, 3, 4, 1, 2, *range(5, x.ndim))
+        x = x.unflatten(2, (heads, -1)).unflatten(1, (self.num_chunks, self.chunk)).permute(1, 0, 3, 4, 2, 5)
+        return x.to(self.acc, memory_format=torch.contiguous_format).flatten(1, 2)
