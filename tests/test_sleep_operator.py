@@ -24,6 +24,11 @@ REPLAYS = [
     Case("gate-zero-repeated-keys", T=40, dims=(8, 6), gate="zero", beta="one", keys="repeated"),
     Case("gate-extreme", T=40, dims=(8, 6), gate="extreme", beta="two"),
     Case("more-values-than-keys", T=20, dims=(4, 24)),
+    Case("short", T=21, dims=(32, 6), heads=(2, 4), B=2, options=NEGATIVE),
+    Case("short-packed", lengths=(15, 0, 21, 1), dims=(32, 6), heads=(1, 2)),
+    Case("short-hebbian", T=21, dims=(32, 6), heads=(1, 2), rule="hebbian", gate="extreme"),
+    Case("short-no-states", T=21, dims=(32, 6), initial_state=False, final_cotangent=False, gate="reset"),
+    Case("short-gate-zero-beta-two", T=21, dims=(32, 6), gate="zero", beta="two"),
 ]
 
 
@@ -56,7 +61,7 @@ def test_infinite_passes_are_very_many(window, output_pass, borders):
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("window", [None, 12], ids=["one", "windows"])
 @pytest.mark.parametrize("passes", [2, 3, 5, math.inf], ids=str)
-@pytest.mark.parametrize("case", REPLAYS[:4], ids=str)
+@pytest.mark.parametrize("case", [*REPLAYS[:4], *REPLAYS[9:12]], ids=str)
 def test_state_alone(case, passes, window, impl):
     tensors, options = arguments(case)
     options |= {"passes": passes, "window": window}
@@ -75,6 +80,8 @@ PRECISION = [
     Case("gate-zero", T=40, gate="zero"),
     Case("K20-V40", T=33, dims=(20, 40), heads=(1, 2)),
     Case("K128-V128", T=130, heads=(1, 2), dims=(128, 128), options=GATED),
+    Case("short", T=24, B=2, heads=(1, 2), dims=(64, 24), options=NEGATIVE),
+    Case("T75-K128", T=75, dims=(128, 32), options=GATED),
 ]
 
 
@@ -152,6 +159,15 @@ def test_what_the_backward_keeps_does_not_grow(window, impl, device):
     assert many <= 1.01 * few
     if impl == "triton":  # one pass, and P, R and two states of 1 KiB for each window of two heads
         assert few <= one + 4 * 2 * 1024 * (256 // (window or 256)) + 1024
+
+
+@pytest.mark.parametrize("window", [None, 12], ids=["one", "windows"])
+def test_short_windows_keep_some_small_matrices_more(window):
+    """Some 5 log2 N of T x T for each window and head."""
+    tensors, _ = arguments(Case("memory", T=24, heads=(1, 2), dims=(64, 64), initial_state=False), torch.float32)
+    few, many = (kept_bytes(lambda n=n: sleep_gated_delta_rule(**tensors, passes=n, window=window)) for n in (3, 1024))
+    length = window or 24
+    assert many <= few + 2 * (24 // length) * 6 * 10 * length**2 * 4
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

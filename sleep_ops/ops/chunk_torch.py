@@ -27,6 +27,7 @@ from sleep_ops.reference import l2_normalise, state_dtype
 from sleep_ops.validation import check_first_order
 
 MAX_CHUNK = 64
+MAX_SHORT = 96  # tokens that are one chunk where keys have more dims, for short_windows.py
 VANISHED = -1e4  # a log decay that leaves nothing, in every dtype
 
 
@@ -80,6 +81,26 @@ def _decays(g: Tensor) -> tuple[Tensor, Tensor]:
     digit, here and in the gradient, which are sums over the same pairs.
     """
     return _Decays.apply(g)
+
+
+class _Inverse(torch.autograd.Function):
+    """See `inverse`: dL = -A^T dA A^T."""
+
+    @staticmethod
+    def forward(ctx, L, A):
+        ctx.save_for_backward(A)
+        return A.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        check_first_order("gated_delta_rule")
+        (A,) = ctx.saved_tensors
+        return -(A.mT @ grad @ A.mT).tril(-1), None
+
+
+def inverse(L: Tensor, A: Tensor) -> Tensor:
+    """The inverse A, already known, of a unit lower triangular L, with its gradient."""
+    return _Inverse.apply(L, A)
 
 
 class _Scan(torch.autograd.Function):
@@ -228,11 +249,11 @@ class TorchPass:
     ):
         self.sequences = None if cu_seqlens is None else PackedSequences(cu_seqlens, v.shape[1], longest)
         if self.sequences is None:
-            self.parts = [_BatchPass(k, v, g, beta, options)]
+            self.parts = [BatchPass(k, v, g, beta, options)]
             return
         closed = [CLOSED if raw else 0.0 for raw in (options.A_log is not None, options.use_beta_sigmoid)]
         batches = [self.sequences.pad(x, c) for x, c in zip((k, v, g, beta), (0.0, 0.0, *closed), strict=True)]
-        self.parts = [_BatchPass(k, v, g, beta, options) for k, v, g, beta in zip(*batches, strict=True)]
+        self.parts = [BatchPass(k, v, g, beta, options) for k, v, g, beta in zip(*batches, strict=True)]
 
     def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
         """Output [B, T, HV, V] in v's dtype (None without q) and final state [N, HV, K, V]."""
@@ -254,8 +275,8 @@ class TorchPass:
         return self.sequences.join(P), self.sequences.join(R)
 
 
-class _BatchPass:
-    """`TorchPass` over sequences of one length."""
+class BatchPass:
+    """`TorchPass` over sequences of one length; its tensors are those of `_Scan`."""
 
     def __init__(self, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, options: RuleOptions):
         acc = state_dtype(k, v)
@@ -263,7 +284,8 @@ class _BatchPass:
         g, beta = options.activate(g, beta, acc)
         batch, tokens, heads, key_dim = k.shape
         value_heads, value_dim = v.shape[2:]
-        self.num_chunks = -(-tokens // MAX_CHUNK)
+        self.is_short = tokens <= MAX_SHORT and 4 * tokens <= 3 * key_dim
+        self.num_chunks = 1 if self.is_short else -(-tokens // MAX_CHUNK)
         self.chunk = -(-tokens // self.num_chunks)  # equal chunks: the least padding
         self.tokens, self.shape = tokens, (batch, heads, value_heads // heads, key_dim, value_dim)
         self.k = self._chunks(self._key(k))
@@ -272,7 +294,8 @@ class _BatchPass:
         self.L = self.A = None
         if options.rule == "delta":
             # the solves read L strictly below the diagonal, as unit triangular
-            self.L = self.beta * self.decay * _RoundedMatmul.apply(self.k, self.k.mT, self.dtype)
+            self.gram = _RoundedMatmul.apply(self.k, self.k.mT, self.dtype)
+            self.L = self.beta * self.decay * self.gram
             identity = torch.eye(self.chunk, dtype=acc, device=k.device).expand_as(self.L)
             self.A = torch.linalg.solve_triangular(self.L.detach(), identity, upper=False, unitriangular=True)
 
@@ -281,15 +304,11 @@ class _BatchPass:
         if state is not None:
             state = state.to(self.acc).reshape(batch * heads, groups, key_dim, value_dim)
         if q is not None:
-            q = self._chunks(self._key(q))
+            q = self.queries(q)
         found = self._scan(q, self.v, state, scale)
         o, state = (None, found) if q is None else found
         state = state.reshape(batch, heads * groups, key_dim, value_dim)
-        if o is not None:
-            o = o.unflatten(1, (batch, heads)).permute(1, 0, 4, 2, 3, 5)
-            o = o.to(self.out_dtype, memory_format=torch.contiguous_format)
-            o = o.reshape(batch, self.num_chunks * self.chunk, heads * groups, value_dim)[:, : self.tokens]
-        return o, state
+        return None if o is None else self.by_token(o), state
 
     def transition(self) -> tuple[Tensor, Tensor]:
         batch, heads, groups, key_dim, value_dim = self.shape
@@ -301,6 +320,17 @@ class _BatchPass:
 
     def _scan(self, q: Tensor | None, v: Tensor, state: Tensor | None, scale: float):
         return _Scan.apply(q, self.k, v, self.beta, self.decay, self.G_exp, self.L, self.A, state, scale, self.dtype)
+
+    def queries(self, q: Tensor) -> Tensor:
+        """[B, T, H, K] -> [num_chunks, B * H, 1, chunk, K]."""
+        return self._chunks(self._key(q))
+
+    def by_token(self, o: Tensor) -> Tensor:
+        """Outputs [num_chunks, B * H, R, chunk, V] -> [B, T, H * R, V]."""
+        batch, heads, groups, _, value_dim = self.shape
+        o = o.unflatten(1, (batch, heads)).permute(1, 0, 4, 2, 3, 5)
+        o = o.to(self.out_dtype, memory_format=torch.contiguous_format)
+        return o.reshape(batch, self.num_chunks * self.chunk, heads * groups, value_dim)[:, : self.tokens]
 
     def _key(self, x: Tensor) -> Tensor:
         """q or k, normalised where asked, and then as rounded as the inputs."""

@@ -15,6 +15,7 @@ from sleep_ops.ops.affine import NoFixedPoint, Transition, by_step, chain, repla
 from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, no_tokens, prepare_pass, run_pass
 from sleep_ops.ops.packed import longest_sequence
 from sleep_ops.ops.rule import RuleOptions, check_query, check_states, check_tokens
+from sleep_ops.ops.short_windows import is_short, replay_short
 from sleep_ops.ops.windows import Windows
 from sleep_ops.reference import DeltaRuleOutput, sleep_gated_delta_rule_reference
 from sleep_ops.validation import check_no_tangents, check_passes
@@ -134,13 +135,15 @@ def sleep_gated_delta_rule(
     [K, K + V] per window, and as many maps held in the backward: every window is swept once as a map S -> P S + R, all
     windows at once, and once for outputs from the state its last (or first) pass starts from. Two passes over a single
     window run one after the other, which is less to sweep; with impl="reference" all do. For the backward the tensors
-    of one pass are kept, and P and R of each window.
+    of one pass are kept, and P and R of each window. In PyTorch, windows of at most 96 tokens and 3/4 K cost products
+    of T x T instead, T tokens being a window's, of which the backward keeps some 5 log2 N (`short_windows.py`).
 
     Errors: one pass errs by some roundings u of its products, relative to the state: about 2^-9 with bfloat16 inputs,
     2^-12 with float16, 2^-22 with float32, several times that for windows of a thousand tokens. N passes err by at most
     about N u while that is much less than 1, and by u / (1 - |P|) where decay makes |P| < 1. Beyond that nothing is
     promised: the rounded P may have a norm above 1, and then errors grow exponentially (seen with bfloat16 and
-    float16, beta = 2 and no decay, from N in the hundreds on). Long sleeps in 16 bits want some decay.
+    float16, beta = 2 and no decay, from N in the hundreds on). Long sleeps in 16 bits want some decay. Short windows in
+    PyTorch err by less in 16 bits, but in float32 by several times more where beta = 2 and nothing decays.
 
     With math.inf values err by u / (1 - |P|) too, but gradients of g and beta by its square: in float32 by 10 % where
     1 - |P| is 1e-3. On a CPU entries of maps below 1e-19 and of states below 1e-30 (float32) count as zero.
@@ -279,6 +282,8 @@ def _sleep(
             first, state = one_pass.run(q if output_pass == "first" else None, state, scale)
             last, state = one_pass.run(q if output_pass == "last" else None, state, scale)
             output = first if output_pass == "first" else last
+        elif passes != math.inf and is_short(one_pass):
+            output, state = replay_short(one_pass, q, state, scale, int(passes), windows, output_pass)
         else:
             try:
                 begin, state = replay(Transition(*one_pass.transition()), state, passes, windows, output_pass)
