@@ -22,7 +22,7 @@ from torch import Tensor
 from sleep_ops.ops.gates import CLOSED
 from sleep_ops.ops.packed import PackedSequences
 from sleep_ops.ops.rule import RuleOptions
-from sleep_ops.ops.small import MAP, flushed, flushed_exp
+from sleep_ops.ops.small import MAP, flushed, flushed_exp_
 from sleep_ops.reference import l2_normalise, state_dtype
 from sleep_ops.validation import check_first_order
 
@@ -31,26 +31,13 @@ MAX_SHORT = 96  # tokens that are one chunk where keys have more dims, for short
 VANISHED = -1e4  # a log decay that leaves nothing, in every dtype
 
 
-class _RoundedMatmul(torch.autograd.Function):
-    """x @ y with operands rounded to `dtype` and float32 sums, in the backward too."""
-
-    @staticmethod
-    def forward(ctx, x, y, dtype):
-        x, y = _rounded(x, dtype), _rounded(y, dtype)
-        ctx.save_for_backward(x, y)
-        ctx.dtype = dtype
-        return x @ y
-
-    @staticmethod
-    def backward(ctx, grad):
-        check_first_order("gated_delta_rule")
-        x, y = ctx.saved_tensors
-        grad = _rounded(grad, ctx.dtype)
-        return (grad @ y.mT).sum_to_size(x.shape), (x.mT @ grad).sum_to_size(y.shape), None
-
-
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).float() if dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _over_keys(x: Tensor) -> Tensor:
+    """Summed over the value heads of a key head."""
+    return x.sum(2, keepdim=True) if x.shape[2] > 1 else x
 
 
 class _Decays(torch.autograd.Function):
@@ -60,8 +47,8 @@ class _Decays(torch.autograd.Function):
     def forward(ctx, g):
         ones = g.new_ones(g.shape[-2], g.shape[-2])
         g = g.clamp(min=VANISHED)  # -inf times 0 is not 0
-        decay = flushed_exp((g * ones.tril(-1)).cumsum(-2)) * ones.tril()
-        G_exp = flushed_exp(g.cumsum(-2))
+        decay = flushed_exp_((g * ones.tril(-1)).cumsum_(-2)).mul_(ones.tril())
+        G_exp = flushed_exp_(g.cumsum(-2))
         ctx.save_for_backward(decay, G_exp)
         return decay, G_exp
 
@@ -71,7 +58,7 @@ class _Decays(torch.autograd.Function):
         decay, G_exp = ctx.saved_tensors
         ones = decay.new_ones(decay.shape[-2:])
         pairs = (decay * d_decay) @ ones.triu(1)  # [i, t]: over j < t
-        return (pairs * ones.tril()).sum(-2)[..., None] + (G_exp * dG_exp).flip(-2).cumsum(-2).flip(-2)
+        return pairs.mul_(ones.tril()).sum(-2)[..., None] + (G_exp * dG_exp).flip(-2).cumsum(-2).flip(-2)
 
 
 def _decays(g: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,6 +68,28 @@ def _decays(g: Tensor) -> tuple[Tensor, Tensor]:
     digit, here and in the gradient, which are sums over the same pairs.
     """
     return _Decays.apply(g)
+
+
+class _System(torch.autograd.Function):
+    """L = beta * decay * (K K^T), and K K^T."""
+
+    @staticmethod
+    def forward(ctx, k, beta, decay, dtype):
+        k = _rounded(k, dtype)
+        gram = k @ k.mT
+        ctx.save_for_backward(k, beta, decay, gram)
+        ctx.dtype = dtype
+        return (gram * decay).mul_(beta), gram
+
+    @staticmethod
+    def backward(ctx, dL, d_gram):
+        check_first_order("gated_delta_rule")
+        k, beta, decay, gram = ctx.saved_tensors
+        d_decay = dL * gram
+        dbeta = (d_decay * decay).sum(-1, keepdim=True)
+        d_gram = d_gram + _over_keys((dL * beta).mul_(decay))
+        dk = _rounded(d_gram + d_gram.mT, ctx.dtype) @ k
+        return dk, dbeta, d_decay.mul_(beta), None
 
 
 class _Inverse(torch.autograd.Function):
@@ -116,36 +125,34 @@ class _Scan(torch.autograd.Function):
         def low(x):
             return _rounded(x, dtype)
 
+        n, _, _, C, V = v.shape
         k_each = k.expand(-1, -1, v.shape[2], -1, -1).contiguous()
         k_end = low(decay[..., -1:, :].mT * k)  # e^(G_C - G_i) k_i
         end = G_exp[..., -1:, :]
-        inverse = None if A is None else low(A)
-        writes = None if A is not None else low(beta * v)
-        starts, errors, updates = [], [], []
-        for i in range(k.shape[0]):
-            if A is None:
-                u = writes[i]
-            else:
-                y = v[i]
+        first = 1 if state is None else 0
+        starts = v.new_empty(n - first, *v.shape[1:3], k.shape[-1], V)
+        if A is None:
+            errors, updates = None, low(beta * v)
+        else:
+            inverse, errors, updates = low(A), v.clone(), torch.empty_like(v)
+        for i in range(n):
+            if i >= first:
+                starts[i - first] = state
+            if A is not None:
                 if state is not None:
-                    y = torch.addcmul(y, G_exp[i], k_each[i] @ low(state), value=-1)
-                errors.append(y)
-                u = low(inverse[i] @ low(beta[i] * y))
-            if state is not None:
-                starts.append(state)
-            updates.append(u)
-            write = k_end[i].mT @ u
+                    errors[i].addcmul_(G_exp[i], k_each[i] @ low(state), value=-1)
+                updates[i] = low(inverse[i] @ low(beta[i] * errors[i]))
+            write = k_end[i].mT @ updates[i]
             state = flushed(write if state is None else write.addcmul_(end[i], state))
 
-        starts, errors, updates = (torch.stack(x) if x else None for x in (starts, errors, updates))
+        starts = starts if len(starts) else None
         ctx.scale, ctx.dtype = scale, dtype
         kept = [q, k, v if A is None else errors, beta, decay, G_exp, A, starts, updates, k_each, k_end]
         if q is None:
             ctx.save_for_backward(*kept, None)
             return state
         scores = q @ k.mT
-        o = low(decay * scores) @ updates
-        o *= scale
+        o = (low(decay * scores) @ updates).mul_(scale)
         if starts is not None:
             first = len(o) - len(starts)
             o[first:].addcmul_(G_exp[first:], q.expand_as(k_each)[first:] @ low(starts), value=scale)
@@ -161,9 +168,6 @@ class _Scan(torch.autograd.Function):
         def low(x):
             return _rounded(x, ctx.dtype)
 
-        def over_keys(x):
-            return x.sum(2, keepdim=True) if x.shape[2] > 1 else x
-
         n = k.shape[0]
         first = n - (0 if starts is None else len(starts))
         d_decay, dG_exp, dk, dq = None, torch.zeros_like(G_exp), None, None
@@ -173,29 +177,30 @@ class _Scan(torch.autograd.Function):
             do = scale * low(grads[0])
             d_updates = low(decay * scores).mT @ do
             d_weights = do @ updates.mT
-            d_scores = low(over_keys(decay * d_weights))
-            d_decay = scores * d_weights
+            d_scores = low(_over_keys(decay * d_weights))
+            d_decay = d_weights.mul_(scores)
             dq, dk = d_scores @ k, d_scores.mT @ q
             if starts is not None:
                 q_each = q.expand_as(k_each)[first:]
                 d_starts = q_each.mT @ low(G_exp[first:] * do[first:])
                 read = do[first:] @ low(starts).mT
                 dG_exp[first:] += (q_each * read).sum(-1, keepdim=True)
-                dq[first:] += over_keys(G_exp[first:] * read)
+                dq[first:] += _over_keys(G_exp[first:] * read)
 
+            del d_weights, d_scores
         end = G_exp[..., -1:, :]
-        after, d_read = [], []
+        after, d_read = torch.empty(n, *dS.shape, dtype=dS.dtype, device=dS.device), torch.empty_like(updates)
         inverse = None if A is None else low(A).mT
         strength = -beta * G_exp
         for i in reversed(range(n)):
-            after.append(dS)
+            after[i] = dS
             low_dS = low(dS)
             d_update = k_end[i] @ low_dS
             if d_updates is not None:
                 d_update += d_updates[i]
             if A is not None:
                 d_update = inverse[i] @ low(d_update)
-            d_read.append(d_update)
+            d_read[i] = d_update
             if i < first:
                 continue
             before = end[i] * dS
@@ -204,11 +209,9 @@ class _Scan(torch.autograd.Function):
             if A is not None:
                 before += k_each[i].mT @ low(strength[i] * d_update)
             dS = flushed(before)
-        after, d_read = torch.stack(after[::-1]), torch.stack(d_read[::-1])
-
         dk_end = updates @ low(after).mT
         d_end = (k * dk_end).sum(-1)
-        dk_end = over_keys(decay[..., -1:, :].mT * dk_end)
+        dk_end = _over_keys(decay[..., -1:, :].mT * dk_end)
         dk = dk_end if dk is None else dk.add_(dk_end)
         if d_decay is None:
             d_decay = torch.zeros_like(decay)
@@ -223,7 +226,7 @@ class _Scan(torch.autograd.Function):
             if starts is not None:
                 read = d_read[first:] @ low(starts).mT
                 dG_exp[first:] -= beta[first:] * (k_each[first:] * read).sum(-1, keepdim=True)
-                dk[first:] += over_keys(strength[first:] * read)
+                dk[first:] += _over_keys(strength[first:] * read)
         d_start = dS if first == 0 else None
         return dq, dk, dv, dbeta, d_decay, dG_exp, dL, None, d_start, None, None
 
@@ -294,8 +297,7 @@ class BatchPass:
         self.L = self.A = None
         if options.rule == "delta":
             # the solves read L strictly below the diagonal, as unit triangular
-            self.gram = _RoundedMatmul.apply(self.k, self.k.mT, self.dtype)
-            self.L = self.beta * self.decay * self.gram
+            self.L, self.gram = _System.apply(self.k, self.beta, self.decay, self.dtype)
             identity = torch.eye(self.chunk, dtype=acc, device=k.device).expand_as(self.L)
             self.A = torch.linalg.solve_triangular(self.L.detach(), identity, upper=False, unitriangular=True)
 

@@ -47,8 +47,8 @@ def flushed(x: Tensor, power: float = ANY) -> Tensor:
     return (_Flushed if torch.compiler.is_compiling() else _FlushedForward).apply(x, power)
 
 
-def flushed_exp(x: Tensor) -> Tensor:
-    """e^x, on the CPU exactly 0 where that is too small, and then with gradient 0."""
+def flushed_exp_(x: Tensor) -> Tensor:
+    """e^x in place, on the CPU exactly 0 where that is too small."""
     if x.device.type == "cpu":
-        x = F.threshold(x, ANY * math.log(torch.finfo(x.dtype).tiny), -math.inf)
-    return x.exp()
+        torch.threshold_(x, ANY * math.log(torch.finfo(x.dtype).tiny), -math.inf)
+    return x.exp_()
