@@ -97,6 +97,12 @@ def test_a_library_that_cannot_run_the_case_says_what_it_needs(load):
         load(KERNEL_CASES["cuda"]["mid"], CPU)
 
 
+@CASES
+def test_transformers_form_is_right(case):
+    errors = operator_check(replay_of("transformers", case, CPU), case, 0, CPU, (1, 3))
+    assert max(errors.values()) < 1e-5
+
+
 def test_a_missing_library_is_told_of(monkeypatch):
     monkeypatch.setitem(providers.LIBRARIES, "fla", ("no_such_library", providers.load_fla))
     with pytest.raises(ImportError, match="no_such_library is not installed"):

@@ -33,7 +33,7 @@ from sleep_ops.bench.providers import operator_problem, replay_of
 from sleep_ops.bench.settings import KernelsSettings, check_choices, check_counts, check_dtype
 from sleep_ops.training.config import resolve_device
 
-PROVIDERS = KernelsSettings.providers
+PROVIDERS = (*KernelsSettings.providers, "transformers")
 FIRST_CALL = "first-call"
 COLUMNS = [
     *(*MACHINE, "case", "provider", "mode", "dtype", "batch", "tokens", "heads", "value_heads", "key_dim", "value_dim"),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sleep_ops.bench.harness import MODES, TIMES
 from sleep_ops.files import pyplot
 
-LINES = ("ours", "ours-chained", "layer", "torch", "fla", "flash-qla")
+LINES = ("ours", "ours-chained", "layer", "torch", "fla", "flash-qla", "transformers")
 
 
 class Panel(NamedTuple):

@@ -8,6 +8,7 @@ normalised.
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable
 
@@ -71,13 +72,24 @@ def load_flash_qla(case: Case, device: torch.device) -> Callable:
     return functools.partial(their_pass, importlib.import_module("flash_qla").chunk_gated_delta_rule)
 
 
+def load_transformers(case: Case, device: torch.device) -> Callable:
+    """The PyTorch form that transformers' own models run where no kernels are."""
+    module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    operator = inspect.unwrap(module.torch_chunk_gated_delta_rule)
+    return lambda *tokens: operator(*tokens[:-1], initial_state=tokens[-1], output_final_state=True)
+
+
 OURS: dict[str, Callable] = {
     "ours": lambda: replayed,
     "ours-chained": lambda: chained(our_pass),
     "torch": lambda: functools.partial(replayed, impl="torch"),
 }
 # Optional libraries: provider -> (module, what makes its one-pass operator).
-LIBRARIES = {"fla": ("fla", load_fla), "flash-qla": ("flash_qla", load_flash_qla)}
+LIBRARIES = {
+    "fla": ("fla", load_fla),
+    "flash-qla": ("flash_qla", load_flash_qla),
+    "transformers": ("transformers", load_transformers),
+}
 CHAINED = ("ours-chained", *LIBRARIES)
 
 

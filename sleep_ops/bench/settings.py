@@ -46,7 +46,7 @@ class KernelsSettings:
     """Of `bench kernels`.
 
     cases       sizes, by the model or shape they are of; small stand-ins on the CPU.
-    providers   what to measure; fla and flash-qla where installed.
+    providers   what to measure; fla and flash-qla where installed, and if asked for, transformers' PyTorch form.
     sweep       vary each case's "tokens", or its "window" (with at least four passes over each, for without replay
                 windows make no difference; only those shorter than the case).
     first_call  also time the first forward and backward of `ours` in a new process, with everything to compile.
