@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sleep_ops.ops.gated_delta_rule import delta_rule_state, sleep_gated_delta_rule
+from sleep_ops.ops.gated_delta_rule import delta_rule_state, gated_delta_rule, sleep_gated_delta_rule
 from sleep_ops.ops.gates import CLOSED
 from sleep_ops.ops.step import gated_delta_rule_step
 from sleep_ops.validation import (
@@ -149,20 +149,24 @@ class GDNMixer(nn.Module):
             x = x.masked_fill(_padded(x, lengths), 0)  # whatever stands there, NaN included, reaches no gradient
         fast_weights, conv_state = (None, None) if state is None else state
         options = self._rule_options()
-        sleep = dict(passes=self.passes, window=self.window, initial_state=fast_weights, cu_seqlens=cu_seqlens)
+        before = dict(initial_state=fast_weights, cu_seqlens=cu_seqlens)
+        sleep = dict(passes=self.passes, window=self.window)
         if not output:
             writes, conv_state = self._project_writes(x, conv_state, lengths, cu_seqlens)
             writes = _closed(writes, lengths)
-            return None, GDNState(delta_rule_state(*writes, **sleep, **options), conv_state), writes
+            return None, GDNState(delta_rule_state(*writes, **sleep, **before, **options), conv_state), writes
 
         q, writes, conv_state, gate = self._project(x, conv_state, lengths, cu_seqlens)
         writes = _closed(writes, lengths)
-        if self.passes == x.shape[1] == 1 and fast_weights is not None and cu_seqlens is None:
+        if self.passes > 1:
+            sleep["output_pass"] = self.output_pass
+            o, fast_weights = sleep_gated_delta_rule(q, *writes, **sleep, **before, **options)
+        elif x.shape[1] == 1 and fast_weights is not None and cu_seqlens is None:
             token = (t[:, 0] for t in (q, *writes))
             o, fast_weights = gated_delta_rule_step(*token, fast_weights, **options)
             o = o[:, None]
         else:
-            o, fast_weights = sleep_gated_delta_rule(q, *writes, output_pass=self.output_pass, **sleep, **options)
+            o, fast_weights = gated_delta_rule(q, *writes, **before, **options)
         return self._emit(o, gate), GDNState(fast_weights, conv_state), writes
 
     def _rule_options(self):

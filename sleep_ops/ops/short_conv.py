@@ -114,11 +114,14 @@ def behind_states(
     """Every sequence of x behind its state, [B, T + width-1, D], and None; of packed sequences [1, T + N (width-1), D],
     and the place of every token's output among the outputs over that.
     """
-    B, T, D = x.shape
-    kept = width - 1
-    if cu_seqlens is None:
-        return torch.cat([x.new_zeros(B, kept, D) if conv_state is None else conv_state, x], dim=1), None
-    num_seqs = cu_seqlens.numel() - 1
+    if cu_seqlens is not None:
+        return _packed_behind_states(x, width - 1, conv_state, cu_seqlens)
+    B, _, D = x.shape
+    return torch.cat([x.new_zeros(B, width - 1, D) if conv_state is None else conv_state, x], dim=1), None
+
+
+def _packed_behind_states(x, kept, conv_state, cu_seqlens):
+    (_, T, D), num_seqs = x.shape, cu_seqlens.numel() - 1
     token = torch.arange(T, device=x.device)
     # Token t of sequence n stands behind n + 1 states.
     place = token + torch.searchsorted(cu_seqlens, token.to(cu_seqlens.dtype), right=True) * kept
