@@ -39,6 +39,7 @@ setup(
         "numpy",
         "tomli; python_version < '3.11'",
         "safetensors",
+        "huggingface_hub",
         "rich",
         "typer",
         "matplotlib",

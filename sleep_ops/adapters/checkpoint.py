@@ -10,15 +10,18 @@ needs the memory of the model and of its largest tensor, not of two models.
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+_PATTERN = "model{suffix}.safetensors"
 _LISTED = 20
 _FORMER = re.compile(r"\b([qkv])_conv\.weight$")  # `SleepGDNLayer`'s filters before they had fla's names
 
@@ -133,31 +136,23 @@ def save_weights(
         raise ValueError(f"max_shard_bytes: expected an integer >= 1 or None, got {max_shard_bytes!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    size, total, seen = 0, 0, set()
+    tensors: dict[str, Tensor] = {}
+    seen = set()
     for name, (tensor, _) in _places(module).items():
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        if max_shard_bytes is not None and shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [WEIGHTS_FILE]
+        if id(tensor) not in seen:
+            tensors[name] = tensor.detach()
+            seen.add(id(tensor))
+    limit = sys.maxsize if max_shard_bytes is None else max_shard_bytes
+    plan = split_torch_state_dict_into_shards(tensors, filename_pattern=_PATTERN, max_shard_size=limit)
     written = {}
     try:
-        for name, shard in zip(names, shards, strict=True):
+        for name, keys in plan.filename_to_tensors.items():
             written[name] = folder / f"{name}.partial"
-            tensors = {key: x.detach().cpu().contiguous() for key, x in shard.items()}
-            save_file(tensors, written[name], metadata={"format": "pt"})
+            shard = {key: tensors[key].cpu().contiguous() for key in keys}
+            save_file(shard, written[name], metadata={"format": "pt"})
         texts = {CONFIG_FILE: config}
-        if len(shards) > 1:
-            where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-            texts[INDEX_FILE] = {"metadata": {"total_size": total}, "weight_map": where}
+        if plan.is_sharded:
+            texts[INDEX_FILE] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         for name, values in texts.items():
             written[name] = folder / f"{name}.partial"
             written[name].write_text(json.dumps(values, indent=2) + "\n")
