@@ -288,7 +288,8 @@ class BatchPass:
         batch, tokens, heads, key_dim = k.shape
         value_heads, value_dim = v.shape[2:]
         self.is_short = tokens <= MAX_SHORT and 4 * tokens <= 3 * key_dim
-        self.num_chunks = 1 if self.is_short else -(-tokens // MAX_CHUNK)
+        longest = MAX_CHUNK if key_dim > 64 else -(-MAX_CHUNK // 2)  # products of C x C cost less beside those with K
+        self.num_chunks = 1 if self.is_short else -(-tokens // longest)
         self.chunk = -(-tokens // self.num_chunks)  # equal chunks: the least padding
         self.tokens, self.shape = tokens, (batch, heads, value_heads // heads, key_dim, value_dim)
         self.k = self._chunks(self._key(k))
