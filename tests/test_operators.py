@@ -103,7 +103,6 @@ KERNELS = [name for name in FORMS if name.endswith("-triton")]
 RULES = [name for name in FORMS if "beta" in FORMS[name].tensors]
 # Differentiated by autograd, in every mode and as often as wanted.
 PLAIN = ["step-torch", "plain-step-torch", "norm-torch", "sleep-reference", "attention"]
-TWICE = [*PLAIN, "hebbian-torch", "short-hebbian-torch", "state-from-nothing-torch"]  # these in reverse mode alone
 SLEEPING = ["sleep-triton", "packed-sleep-triton", "slept-state-triton", "transition-triton"]
 LARGE = [*SLEEPING, "pass-triton", "packed-triton", "long-chunks-triton"]
 OPCHECKED = [f"{name}-triton" for name in ("long-chunks", "short-hebbian", "step", "packed-short-conv", "norm")]
@@ -242,7 +241,7 @@ def test_either_result_alone_and_frozen_inputs(operator):
     close(gradients(operator(**frozen), operator.tensors[name])[0], whole[name])
 
 
-@each([name for name in FORMS if name not in TWICE])
+@each([name for name in FORMS if name not in PLAIN])
 def test_second_derivatives_are_refused(operator):
     """The written-out backwards are no functions of the inputs to autograd: an error, not a wrong number."""
     x = operator.tensors["k" if "k" in operator.tensors else "x"]

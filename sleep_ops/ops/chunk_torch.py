@@ -118,6 +118,14 @@ class _Scan(torch.autograd.Function):
     q, k [n, N, 1, C, K] and v [n, N, R, C, V] chunk by chunk, of N = B * H key heads with R value heads each; beta,
     G_exp [n, N, R, C, 1]; decay, L and its inverse A [n, N, R, C, C], no L and A for the Hebbian rule; state
     [N, R, K, V] or None for zero.
+
+    Backward, the last chunk first, with X for beta * Y:
+
+        dU = P^T dO + (e^(G_C - G) * K) dS1     dX = A^T dU     dL = -dX U^T
+        dS0 = e^G_C dS1 + scale Q^T (e^G * dO) - K^T (beta e^G * dX)
+
+    and all other gradients over all chunks at once. Those of decays are sums over products of keys or queries with
+    their own gradients, which cancel nothing.
     """
 
     @staticmethod
@@ -154,7 +162,6 @@ class _Scan(torch.autograd.Function):
         scores = q @ k.mT
         o = (low(decay * scores) @ updates).mul_(scale)
         if starts is not None:
-            first = len(o) - len(starts)
             o[first:].addcmul_(G_exp[first:], q.expand_as(k_each)[first:] @ low(starts), value=scale)
         ctx.save_for_backward(*kept, scores)
         return o, state
@@ -187,7 +194,6 @@ class _Scan(torch.autograd.Function):
                 dG_exp[first:] += (q_each * read).sum(-1, keepdim=True)
                 dq[first:] += _over_keys(G_exp[first:] * read)
 
-            del d_weights, d_scores
         end = G_exp[..., -1:, :]
         after, d_read = torch.empty(n, *dS.shape, dtype=dS.dtype, device=dS.device), torch.empty_like(updates)
         inverse = None if A is None else low(A).mT
@@ -209,6 +215,7 @@ class _Scan(torch.autograd.Function):
             if A is not None:
                 before += k_each[i].mT @ low(strength[i] * d_update)
             dS = flushed(before)
+
         dk_end = updates @ low(after).mT
         d_end = (k * dk_end).sum(-1)
         dk_end = _over_keys(decay[..., -1:, :].mT * dk_end)
