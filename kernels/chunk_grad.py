@@ -220,14 +220,14 @@ def store_key_gradient(d, b_d, x, stride, r, chunk, dims: tl.constexpr):
     """
     o_i = tl.arange(0, dims.C)
     o_k = tl.arange(0, dims.BK)
-    p_x = x + chunk.start * stride + chunk.i_h * dims.K
-    if dims.USE_L2NORM:
-        b_x = load_tile(p_x, o_i, o_k, stride, chunk.num_rows, dims.K)
-        b_r = inverse_norm(b_x)
-        b_d = l2norm_gradient(b_x.to(tl.float32) * b_r[:, None], b_r, b_d)
-    elif r is not None:
+    if dims.USE_L2NORM or r is not None:
+        p_x = x + chunk.start * stride + chunk.i_h * dims.K
         b_y = load_tile(p_x, o_i, o_k, stride, chunk.num_rows, dims.K).to(tl.float32)
-        b_r = load_rows(r + chunk.start * dims.H + chunk.i_h, o_i, dims.H, chunk.num_rows)
+        if r is None:
+            b_r = inverse_norm(b_y)
+            b_y *= b_r[:, None]
+        else:
+            b_r = load_rows(r + chunk.start * dims.H + chunk.i_h, o_i, dims.H, chunk.num_rows)
         b_d = l2norm_gradient(b_y, b_r, b_d)
     p_d = d + (chunk.start * dims.H + chunk.i_h) * dims.K
     store_tile(p_d, b_d, o_i, o_k, dims.H * dims.K, chunk.num_rows, dims.K)

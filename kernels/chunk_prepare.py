@@ -48,30 +48,36 @@ NORM_ROWS = 32
 
 
 @triton.jit
-def left_blocks(b_L, level, C: tl.constexpr):
-    """The block of a [C, C] tile left of each second diagonal block of size 2^level, zero elsewhere."""
-    i_r = tl.arange(0, C)[:, None] >> level
-    i_c = tl.arange(0, C)[None, :] >> level
+def block_product(b_x, b_y, dtype: tl.constexpr):
+    """x y of two blocks of float32  [BLOCK, BLOCK]."""
+    return tl.dot(b_x, b_y, input_precision="ieee" if dtype == tl.float32 else "tf32x3")
+
+
+@triton.jit
+def left_blocks(b_L, level):
+    """The block of a [BLOCK, BLOCK] tile left of each second diagonal block of size 2^level, zero elsewhere."""
+    i_r = tl.arange(0, BLOCK)[:, None] >> level
+    i_c = tl.arange(0, BLOCK)[None, :] >> level
     return tl.where((i_r % 2 == 1) & (i_c == i_r - 1), b_L, 0.0)
 
 
 @triton.jit
-def unit_lower_inverse(b_L, PRECISION: tl.constexpr):
+def unit_lower_inverse(b_L, dtype: tl.constexpr):
     """Inverse of a unit lower triangular [BLOCK, BLOCK] tile, float32, by forward substitution over doubling blocks.
 
     Let A_s hold the inverses of the diagonal blocks of size s, and X_s the block of L left of each second one. Then
     A_2s = A_s - A_s X_s A_s. Unlike the power series of L - I, no term outgrows the result (repeated keys, beta 2).
     """
     o_i = tl.arange(0, BLOCK)
-    b_A = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0) - left_blocks(b_L, 0, BLOCK)
+    b_A = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0) - left_blocks(b_L, 0)
     for level in tl.static_range(1, 4):
-        b_XA = tl.dot(left_blocks(b_L, level, BLOCK), b_A, input_precision=PRECISION)  # X A  [BLOCK, BLOCK]
-        b_A -= tl.dot(b_A, b_XA, input_precision=PRECISION)  # A - A X A  [BLOCK, BLOCK]
+        b_XA = block_product(left_blocks(b_L, level), b_A, dtype)  # X A  [BLOCK, BLOCK]
+        b_A -= block_product(b_A, b_XA, dtype)  # A - A X A  [BLOCK, BLOCK]
     return b_A
 
 
 @triton.jit
-def quarters(b_x, BLOCK: tl.constexpr):
+def quarters(b_x):
     """The four blocks [BLOCK, BLOCK] of a tile of twice the size: x00, x01, x10, x11."""
     b_x = tl.permute(tl.reshape(b_x, [2, BLOCK, 2, BLOCK]), [1, 3, 0, 2])
     b_x0, b_x1 = tl.split(b_x)  # columns
@@ -81,7 +87,7 @@ def quarters(b_x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def of_quarters(b_x00, b_x01, b_x10, b_x11, BLOCK: tl.constexpr):
+def of_quarters(b_x00, b_x01, b_x10, b_x11):
     """The inverse of `quarters`."""
     b_x = tl.join(tl.join(b_x00, b_x10), tl.join(b_x01, b_x11))  # [BLOCK, BLOCK, 2 of rows, 2 of columns]
     return tl.reshape(tl.permute(b_x, [2, 0, 3, 1]), [2 * BLOCK, 2 * BLOCK])
@@ -119,20 +125,21 @@ def activate_gates(gates, chunk, dtype: tl.constexpr, BETA_SCALE: tl.constexpr, 
 
 @triton.jit
 def delta_rule_inverse(b_k, b_G, b_beta, C: tl.constexpr):
-    """A = L^{-1} of C tokens [C, C], float32."""
-    PRECISION: tl.constexpr = "ieee" if b_k.dtype == tl.float32 else "tf32x3"
+    """A = L^{-1} of C tokens [C, C], float32; C is BLOCK or twice that."""
+    tl.static_assert(C <= 2 * BLOCK)
+    dtype: tl.constexpr = b_k.dtype
     o_i = tl.arange(0, C)
     b_kk = tl.dot(b_k, tl.trans(b_k), input_precision="ieee")  # K K^T  [C, C]
     b_L = b_beta[:, None] * b_kk * pair_decay(b_G, o_i[:, None] > o_i[None, :])
-    if C == 16:
-        b_A = unit_lower_inverse(b_L, PRECISION)
+    if C == BLOCK:
+        b_A = unit_lower_inverse(b_L, dtype)
     else:
-        b_L00, b_L01, b_L10, b_L11 = quarters(b_L, BLOCK)
-        b_A00 = unit_lower_inverse(b_L00, PRECISION)
-        b_A11 = unit_lower_inverse(b_L11, PRECISION)
-        b_XA = tl.dot(b_L10, b_A00, input_precision=PRECISION)  # L10 A00  [BLOCK, BLOCK]
-        b_A10 = -tl.dot(b_A11, b_XA, input_precision=PRECISION)  # -A11 L10 A00  [BLOCK, BLOCK]
-        b_A = of_quarters(b_A00, tl.zeros_like(b_A00), b_A10, b_A11, BLOCK)
+        b_L00, b_L01, b_L10, b_L11 = quarters(b_L)
+        b_A00 = unit_lower_inverse(b_L00, dtype)
+        b_A11 = unit_lower_inverse(b_L11, dtype)
+        b_XA = block_product(b_L10, b_A00, dtype)  # L10 A00  [BLOCK, BLOCK]
+        b_A10 = -block_product(b_A11, b_XA, dtype)  # -A11 L10 A00  [BLOCK, BLOCK]
+        b_A = of_quarters(b_A00, tl.zeros_like(b_A00), b_A10, b_A11)
     return b_A
 
 
@@ -155,12 +162,6 @@ class Block(NamedTuple):
     b_k: Any
     b_G: Any
     b_beta: Any
-
-
-@triton.jit
-def block_product(b_x, b_y, dtype: tl.constexpr):
-    """x y of two blocks of float32  [BLOCK, BLOCK]."""
-    return tl.dot(b_x, b_y, input_precision="ieee" if dtype == tl.float32 else "tf32x3")
 
 
 @triton.jit

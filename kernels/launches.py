@@ -5,10 +5,10 @@ A row written by hand has to pass tests/ptx/test_rows.py too, which runs its ker
 Key: width of q, k and v; tile of K; tile of V (powers of two); architecture. None stands for any. The most particular
 row that fits is taken: both tiles before K's alone before none, and for each the architecture's own before any's.
 
-A launch is (columns of the value tile, warps, pipeline stages). The row for sm90 is predicted to be the fastest, not
-measured. Rows of LAUNCHES: tokens of a chunk, and the launches
+A launch is (columns of the value tile, warps, pipeline stages). Rows of LAUNCHES: tokens of a chunk, and the launches
 of the kernels prepare, scan, reverse and grad. Rows of SINGLE_CHUNK_LAUNCHES: the most tokens for which one launch does
-everything, and the launches of single_chunk_forward and single_chunk_backward.
+everything, and the launches of single_chunk_forward and single_chunk_backward. The row for sm90 is predicted to be the
+fastest, not measured.
 """
 
 LAUNCHES = {

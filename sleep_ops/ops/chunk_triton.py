@@ -22,7 +22,7 @@ from sleep_ops.kernels.arguments import Cotangents, Gates, Packing, Prepared, To
 from sleep_ops.kernels.chunk_grad import chunk_grad
 from sleep_ops.kernels.chunk_grad_long import chunk_grad_long
 from sleep_ops.kernels.configs import ChunkConfig, architecture, chunk_config
-from sleep_ops.ops.launching import as_rows, contiguous, differentiable, on_device
+from sleep_ops.ops.launching import as_rows, contiguous, differentiable, operator
 from sleep_ops.ops.rule import RuleOptions
 
 
@@ -111,29 +111,24 @@ def chunk_prepare(
 
     longest: tokens of the longest sequence, which with the head dims decides the chunk's length.
     """
+    config = _config(k, head_v_dim, longest)
     k, stride_k = as_rows(k)
     prepared = prepare_kernels.chunk_prepare(
         Tokens(k=k, stride_k=stride_k),
         Gates(g.contiguous(), beta.contiguous(), A_log, dt_bias),
         Packing(cu_seqlens, chunk_offsets),
-        num_chunks=_num_chunks(k, cu_seqlens, _config(k, head_v_dim, longest).chunk),
+        num_chunks=_num_chunks(k, cu_seqlens, config.chunk),
         rule=rule,
         beta_scale=beta_scale,
-        config=_config(k, head_v_dim, longest),
+        config=config,
     )
     return prepared[:3]
 
 
-@torch.library.custom_op("sleep_ops::normalise", mutates_args=())
+@operator(shapes=lambda x: (x.new_empty(x.shape), x.new_empty(x.shape[:3], dtype=torch.float32)))
 def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
     """y = r x of x [B, T, H, K], contiguous, and r = 1 / sqrt(sum x^2 + 1e-6), [B, T, H] float32."""
-    with on_device(x):
-        return prepare_kernels.normalise(*as_rows(x))
-
-
-@normalise.register_fake
-def _(x):
-    return x.new_empty(x.shape), x.new_empty(x.shape[:3], dtype=torch.float32)
+    return prepare_kernels.normalise(*as_rows(x))
 
 
 class _Normalised(torch.autograd.Function):

@@ -12,17 +12,23 @@ from sleep_ops.validation import check_first_order
 MAX_ROW_STRIDE = 2**31 // 64 - 2**16  # of a chunk of 64 tokens, and a row's width
 
 
-def differentiable(public: str, *, outputs: str, gradients: str, shapes: Callable, backward: Callable) -> Callable:
-    """Decorates a launcher: it becomes an operator that autograd differentiates once and torch.compile keeps whole.
+def operator(*, shapes: Callable) -> Callable:
+    """Decorates a launcher: it becomes an operator that torch.compile keeps whole, sleep_ops::<its name>.
 
-    The launcher takes tensors or None and plain options, all annotated, and returns tensors or None. Its operator is
-    sleep_ops::<its name>, that of its backward sleep_ops::<its name>_backward. Operators return tensors alone: an
-    absent one is empty.
+    The launcher takes tensors or None and plain options, all annotated, and returns tensors or None. Operators return
+    tensors alone: an absent one is empty.
+
+    shapes: takes the launcher's arguments and returns what it returns, with nothing computed.
+    """
+    return lambda launch: _define(launch.__name__, torch.library.infer_schema(launch, mutates_args=()), launch, shapes)
+
+
+def differentiable(public: str, *, outputs: str, gradients: str, shapes: Callable, backward: Callable) -> Callable:
+    """`operator`, which autograd differentiates once; that of its backward is sleep_ops::<its name>_backward.
 
     public: the function that users call, for messages.
     outputs: names of what the launcher returns, with spaces between.
     gradients: names of the arguments that have one.
-    shapes: takes the launcher's arguments and returns what it returns, with nothing computed.
     backward: launches the backward. Of what it takes only the names count: first d_<output>, an output's cotangent or
         None; then tensors and then options, out of the launcher's arguments and outputs. Just those are kept for it.
         Returns `gradients`; None for an argument that is None, or whose gradient is zero.
@@ -30,9 +36,9 @@ def differentiable(public: str, *, outputs: str, gradients: str, shapes: Callabl
     results, wanted = outputs.split(), gradients.split()
 
     def decorate(forward: Callable) -> Callable:
-        name = f"sleep_ops::{forward.__name__}"
+        name = forward.__name__
         schema = torch.library.infer_schema(forward, mutates_args=())
-        declared = {x.split()[-1]: x for x in schema[1 : schema.index(") ->")].split(", ")}
+        declared = _declared(schema)
         arguments = list(declared)
         known = [*arguments, *results]
         declared |= {x: f"Tensor {x}" for x in results} | {f"d_{x}": f"Tensor? d_{x}" for x in results}
@@ -40,29 +46,19 @@ def differentiable(public: str, *, outputs: str, gradients: str, shapes: Callabl
         needed = [f"d_{x}" in taken for x in results]
         kept = taken[sum(needed) :]
         num_tensors = sum(declared[x].startswith("Tensor") for x in kept)
-        # places of what is kept, wanted and found, and of a tensor that is always there
+        # places of what is kept, wanted and found
         kept_at, wanted_at = [known.index(x) for x in kept], [taken.index(x) for x in wanted]
         found_at = [(i, wanted.index(x)) for i, x in enumerate(arguments) if x in wanted]
-        there, there_in_backward = (
-            next(i for i, x in enumerate(names) if declared[x].startswith("Tensor ")) for names in (arguments, taken)
-        )
 
-        def run(*args):
-            with on_device(args[there]):
-                return _tensors(forward(*args), args[there])
-
-        def run_backward(*args):
-            like = args[there_in_backward]
-            with on_device(like):
-                found = list(backward(*args))
+        def launch_backward(*args):
+            found = list(backward(*args))
             for i, at in enumerate(wanted_at):
                 if found[i] is None and args[at] is not None:
                     found[i] = args[at].new_zeros(args[at].shape)
-            return _tensors(found, like)
+            return found
 
         def backward_shapes(*args):
-            found = [args[at] if args[at] is None else args[at].new_empty(args[at].shape) for at in wanted_at]
-            return _tensors(found, args[there_in_backward])
+            return [args[at] if args[at] is None else args[at].new_empty(args[at].shape) for at in wanted_at]
 
         def save(ctx, inputs, output):
             values = (*inputs, *output) if len(results) > 1 else (*inputs, output)
@@ -84,20 +80,31 @@ def differentiable(public: str, *, outputs: str, gradients: str, shapes: Callabl
             return tuple(gradients)
 
         takes, returns = ", ".join(declared[x] for x in taken), ", ".join("Tensor" for _ in wanted)
-        operator = _define(name, schema, run, lambda *args: _tensors(shapes(*args), args[there]))
-        backward_operator = _define(f"{name}_backward", f"({takes}) -> ({returns})", run_backward, backward_shapes)
-        torch.library.register_autograd(name, differentiate, setup_context=save)
-        return operator
+        made = _define(name, schema, forward, shapes)
+        backward_operator = _define(f"{name}_backward", f"({takes}) -> ({returns})", launch_backward, backward_shapes)
+        torch.library.register_autograd(f"sleep_ops::{name}", differentiate, setup_context=save)
+        return made
 
     return decorate
 
 
 def _define(name: str, schema: str, launch: Callable, shapes: Callable) -> Callable:
     """An operator of any device. By hand, because `torch.library.custom_op` adds checks of every call to its time."""
-    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(name, "default", launch)
-    torch.library.register_fake(name, shapes)
-    return getattr(torch.ops.sleep_ops, name.split("::")[1]).default
+    there = next(i for i, x in enumerate(_declared(schema).values()) if x.startswith("Tensor "))  # always a tensor
+
+    def run(*args):
+        with on_device(args[there]):
+            return _tensors(launch(*args), args[there])
+
+    torch.library.define(f"sleep_ops::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"sleep_ops::{name}", "default", run)
+    torch.library.register_fake(f"sleep_ops::{name}", lambda *args: _tensors(shapes(*args), args[there]))
+    return getattr(torch.ops.sleep_ops, name).default
+
+
+def _declared(schema: str) -> dict[str, str]:
+    """A schema's arguments, as they are declared, by name."""
+    return {x.split()[-1]: x for x in schema[1 : schema.index(") ->")].split(", ")}
 
 
 def _tensors(found: Tensor | Sequence[Tensor | None], like: Tensor) -> Tensor | tuple[Tensor, ...]:
