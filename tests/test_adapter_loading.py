@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from sleep_ops import SleepSession
+from sleep_ops.adapters.checkpoint import WEIGHTS_FILE
 from sleep_ops.adapters.hf import from_pretrained
 from sleep_ops.adapters.jet_nemotron import JetNemotron, JetNemotronConfig
 from sleep_ops.adapters.loading import SleepingTransformer, load_model, save_model
@@ -128,6 +129,25 @@ def test_parameters_are_float32_whatever_is_stored(tmp_path):
     build("qwen3_5", dtype=torch.bfloat16).save_pretrained(tmp_path)
     assert {p.dtype for p in load_model(tmp_path, **SETTINGS).parameters()} == {torch.float32}
     assert {p.dtype for p in load_model(tmp_path, dtype=torch.bfloat16, **SETTINGS).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_written_in_the_dtypes_of_the_source(family, tmp_path):
+    folder = plain(tmp_path / "plain", family)
+    weights = {name: x.bfloat16() for name, x in load_file(folder / WEIGHTS_FILE).items()}
+    odd = "model.norm.weight"
+    weights[odd] = weights[odd].float() + 2**-12
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    model = started(load_model(folder, **SETTINGS, **FAMILIES[family]))
+    expected = {name: p.clone() for name, p in model.named_parameters()}
+    save_model(model, tmp_path / "saved", source=folder)
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+    saved = load_file(tmp_path / "saved" / WEIGHTS_FILE)
+    assert saved.keys() >= weights.keys() and torch.equal(saved[odd], weights[odd])
+    assert {name for name, x in saved.items() if x.dtype == torch.float32} == {odd}
+    again = load_model(tmp_path / "saved")
+    for name, p in again.named_parameters():
+        torch.testing.assert_close(p, expected[name].bfloat16().float() if "fast" in name else expected[name])
 
 
 def word_tokenizer(folder, words=("a", "b", "c"), *, whitespace=True):

@@ -18,7 +18,7 @@ NOT_IGNORED = ("--cached", "--others", "--exclude-standard")  # what is in the c
 ROOMS = [
     ("kernels",),
     ("checks",),
-    ("reference", "ragged", "validation", "files", "streams"),
+    ("reference", "ragged", "validation", "files", "streams", "parameters"),
     ("tokenizer",),
     ("ops",),
     ("layers",),

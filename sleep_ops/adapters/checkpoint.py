@@ -23,6 +23,7 @@ from torch import Tensor, nn
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PATTERN = "model{suffix}.safetensors"
 _LISTED = 20
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FORMER = re.compile(r"\b([qkv])_conv\.weight$")  # `SleepGDNLayer`'s filters before they had fla's names
 
 
@@ -118,6 +119,18 @@ def load_weights(
     for name in kept:
         _put(owners[name], to(places[name][0].detach(), False))
     return kept
+
+
+def stored_dtypes(folder: str | os.PathLike) -> dict[str, torch.dtype]:
+    """The dtype of every floating point tensor of a folder's weights; errors as of `load_weights`."""
+    dtypes = {}
+    for file, names in _locate(Path(folder), None).items():
+        with _opened(file) as shard:
+            for name in shard.keys() if names is None else names:
+                dtype = _FLOATS.get(shard.get_slice(name).get_dtype())
+                if dtype is not None:
+                    dtypes[name] = dtype
+    return dtypes
 
 
 def save_weights(

@@ -6,18 +6,20 @@ else is a causal language model of transformers (extra: hf).
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from sleep_ops.adapters.checkpoint import CONFIG_FILE, read_config
+from sleep_ops.adapters.checkpoint import CONFIG_FILE, read_config, stored_dtypes
 from sleep_ops.adapters.jet_nemotron import JetNemotron, JetNemotronConfig
 from sleep_ops.adapters.ouro import Ouro, OuroConfig
 from sleep_ops.checks import expect
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.model.sleeping import Call, SleepingModel, SleepOutput
+from sleep_ops.parameters import replaced
 from sleep_ops.tokenizer import TOKENIZER_FILES
 
 PORTS: dict[str, tuple] = {"jet_nemotron": (JetNemotron, JetNemotronConfig), "ouro": (Ouro, OuroConfig)}
@@ -97,14 +99,21 @@ def save_model(module: nn.Module, folder: str | os.PathLike, source: str | os.Pa
     `load_model` and `from_pretrained` read it. The names of weights are the checkpoint's, and
     config.json remembers the settings of sleep.
 
-    source: a folder whose tokenizer files are copied along, if it has any.
+    source: the folder that the model is from. Its tokenizer files are copied along, if it has any,
+        and parameters are written in the dtypes that they have there, new ones in the commonest.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), module.model if isinstance(module, SleepingTransformer) else module
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in () if source is None else TOKENIZER_FILES:
+    if source is None:
+        model.save_pretrained(folder)
+        return
+    for pattern in TOKENIZER_FILES:
         for path in Path(source).glob(pattern):
             shutil.copyfile(path, folder / path.name)
-    (module.model if isinstance(module, SleepingTransformer) else module).save_pretrained(folder)
+    dtypes = stored_dtypes(source)
+    ((commonest, _),) = Counter(dtypes.values()).most_common(1)
+    with replaced(model, lambda name, p: nn.Parameter(p.detach().to(dtypes.get(name, commonest)), p.requires_grad)):
+        model.save_pretrained(folder)
 
 
 def remembered(folder: str | os.PathLike, setting: str) -> object:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sleep_ops.layers.attention import Attention, AttentionState, SpanContext
 from sleep_ops.layers.mixer import GDNMixer, GDNState, ReplayInputs
+from sleep_ops.layers.sharded import joined
 
 BlockState: TypeAlias = AttentionState | GDNState
 
@@ -58,11 +59,11 @@ class Block(nn.Module):
         else:
             (y, state), writes = self.mixer(x, state, context, output=output), None
         if not output:
-            return None, state, writes
+            return joined(self, None, state, writes)
         h = h + y
         if self.mlp is not None:
             h = h + self.mlp(self.mlp_norm(h))
-        return h, state, writes
+        return joined(self, h, state, writes)
 
     def replay(
         self, writes: ReplayInputs, fast_weights: Tensor, passes: int | float, lengths: Tensor | None = None

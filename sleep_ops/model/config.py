@@ -15,12 +15,14 @@ SLEEP_KINDS = ("refine", "replay")
 EVICTIONS = ("hard", "sliding")
 SLEEP_ON = ("every", "unlabelled")
 CONV_BOUNDARIES = ("snapshot", "zero")
+RECOMPUTE = ("pass", "block")
 _GDN_SIZES = ("gdn_num_heads", "gdn_num_v_heads", "gdn_head_dim", "gdn_head_v_dim")
 _CHOICES = {
     "sleep_kind": SLEEP_KINDS,
     "eviction": EVICTIONS,
     "sleep_on": SLEEP_ON,
     "conv_boundary": CONV_BOUNDARIES,
+    "recompute": RECOMPUTE,
     "attention_backend": BACKENDS,
     "impl": IMPLS,
 }
@@ -45,8 +47,10 @@ class SleepSettings:
     backprop_passes: gradients go through the last so many passes of every sleep, and what the first of them starts from
         is taken as given, so nothing is learnt through a sleep of more; None for all. For refining alone.
     attention_backend: "auto", "flash" or "torch" (see `causal_attention`); impl: kernels (see `gated_delta_rule`).
-    activation_checkpointing: recompute each (window, pass) in the backward pass instead of storing it; what is replayed
-        stays stored.
+    activation_checkpointing: recompute activations in the backward pass instead of storing them; what is replayed stays
+        stored.
+    recompute: how much at a time: a "pass" over a window, or a "block"'s part of it, which stores a hidden state for
+        every block but has the activations of one block alone at a time.
     """
 
     window: int | None
@@ -60,6 +64,7 @@ class SleepSettings:
     attention_backend: str = "auto"
     impl: str = "auto"
     activation_checkpointing: bool = False
+    recompute: str = "pass"
 
     def __post_init__(self):
         if isinstance(self.loop, list):

@@ -22,6 +22,7 @@ be infinite.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -80,8 +81,8 @@ class SleepStack:
         in the pass before; None for h itself.
     feed_from_input: loop_input is what the loop was fed awake; otherwise it is None.
     training: in training activations are checkpointed, if the settings say so. Recomputed at a time
-        is one pass over one window, or all replays of a block over it, of which the writes are
-        stored.
+        is one pass over one window, or a block's part of it, or all replays of a block over it, of
+        which the writes are stored.
     random: blocks draw random numbers (dropout), the same ones again when they are recomputed.
     """
 
@@ -97,7 +98,8 @@ class SleepStack:
     ):
         self.blocks, self.settings, self.window = blocks, settings, settings.window
         self.feed, self.feed_from_input = feed, feed_from_input
-        self.checkpointing, self.random = settings.activation_checkpointing and training, random
+        self.recompute = settings.recompute if settings.activation_checkpointing and training else None
+        self.random = random
         self.loop = settings.resolve_loop(len(blocks))
         looped = range(self.loop[0], self.loop[1] + 1) if settings.sleep_kind == "replay" else ()
         self.replayed = tuple(i for i in looped if blocks[i].fast_weights)
@@ -186,7 +188,8 @@ class SleepStack:
                 writes = ReplayInputs(*(x.index_select(0, index) for x in writes))
                 fast_weights = fast_weights.index_select(0, index)
             writes = ReplayInputs(*(x[:, : max(lengths)] for x in writes))
-            new = self._unit(self.blocks[i].replay, writes, fast_weights, passes - 1, real)
+            replay = self._recomputed(self.blocks[i].replay, self.recompute is not None)
+            new = replay(writes, fast_weights, passes - 1, real)
             if index is not None:
                 new = state.blocks[i].fast_weights.index_copy(0, index, new)
             blocks[i] = state.blocks[i]._replace(fast_weights=new)
@@ -275,20 +278,21 @@ class SleepStack:
         def run(h: Tensor, states: tuple) -> tuple[Tensor | None, tuple, tuple]:
             after, writes = [], []
             for i, state in zip(indices, states, strict=True):
-                h, state, new = self.blocks[i](h, state, context, output=output or i != indices[-1])
+                block = self._recomputed(self.blocks[i], self.recompute == "block")
+                h, state, new = block(h, state, context, output=output or i != indices[-1])
                 after.append(state)
                 writes.append(new if i in recorded else None)
             return h, tuple(after), tuple(writes)
 
         inside = slice(indices.start, indices.stop)
-        h, states, written[inside] = self._unit(run, h, blocks[inside])
+        h, states, written[inside] = self._recomputed(run, self.recompute == "pass")(h, blocks[inside])
         return h, blocks[: indices.start] + states + blocks[indices.stop :], tuple(written)
 
-    def _unit(self, function: Callable, *arguments):
-        """function(*arguments); with checkpointing, computed again backward from its inputs."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=self.random)
-        return function(*arguments)
+    def _recomputed(self, function: Callable, wanted: bool) -> Callable:
+        """The function; if `wanted`, what it stores for its backward are its inputs alone."""
+        if wanted and torch.is_grad_enabled():
+            return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=self.random)
+        return function
 
     def _check_begun(self, state: SleepState, passes: int | float) -> None:
         """Raises ValueError unless the open window was begun with further passes in view."""

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from sleep_ops.adapters.hf.cache import LayerCache
-from sleep_ops.adapters.hf.sharded import gathered, joined
 from sleep_ops.checks import expect
 from sleep_ops.layers.attention import AttentionState, SpanContext, narrower
 from sleep_ops.layers.block import BlockState
 from sleep_ops.layers.mixer import GDNMixer, ReplayInputs
+from sleep_ops.layers.sharded import gathered, joined
 from sleep_ops.validation import FLOAT_DTYPES
 
 
@@ -39,7 +39,7 @@ class LayerBlock:
 
     def __call__(
         self, h: Tensor, state: BlockState, context: SpanContext, *, output: bool = True
-    ) -> tuple[Tensor, BlockState, ReplayInputs | None]:
+    ) -> tuple[Tensor | None, BlockState, ReplayInputs | None]:
         """h `[B, T, hidden]` of a span -> (h, the state after it, what fast weights were written)."""
         cache = LayerCache(state, context)
         h = self.layer(

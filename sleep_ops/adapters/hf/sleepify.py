@@ -29,6 +29,7 @@ def sleepify(
     conv_boundary: str | None = None,
     backprop_passes: int | None = None,
     activation_checkpointing: bool | None = None,
+    recompute: str | None = None,
     attention_backend: str | None = None,
     impl: str | None = None,
 ) -> PreTrainedModel | nn.Module:

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sleep_ops.adapters.hf.blocks import LayerBlock, compute_dtype
 from sleep_ops.adapters.hf.cache import ATTENTION
-from sleep_ops.adapters.hf.sharded import check_gathered, gathered
 from sleep_ops.checks import expect
 from sleep_ops.layers.attention import SpanContext
+from sleep_ops.layers.sharded import gathered
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.model.sleeping import SleepingModel
 
@@ -70,7 +71,11 @@ class HFSleepingModel(SleepingModel):
         return self.model.training
 
     def embed(self, ids: Tensor) -> Tensor:
-        check_gathered(self.embedding_weight)
+        if isinstance(self.embedding_weight, DTensor):
+            raise ValueError(
+                "model: expected gathered parameters, got sharded ones; call the model itself, or first "
+                "register_fsdp_forward_method(model, 'generate')"
+            )
         return self.model.get_input_embeddings()(ids)
 
     def predict(self, h: Tensor) -> Tensor:
