@@ -246,7 +246,7 @@ def test_other_refusals(tmp_path, monkeypatch, arguments):
 
 def test_a_run_without_a_whole_checkpoint_fails(tmp_path):
     run("train", "rule110", *SMALL, "--steps", 1, "--out", tmp_path)
-    for file in tmp_path.glob("checkpoints/*/model.safetensors"):
+    for file in tmp_path.glob("checkpoints/*/*.safetensors"):
         file.unlink()
     assert "none of its 1 checkpoints is whole" in run("eval", tmp_path, code=1)
 

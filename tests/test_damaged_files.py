@@ -20,11 +20,11 @@ def refused(*arguments) -> str:
 
 @pytest.mark.parametrize(
     "manifest",
-    [b"[]", b"null", b'{"version": 1}', b'{"version": 1, "files": []}', b"\xff\xfe", b"{"],
+    [b"[]", b"null", b'{"version": 2}', b'{"version": 2, "files": []}', b"\xff\xfe", b"{"],
     ids=["list", "null", "no files", "files as list", "not UTF-8", "cut off"],
 )
 def test_a_damaged_manifest_is_a_damaged_checkpoint(manifest, tmp_path):
-    path = save_checkpoint(tmp_path, 3, {}, {})
+    path = save_checkpoint(tmp_path, 3, {}, {}).wait()
     (path / "manifest.json").write_bytes(manifest)
     with pytest.raises(CheckpointError, match="step-00000003"):
         load_checkpoint(path)
@@ -32,7 +32,7 @@ def test_a_damaged_manifest_is_a_damaged_checkpoint(manifest, tmp_path):
 
 @pytest.mark.parametrize("step", ["x", None, [1]])
 def test_a_manifest_without_a_step_is_a_damaged_checkpoint(step, tmp_path):
-    path = save_checkpoint(tmp_path, 3, {}, {})
+    path = save_checkpoint(tmp_path, 3, {}, {}).wait()
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"step": step}))
     with pytest.raises(CheckpointError, match="step-00000003"):

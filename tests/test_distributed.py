@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 from test_adapter_loading import plain, word_tokenizer
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sleep_ops import HybridConfig
 from sleep_ops.adapters.loading import load_model
@@ -29,7 +29,12 @@ from sleep_ops.training.finetune import FinetuneConfig, finetune
 from sleep_ops.training.parallel import World, local_device
 
 QUIET = Console(quiet=True)
-WAYS = ("ddp", "fsdp")
+WAYS = {
+    "ddp": {},
+    "fsdp": dict(parallel="fsdp"),
+    "fsdp-call": dict(parallel="fsdp", reshard="call", async_checkpoints=True),
+    "hsdp": dict(parallel="fsdp", replicas=2),
+}
 
 
 class Ragged(Rule110):
@@ -55,6 +60,7 @@ CASES = {
     "random-passes": (TASK, dict(passes=3, reinject=True), dict(passes_schedule="random")),
     "ragged": (Ragged(t=2, strings=2, bits=6), dict(eviction="sliding"), {}),
     "fast-weights": (TASK, {}, dict(trainable="fast_weights")),
+    "rounded": (TASK, dict(activation_checkpointing=True, recompute="block"), dict(param_dtype="bf16")),
 }
 
 
@@ -78,18 +84,22 @@ def make(out, case="refine", *, ahead=None, resume=True, **recipe):
     return run
 
 
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 def gradients(run):
     """Loss and gradients of the first batch, whole."""
     loss = run._loss_and_gradients(run._make_batch(0))
-    found = run.layout.whole({name: p.grad for name, p in run.model.named_parameters()})
+    found = {name: whole(p.grad) for name, p in run.model.named_parameters()}
     for p in run.model.parameters():
         p.grad = None
     return loss, found
 
 
-def tuning(folder, way="ddp"):
+def tuning(folder, **way):
     """Fine-tuning of the tiny checkpoint in `folder`, in two phases."""
-    train = replace(TRAIN, steps=2, batch_size=4, eval_every=0, parallel=way)
+    train = replace(TRAIN, steps=2, batch_size=4, eval_every=0, **way)
     settings = dict(window=8, passes=2, eviction="sliding", insert=(0, 2))
     return FinetuneConfig(str(folder / "ouro"), Rule110(t=1, strings=2, bits=8).to_dict(), settings, train, 1)
 
@@ -102,7 +112,7 @@ def stepped(run, distribute):
             p.grad = distribute(torch.randn(p.shape), p)
         for optimizer in run.optimizers.values():
             optimizer.step()
-    return run.layout.whole(run.model.state_dict())
+    return {name: whole(x) for name, x in run.model.state_dict().items()}
 
 
 def write_examples(place):
@@ -128,14 +138,14 @@ def worker(rank, port, folder):
     for way in WAYS:
         out = folder / way
         for case in CASES:
-            run = make(out / case, case, parallel=way)
+            run = make(out / case, case, **WAYS[way])
             found[way, case] = gradients(run)
             found[way, case, "result"] = run.fit()
         # Stopped and taken up again: by two processes, and by another number of them.
-        make(out / "parts", parallel=way).fit(until=2)
-        found[way, "parts"] = make(out / "parts", parallel=way).fit()
-        make(out / "two-then-one", parallel=way).fit(until=2)
-        found[way, "one-then-two"] = make(folder / f"one-then-{way}", parallel=way).fit()
+        make(out / "parts", **WAYS[way]).fit(until=2)
+        found[way, "parts"] = make(out / "parts", **WAYS[way]).fit()
+        make(out / "two-then-one", **WAYS[way]).fit(until=2)
+        found[way, "one-then-two"] = make(folder / f"one-then-{way}", **WAYS[way]).fit()
         found[way, "whole_model"] = run.whole_model()
 
         def interrupt(calls, loss):
@@ -143,21 +153,21 @@ def worker(rank, port, folder):
                 signal.raise_signal(signal.SIGTERM)
             return loss
 
-        found[way, "signal"] = make(out / "signal", "replay", parallel=way, ahead=interrupt).fit()
-        found[way, "signal-again"] = make(out / "signal", "replay", parallel=way).fit()
+        found[way, "signal"] = make(out / "signal", "replay", **WAYS[way], ahead=interrupt).fit()
+        found[way, "signal-again"] = make(out / "signal", "replay", **WAYS[way]).fit()
 
         def spoil(calls, loss):
             return loss * math.nan if rank == 1 and calls >= 3 else loss
 
-        spoiled = make(out / "spoiled", "replay", parallel=way, ahead=spoil, max_skipped=2)
+        spoiled = make(out / "spoiled", "replay", **WAYS[way], ahead=spoil, max_skipped=2)
         found[way, "spoiled"] = refusal(spoiled.fit), spoiled.step, spoiled.skipped
-        found[way, "early"] = make(out / "early", parallel=way, stop_at=0.0).fit()
-        found[way, "other"] = refusal(lambda out=out, way=way: make(out / "refine", parallel=way, seed=1))
+        found[way, "early"] = make(out / "early", **WAYS[way], stop_at=0.0).fit()
+        found[way, "other"] = refusal(lambda out=out, way=way: make(out / "refine", **WAYS[way], seed=1))
     graph._record = lambda step, device: step  # eagerly, as no graph can be on the CPU
     run = make(folder / "graphed", "replay")
     run.graphs = graph.StepGraphs(run.model, nullcontext)
     found["graphed"] = gradients(run), gradients(run)
-    found["finetune"] = finetune(tuning(folder, "fsdp"), folder / "tuned-by-two", console=QUIET)
+    found["finetune"] = finetune(tuning(folder, parallel="fsdp"), folder / "tuned-by-two", console=QUIET)
     found["stepped"] = stepped(
         make(folder / "stepped", parallel="fsdp"),
         lambda x, p: distribute_tensor(x, p.device_mesh, p.placements),
@@ -218,27 +228,26 @@ def last(out):
 
 def assert_same_bits(a, b):
     assert metrics(a) == metrics(b)
-    for x, y in ((last(a).model, last(b).model), (states(last(a)), states(last(b)))):
+    for x, y in ((last(a).read("model."), last(b).read("model.")), (states(last(a)), states(last(b)))):
         assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
 def states(checkpoint):
-    return {
-        (name, i, key): x
-        for name, optimizer in checkpoint.state["optimizers"].items()
-        for i, values in optimizer["state"].items()
-        for key, x in values.items()
-    }
+    return checkpoint.read("optimizer.")
+
+
+def assert_same_losses(found, expected, rtol):
+    torch.testing.assert_close(torch.tensor(metrics(found)), torch.tensor(metrics(expected)), rtol=rtol, atol=0)
 
 
 def assert_same_run(found, expected):
     """The same losses, weights and optimiser states but for rounding, which Muon's bfloat16 magnifies where gradients
     are nearly singular: one process that sums parts of its batch in another order is as far off."""
-    torch.testing.assert_close(torch.tensor(metrics(found)), torch.tensor(metrics(expected)), rtol=2e-3, atol=0)
+    assert_same_losses(found, expected, 2e-3)
     case = expected.name
     start = make(found.parent / "begun" / found.name, case).model.state_dict()
-    weights, moved, apart = last(found).model, 0.0, 0.0
-    for name, x in last(expected).model.items():
+    weights, moved, apart = last(found).read("model."), 0.0, 0.0
+    for name, x in last(expected).read("model.").items():
         distance, way = (weights[name] - x).norm(), (x - start[name]).norm()
         assert distance <= 0.2 * way, name
         moved, apart = moved + way**2, apart + distance**2
@@ -255,19 +264,22 @@ class TestTwoProcesses:
     @pytest.mark.parametrize("case", CASES)
     def test_loss_and_gradients_are_those_of_one(self, way, case, folder, ranks):
         loss, expected = torch.load(folder / f"one-{case}.pt")
+        rounding = 2**-6 if case == "rounded" else 1e-4  # of a process's rows and their sums, in bfloat16
         for rank in ranks:
-            torch.testing.assert_close(rank[way, case][0], loss)
+            torch.testing.assert_close(rank[way, case][0], loss, rtol=rounding / 10, atol=0)
         found = ranks[0][way, case][1]
         for name, x in expected.items():
             assert (found[name] is None) == (x is None), name
             if x is not None:
-                torch.testing.assert_close(
-                    found[name], x, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
-                )
+                assert found[name].dtype == torch.float32 and (found[name] - x).norm() <= rounding * x.norm(), name
 
     @pytest.mark.parametrize("case", CASES)
     def test_runs_are_those_of_one(self, way, case, folder, ranks):
-        assert_same_run(folder / way / case, folder / "one" / case)
+        if case == "rounded":  # sums of 4 and 3 rows, each rounded to bfloat16, aren't one of 7
+            assert_same_losses(folder / way / case, folder / "one" / case, 2e-2)
+            assert_same_run(folder / way / case, folder / "ddp" / case)
+        else:
+            assert_same_run(folder / way / case, folder / "one" / case)
         names = ("step", "tokens", "lr_muon", "passes", "skipped")
         assert metrics(folder / way / case, *names) == metrics(folder / "one" / case, *names)
         results = [rank[way, case, "result"] for rank in ranks]
@@ -279,7 +291,7 @@ class TestTwoProcesses:
         assert_same_bits(folder / way / "parts", folder / way / "refine")
 
     def test_one_process_goes_on_where_two_stopped(self, way, folder):
-        run = make(folder / way / "two-then-one", parallel=way)
+        run = make(folder / way / "two-then-one", **WAYS[way])
         assert run.step == 2 and run.fit().finished
         assert_same_run(folder / way / "two-then-one", folder / "one" / "refine")
         assert load_run(folder / way / "refine", device="cpu")[3] == 4
@@ -314,7 +326,7 @@ class TestTwoProcesses:
     def test_the_whole_model_is_the_first_processs(self, way, folder, ranks):
         first, second = (rank[way, "whole_model"] for rank in ranks)
         assert second is None
-        expected = last(folder / way / list(CASES)[-1]).model
+        expected = last(folder / way / list(CASES)[-1]).read("model.")
         found = first.state_dict()
         assert found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
 

@@ -17,7 +17,6 @@ from sleep_ops.tasks import Rule110
 from sleep_ops.training import CheckpointError, RunConfig, TrainConfig, Trainer, TrainingDiverged, build_optimizers
 from sleep_ops.training.checkpoint import (
     MANIFEST_FILE,
-    MODEL_FILE,
     STATE_FILE,
     list_checkpoints,
     load_checkpoint,
@@ -29,6 +28,7 @@ from sleep_ops.training.logs import CsvLog
 from sleep_ops.training.optim import split_parameters
 
 QUIET = Console(quiet=True)
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 TASK = Rule110(t=2, strings=2, bits=6)
 
 
@@ -162,27 +162,44 @@ def tensors(seed=0):
     return {"a": weight, "tied": weight, "b": torch.randn(3).bfloat16()}
 
 
+def saved(folder, step, values, state=None, **options):
+    return save_checkpoint(folder, step, values, state or {}, **options).wait()
+
+
 def test_checkpoint_round_trip(tmp_path):
-    path = save_checkpoint(tmp_path, 7, tensors(), {"rng": torch.get_rng_state(), "n": [1, {"x": 2.5}]})
-    loaded = load_checkpoint(path)
-    assert loaded.step == 7 and loaded.state["n"] == [1, {"x": 2.5}]
-    for name, value in tensors().items():
-        assert torch.equal(loaded.model[name], value) and loaded.model[name].dtype == value.dtype
+    given = tensors() | {"x.one": torch.tensor(2.5), "x.none": torch.empty(0, 3), "rng": torch.get_rng_state()}
+    saving = save_checkpoint(tmp_path, 7, given, {"n": [1, {"x": 2.5}], "best": None})
+    expected = {name: x.clone() for name, x in given.items()}
+    for x in given.values():
+        x.zero_()  # they were copied
+    loaded = load_checkpoint(saving.wait())
+    assert loaded.step == 7 and loaded.state == {"n": [1, {"x": 2.5}], "best": None}
+    found = loaded.read()
+    assert found.keys() == expected.keys() and loaded.read("x.").keys() == {"one", "none"}
+    for name, value in expected.items():
+        assert torch.equal(found[name], value) and found[name].dtype == value.dtype, name
+
+
+@pytest.mark.parametrize("wanted", [{"a": torch.zeros(4)}, {"c": torch.zeros(4, 4)}], ids=["shape", "name"])
+def test_what_a_checkpoint_does_not_hold_is_named(tmp_path, wanted):
+    (name,) = wanted
+    with pytest.raises(CheckpointError, match=rf"step-00000001: expected {name} of shape \[4"):
+        load_checkpoint(saved(tmp_path, 1, tensors())).fill(wanted)
 
 
 def test_only_the_newest_are_kept_and_leftovers_removed(tmp_path):
     (tmp_path / ".partial-killed").mkdir()
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, tensors(), {}, keep=2)
+        saved(tmp_path, step, tensors(), keep=2)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] and len(list(tmp_path.iterdir())) == 2
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
 
 
-@pytest.mark.parametrize("file", [MODEL_FILE, STATE_FILE, MANIFEST_FILE])
+@pytest.mark.parametrize("file", [SHARD, STATE_FILE, MANIFEST_FILE])
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_damaged_checkpoint_is_refused(tmp_path, file, damage):
-    save_checkpoint(tmp_path, 1, tensors(1), {"n": 1})
-    path = save_checkpoint(tmp_path, 2, tensors(2), {"n": 2}) / file
+    saved(tmp_path, 1, tensors(1), {"n": 1})
+    path = saved(tmp_path, 2, tensors(2), {"n": 2}) / file
     data = path.read_bytes()
     if damage == "gone":
         path.unlink()
@@ -197,33 +214,29 @@ def test_damaged_checkpoint_is_refused(tmp_path, file, damage):
 
 def test_all_damaged_is_an_error_and_none_is_none(tmp_path):
     assert load_newest(tmp_path / "nowhere", print) is None
-    (save_checkpoint(tmp_path, 1, tensors(), {}) / MODEL_FILE).unlink()
+    (saved(tmp_path, 1, tensors()) / SHARD).unlink()
     with pytest.raises(CheckpointError, match="none of its 1"):
         load_newest(tmp_path, lambda text: None)
 
 
 def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, tensors(1), {})
+    saved(tmp_path, 1, tensors(1))
 
     def crash(*_args, **_kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("sleep_ops.training.checkpoint.torch.save", crash)
-    for step in (1, 2):
-        with pytest.raises(OSError, match="disk full"):
-            save_checkpoint(tmp_path, step, tensors(2), {})
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
-    assert torch.equal(load_newest(tmp_path, print).model["a"], tensors(1)["a"])
-
-
-def test_a_pickle_is_not_executed(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (exec, ("raise SystemExit('executed')",))
-
-    path = save_checkpoint(tmp_path, 1, tensors(), {"evil": Evil()})
-    with pytest.raises(CheckpointError, match="(?i)weights"):
-        load_checkpoint(path)
+    for place, error in (
+        ("torch.distributed.checkpoint.HuggingFaceStorageWriter.write_data", CheckpointError),
+        ("torch.distributed.checkpoint.async_save", OSError),
+        ("sleep_ops.training.checkpoint._fingerprint", OSError),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, crash)
+            for step in (1, 2):
+                with pytest.raises(error, match="disk full"):
+                    saved(tmp_path, step, tensors(2))
+        assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+        assert torch.equal(load_newest(tmp_path, print).read()["a"], tensors(1)["a"])
 
 
 def test_write_atomically(tmp_path):
@@ -487,14 +500,55 @@ def test_padding_reaches_the_model(size, tmp_path):
     assert moved.loss_mask is batch.loss_mask and moved.windows_by == "positions"
 
 
-def test_a_checkpoint_older_than_a_record_is_read(tmp_path):
-    trainer(tmp_path / "straight").fit()
-    trainer(tmp_path / "old").fit(until=6)
-    folder = tmp_path / "old/checkpoints"
-    found = load_newest(folder, print)
-    for name in ("rng_of_others", "best", "stale"):
-        del found.state[name]
-    save_checkpoint(folder, found.step, found.model, found.state)
-    again = trainer(tmp_path / "old")
-    assert again.step == 6 and again.fit().finished
-    assert losses(tmp_path / "straight") == losses(tmp_path / "old")
+def test_a_checkpoint_of_another_version_is_named(tmp_path):
+    path = saved(tmp_path, 1, tensors())
+    manifest = path / MANIFEST_FILE
+    manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(CheckpointError, match="step-00000001: expected checkpoint version 2, got 1"):
+        load_checkpoint(path)
+
+
+def test_parameters_are_rounded_for_forward_and_backward_alone(tmp_path):
+    seen = []
+
+    def look(calls, loss):
+        seen.append({p.dtype for p in run.model.parameters()})
+        return loss
+
+    run = trainer(tmp_path, config(param_dtype="bf16", steps=4), look)
+    before = {name: p for name, p in run.model.named_parameters()}
+    run.fit()
+    assert seen and all(dtypes == {torch.bfloat16} for dtypes in seen)
+    assert all(p is before[name] for name, p in run.model.named_parameters())
+    assert any(not torch.equal(p, p.bfloat16()) for p in run.parameters)  # changes too small for bfloat16 are kept
+    again = trainer(tmp_path, config(param_dtype="bf16", steps=4))
+    assert all(torch.equal(p, q) for p, q in zip(run.parameters, again.parameters, strict=True))
+
+
+def test_tied_parameters_are_rounded_together(tmp_path):
+    model = Toy()
+    model.lm_head.weight = model.embed.weight
+    run = Trainer(config(param_dtype="bf16"), tmp_path, model=model, console=QUIET)
+    with run.layout.gathered() as rounded:
+        assert model.lm_head.weight is model.embed.weight and model.embed.weight.dtype == torch.bfloat16
+        assert len(rounded) == len(run.layout.parameters)
+    assert model.lm_head.weight is model.embed.weight and model.embed.weight.dtype == torch.float32
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
+    settings = config(checkpoint_every=2, keep_checkpoints=9)
+    ahead = replace(settings, train=replace(settings.train, async_checkpoints=True))
+    run, waited = trainer(tmp_path, ahead), []
+    saved = run._saved
+    monkeypatch.setattr(run, "_saved", lambda: waited.append(run.step) or saved())
+    run.fit()
+    plain = trainer(tmp_path / "plain", settings)
+    plain.fit()
+    names = [
+        [path.name for path in list_checkpoints(folder / "checkpoints")] for folder in (tmp_path, tmp_path / "plain")
+    ]
+    assert names[0] == names[1] and len(names[0]) > 2
+    for name in names[0]:
+        a, b = (load_checkpoint(folder / "checkpoints" / name).read() for folder in (tmp_path, tmp_path / "plain"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert waited[0] == 2  # before the first one there was none to wait for

@@ -67,7 +67,7 @@ def finetune(
     resume: Resume = True,
     until: Until = None,
 ) -> None:
-    """Teach an existing checkpoint to sleep: OUT/model in the end, in the checkpoint's own layout and in float32.
+    """Teach an existing checkpoint to sleep: OUT/model in the end, in the checkpoint's own layout and dtypes.
 
     Stopped, the same command goes on. Settings of sleep that are not given are as the folder remembers them, but for
     the window of a task that has one.

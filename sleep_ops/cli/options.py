@@ -37,7 +37,10 @@ _NAMES = {
     "initializer_range": "init_std",
 }
 # Fields of a recipe that are about the run.
-_OF_RUN = {"seed", "device", "cuda_graph", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_samples"}
+_OF_RUN = {
+    *("seed", "device", "cuda_graph", "parallel", "reshard", "replicas"),
+    *("checkpoint_every", "keep_checkpoints", "async_checkpoints", "eval_every", "eval_samples"),
+}
 # For dataclasses that say nothing of these.
 _HELP = {"seed": "Random seed.", "device": '"auto" (CUDA where there is one), "cpu", "cuda" or "cuda:i".'}
 

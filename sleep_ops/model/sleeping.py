@@ -80,6 +80,7 @@ _FREE = (
     "attention_backend",
     "impl",
     "activation_checkpointing",
+    "recompute",
     "initializer_range",
     "backprop_passes",
 )
@@ -279,6 +280,8 @@ class SleepingModel:
                 pieces.append((span.starts, span.lengths, logits))
                 if plan.labels is not None and any(marked(plan.loss, span.starts, span.lengths)):
                     losses.append(_loss(plan, span, logits))
+                elif plan.labels is not None:
+                    losses.append(0 * h.float().sum())  # where all windows are wanted, all take part in the backward
         logits, positions = rows.unpack(pieces)
         if plan.labels is not None:
             loss = sum(losses) / plan.loss_tokens

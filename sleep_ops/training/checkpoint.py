@@ -1,26 +1,39 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoints that are either whole or not there, for any number of processes.
 
-A checkpoint is a folder `step-00000600` with model.safetensors, state.pt (optimisers, random
-generators, position in the data) and manifest.json (sizes and SHA-256 of the other two). It is
-written under a temporary name, flushed to disk and then renamed, so a folder with the final name is
-complete; the manifest catches what happens to it afterwards.
+A checkpoint is a folder `step-00000600`:
+
+    shard-00001-*.safetensors, ...   what each process kept, by torch.distributed.checkpoint:
+                                     model.NAME            parameters and buffers
+                                     optimizer.NAME.KEY    states of the optimisers
+                                     rng.RANK.DEVICE       random generators
+    state.json                       plain values: the position in the data, counts
+    manifest.json                    sizes and SHA-256 of the others
+
+It is written under a temporary name, flushed to disk and then renamed, so a folder with the final
+name is complete; the manifest catches what happens to it afterwards. Nothing in it is a pickle.
 """
 
 import hashlib
 import json
-import pickle
 import re
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sleep_ops.files import remove, whole_folder
+from sleep_ops.training.parallel import World
 
-MODEL_FILE, STATE_FILE, MANIFEST_FILE = "model.safetensors", "state.pt", "manifest.json"
-_VERSION = 1
+STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
+MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."  # what names of tensors begin with
+_VERSION = 2
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -30,9 +43,51 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A whole one. tensors: the shape and dtype of each, by name."""
+
+    path: Path
     step: int
-    model: dict[str, torch.Tensor]
     state: dict
+    tensors: dict[str, tuple[torch.Size, torch.dtype]]
+
+    def fill(self, tensors: dict[str, Tensor], world: World | None = None) -> None:
+        """Read what is called so into the given tensors, each process its own parts of sharded ones.
+
+        Raises CheckpointError for a name or shape that is not in the checkpoint, and for a file
+        that can't be read.
+        """
+        for name, tensor in tensors.items():
+            found = self.tensors.get(name, (None,))[0]
+            if found != tensor.shape:
+                got = "none" if found is None else list(found)
+                raise CheckpointError(f"{self.path}: expected {name} of shape {list(tensor.shape)}, got {got}")
+        import torch.distributed.checkpoint as dcp
+
+        alone = world is None or world.size == 1
+        try:
+            reader = dcp.HuggingFaceStorageReader(str(self.path))
+            dcp.load(tensors, storage_reader=reader, process_group=None if alone else world.hosts, no_dist=alone)
+        except (OSError, SafetensorError, dcp.CheckpointException) as error:
+            raise CheckpointError(f"{self.path}: incomplete or damaged ({error})") from error
+
+    def read(self, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors whose names begin so, without it, whole and on the CPU."""
+        found = {
+            n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in self.tensors.items() if n.startswith(prefix)
+        }
+        self.fill(found)
+        return {name.removeprefix(prefix): x for name, x in found.items()}
+
+
+class Saving:
+    """A checkpoint that is being written."""
+
+    def __init__(self, world: World, written: Future):
+        self.world, self._written = world, written
+
+    def wait(self) -> Path:
+        """Its folder, once it is whole; every process has to ask. CheckpointError where it could not be written."""
+        return self.world.on_main(self._written.result)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -40,26 +95,51 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: dict[str, torch.Tensor], state: dict, *, keep: int | None = None
-) -> Path:
-    """Write `folder`/step-XXXXXXXX and delete all but the newest `keep`.
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict,
+    *,
+    keep: int | None = None,
+    world: World | None = None,
+) -> Saving:
+    """Begin to write `folder`/step-XXXXXXXX; once it is there, all but the newest `keep` are deleted.
 
-    model: a state dict.
-    state: nested dicts, lists, numbers, strings and tensors only (it is read with weights_only).
+    tensors: by names as above; they are copied before this returns, and may change then.
+    state: values for JSON.
+    world: every process calls this, with tensors of its own and with its parts of sharded ones.
     """
-    final = checkpoint_path(folder, step)
-    with whole_folder(final) as temporary:
-        # Cloned one by one: safetensors refuses tensors that share memory, as tied weights do.
-        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.items()}
-        save_file(tensors, temporary / MODEL_FILE, metadata={"format": "pt", "step": str(step)})
-        torch.save(state, temporary / STATE_FILE)
-        files = {name: _fingerprint(temporary / name) for name in (MODEL_FILE, STATE_FILE)}
-        manifest = {"version": _VERSION, "step": step, "files": files}
-        (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    if keep is not None:
-        for old in list_checkpoints(folder)[:-keep]:
-            remove(old)
-    return final
+    import torch.distributed.checkpoint as dcp
+
+    world, final, stack = world or World(), checkpoint_path(folder, step), ExitStack()
+    temporary = world.on_main(lambda: stack.enter_context(whole_folder(final)))
+    with stack:
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        written: Future = dcp.async_save(tensors, storage_writer=writer, process_group=world.writers)  # type: ignore[assignment]
+        unfinished = stack.pop_all()
+
+    def finish() -> Path:
+        with unfinished:
+            try:
+                written.result()
+            except dcp.CheckpointException as error:
+                (first, _), *_ = error.failures.values()
+                raise CheckpointError(f"{final}: not written ({first})") from error
+            (temporary / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+            files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+            manifest = {"version": _VERSION, "step": step, "files": files}
+            (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        if keep is not None:
+            for old in list_checkpoints(folder)[:-keep]:
+                remove(old)
+        return final
+
+    if not world.main:
+        return Saving(world, written)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    finished = pool.submit(finish)
+    pool.shutdown(wait=False)
+    return Saving(world, finished)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -70,26 +150,31 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint folder, on the CPU.
+def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
+    """What one checkpoint folder holds; its tensors are read when they are asked for.
 
-    Raises CheckpointError unless every byte is as it was written.
+    Raises CheckpointError unless every byte is as it was written (verify=False: unless all files
+    are there).
     """
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
         if manifest["version"] != _VERSION:
             raise CheckpointError(f"{path}: expected checkpoint version {_VERSION}, got {manifest['version']!r}")
-        for name in (MODEL_FILE, STATE_FILE):
-            if _fingerprint(path / name) != manifest["files"][name]:
+        for name, expected in manifest["files"].items():
+            size = (path / name).stat().st_size
+            if size != expected["bytes"] or (verify and _fingerprint(path / name) != expected):
                 raise CheckpointError(f"{path / name}: damaged (it is not what the manifest describes)")
-        model = load_file(path / MODEL_FILE)
-        state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
-        return Checkpoint(int(manifest["step"]), model, state)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        import torch.distributed.checkpoint as dcp
+
+        found = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        tensors = {name: (x.size, x.properties.dtype) for name, x in found.items()}  # type: ignore[union-attr]
+        return Checkpoint(path, int(manifest["step"]), state, tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: incomplete or damaged ({error})") from error
 
 
-def load_newest(folder: Path, warn) -> Checkpoint | None:
+def load_newest(folder: Path, warn: Callable[[str], object]) -> Checkpoint | None:
     """The newest checkpoint of `folder` that is whole, or None where there is none at all.
 
     `warn(text)` is told of each damaged one passed over; CheckpointError where all are damaged.
@@ -105,9 +190,51 @@ def load_newest(folder: Path, warn) -> Checkpoint | None:
     return None
 
 
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers under their names in a checkpoint, tied ones once."""
+    once, names = dict(model.named_parameters()), dict(model.named_parameters(remove_duplicate=False))
+    return {MODEL + name: x for name, x in model.state_dict().items() if name in once or name not in names}
+
+
+def optimizer_tensors(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
+    """The states of a model's optimisers, likewise."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        f"{OPTIMIZER}{names[p]}.{key}": value
+        for optimizer in optimizers
+        for p, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def load_optimizers(
+    checkpoint: Checkpoint, model: nn.Module, optimizers: Iterable[Optimizer], world: World | None = None
+) -> None:
+    """Give a model's optimisers the states of a checkpoint, laid out like its parameters."""
+    parameters, states = dict(model.named_parameters()), {}
+    for name, (shape, dtype) in checkpoint.tensors.items():
+        if name.startswith(OPTIMIZER):
+            p = parameters[name.removeprefix(OPTIMIZER).rpartition(".")[0]]
+            like = p.detach() if shape == p.shape else torch.empty(shape)
+            states[name] = torch.zeros_like(like, dtype=dtype)
+    checkpoint.fill(states, world)
+    of: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for name, value in states.items():
+        stem, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
+        of.setdefault(parameters[stem], {})[key] = value
+    for optimizer in optimizers:
+        order = [p for group in optimizer.param_groups for p in group["params"]]
+        known = {i: of[p] for i, p in enumerate(order) if p in of}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": known})
+
+
 def _fingerprint(path: Path) -> dict:
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+# Of one process, which needs no process group.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

@@ -21,13 +21,15 @@ PRECISIONS = ("auto", "bf16", "float32")
 TRAINABLE = ("all", "fast_weights")
 PASSES_SCHEDULES = ("fixed", "random", "curriculum")
 PARALLEL = ("ddp", "fsdp")
+PARAM_DTYPES = ("float32", "bf16")
+RESHARD = ("step", "call")
 CONFIG_FILE = "config.json"
 MODEL_FOLDER = "model"
 _VERSION = 1
 # What may change when a run is taken up again: none of it enters the mathematics of a step.
 _FREE_ON_RESUME = {
     *("device", "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "cuda_graph"),
-    *("stop_at", "patience", "parallel"),
+    *("stop_at", "patience", "parallel", "reshard", "replicas", "async_checkpoints", "recompute"),
 }
 _WARM_SEED = 1 << 32  # added to the seed: the two phases of fine-tuning go through the data in orders of their own
 
@@ -69,6 +71,13 @@ class TrainConfig:
     parallel              how several processes share the work: "ddp", each has the whole model; "fsdp", each keeps its
                           part of the parameters and of the optimisers' state between steps. batch_size is that of all
                           together, micro_batch that of one.
+    param_dtype           "float32", or "bf16": forward and backward compute with parameters, and gather and sum
+                          gradients, of half the size; the optimisers keep and change float32 ones.
+    reshard               with fsdp: parameters are gathered once a "step", all of them, or around each "call" of a
+                          block, for each window and pass, which needs memory for one block alone.
+    replicas              with fsdp: groups of processes that each have the whole model, shared out within the group;
+                          one a node keeps the gathering inside nodes.
+    async_checkpoints     go on training while a checkpoint is written, from a copy in the host's memory.
     cuda_graph            launch a step's forward and backward as one recorded graph, on CUDA alone; the losses are the
                           same. Batches of more than a few different loss masks go without, and so do endless passes.
     """
@@ -99,6 +108,10 @@ class TrainConfig:
     stop_at: float | None = None
     patience: int | None = None
     parallel: str = "ddp"
+    param_dtype: str = "float32"
+    reshard: str = "step"
+    replicas: int = 1
+    async_checkpoints: bool = False
 
     def __post_init__(self):
         check_counts(self, steps=1, batch_size=1, seed=0, max_skipped=1, eval_every=0, eval_samples=1)
@@ -116,11 +129,15 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)!r}")
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup + decay: expected at most 1, got {self.warmup} + {self.decay}")
-        check_flags(cuda_graph=self.cuda_graph)
+        check_flags(cuda_graph=self.cuda_graph, async_checkpoints=self.async_checkpoints)
         check_choice("trainable", self.trainable, TRAINABLE)
         check_choice("parallel", self.parallel, PARALLEL)
-        if self.cuda_graph and self.parallel == "fsdp":
-            raise ValueError("parallel: expected 'ddp' with cuda_graph, got 'fsdp'")
+        check_choice("param_dtype", self.param_dtype, PARAM_DTYPES)
+        check_choice("reshard", self.reshard, RESHARD)
+        check_counts(self, replicas=1)
+        for name, needed in (("parallel", "ddp"), ("param_dtype", "float32")):
+            if self.cuda_graph and getattr(self, name) != needed:
+                raise ValueError(f"{name}: expected {needed!r} with cuda_graph, got {getattr(self, name)!r}")
         check_choice("passes_schedule", self.passes_schedule, PASSES_SCHEDULES)
         if not 0 < self.curriculum <= 1:
             raise ValueError(f"curriculum: expected a number in (0, 1], got {self.curriculum!r}")

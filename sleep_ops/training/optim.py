@@ -59,7 +59,8 @@ def build_optimizers(
             groups(muon), lr=lr_muon, momentum=momentum, nesterov=True, ns_steps=5, adjust_lr_fn=None
         )
     if adamw:
-        optimizers["adamw"] = AdamW(groups(adamw), lr=lr_adamw, betas=(0.9, 0.95))
+        fused = all(p.is_cuda for p in adamw.values())
+        optimizers["adamw"] = AdamW(groups(adamw), lr=lr_adamw, betas=(0.9, 0.95), fused=fused)
     return optimizers
 
 

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Muon, Optimizer
+from torch.optim import Muon
+
+from sleep_ops.parameters import replaced
 
 _PATIENCE = timedelta(hours=2)  # how long processes wait for the first one, which evaluates and saves
 _BUCKET = 1 << 24  # elements in one sum of gradients
@@ -29,11 +31,13 @@ class World:
 
     rank: this one's among `size`.
     hosts: their group for messages between hosts; None for one process.
+    writers: another, for what goes on beside training: the writing of checkpoints.
     """
 
     rank: int = 0
     size: int = 1
     hosts: Any = None
+    writers: Any = None
 
     @classmethod
     def join(cls, device: torch.device) -> "World":
@@ -50,7 +54,8 @@ class World:
             atexit.register(_leave)
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=_PATIENCE))
+        groups = (dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2))
+        return cls(dist.get_rank(), dist.get_world_size(), *groups)
 
     @property
     def main(self) -> bool:
@@ -98,49 +103,66 @@ class Replicated:
     """A model that every process holds as a whole ("ddp"), and what a step does with it.
 
     model: moved to `device`; the same one in every process.
+    dtype: what its parameters are rounded to for forward and backward; the optimisers' own stay as
+        they are. None for neither.
     """
 
     matrix_optimizer = Muon
 
-    def __init__(self, model: nn.Module, world: World, device: torch.device):
-        self.model, self.world = model.to(device), world
+    def __init__(self, model: nn.Module, world: World, device: torch.device, dtype: torch.dtype | None = None):
+        self.model, self.world, self.dtype = model.to(device), world, dtype
+        self.parameters = list(model.parameters())
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Within it every process has all parameters."""
-        yield
-
-    @contextmanager
-    def gradients(self) -> Iterator[None]:
-        """Backward passes run within it, on whole parameters; after it, gradients are summed."""
-        yield
-        if self.world.size == 1:
+    def gathered(self) -> Iterator[list[nn.Parameter]]:
+        """Within it every process has all parameters, those given, to compute with."""
+        if self.dtype is None:
+            yield self.parameters
             return
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        used = [p for p, known in zip(parameters, self.used(p.grad for p in parameters), strict=True) if known]
-        for p in used:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        for bucket in _buckets([p.grad for p in used]):
-            total = self.world.sum(torch.cat([x.flatten() for x in bucket]))
-            parts = total.split([x.numel() for x in bucket])
-            torch._foreach_copy_(bucket, [part.view_as(x) for part, x in zip(parts, bucket, strict=True)])
+        with replaced(self.model, lambda _, p: nn.Parameter(p.detach().to(self.dtype), p.requires_grad)) as rounded:
+            yield list(rounded.values())
 
-    def used(self, gradients: Iterator[Tensor | None]) -> list[int]:
-        """Which of the gradients any process has; what none has stays None, as in one process."""
-        return self.world.max([x is not None for x in gradients])
+    @contextmanager
+    def gradients(self, alike: bool = False) -> Iterator[None]:
+        """Backward passes run within it; after it, their gradients are summed over the processes.
+
+        alike: the processes will call the same blocks in the same order, backward too.
+        """
+        with self.gathered() as parameters:
+            yield
+        self._take(parameters)
+
+    def _take(self, parameters: list[nn.Parameter]) -> None:
+        """Sum the gradients of these into those of the optimisers' parameters.
+
+        What no process has a gradient of stays without, as in one process.
+        """
+        found = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        known = self.world.max([x is not None for x in found])
+        for i, p in enumerate(parameters):
+            if known[i] and found[i] is None:
+                found[i] = torch.zeros_like(p)
+        self._sum(found)
+
+    def _sum(self, gradients: list[Tensor | None]) -> None:
+        pairs = [(p, i) for i, p in enumerate(self.parameters) if gradients[i] is not None]
+        if self.world.size == 1:
+            for p, i in pairs:
+                p.grad, gradients[i] = gradients[i].to(p.dtype), None  # type: ignore[union-attr]
+            return
+        for bucket in _buckets(pairs):
+            total = self.world.sum(torch.cat([gradients[i].flatten().to(p.dtype) for p, i in bucket]))
+            for (p, i), part in zip(bucket, total.split([p.numel() for p, _ in bucket]), strict=True):
+                p.grad, gradients[i] = part.view_as(p).clone(), None
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Clip the gradients to a global norm, and return what it was."""
         return nn.utils.clip_grad_norm_(parameters, limit)
-
-    def whole(self, state: Any) -> Any:
-        """Nested dicts and lists with every tensor whole; for the first process alone."""
-        return state
-
-    def split(self, state: dict, optimizer: Optimizer) -> dict:
-        """An optimiser's whole state, as this process keeps it."""
-        return state
 
 
 def local_device(device: str) -> str:
@@ -166,13 +188,15 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype each, in order, with about _BUCKET elements."""
-    for dtype in dict.fromkeys(x.dtype for x in tensors):
+def _buckets(pairs: list[tuple[nn.Parameter, int]]) -> Iterator[list[tuple[nn.Parameter, int]]]:
+    """Parameters of one dtype each, in order, with about _BUCKET elements."""
+    for dtype in dict.fromkeys(p.dtype for p, _ in pairs):
         bucket, size = [], 0
-        for x in (x for x in tensors if x.dtype == dtype):
-            bucket.append(x)
-            size += x.numel()
+        for p, i in pairs:
+            if p.dtype != dtype:
+                continue
+            bucket.append((p, i))
+            size += p.numel()
             if size >= _BUCKET:
                 yield bucket
                 bucket, size = [], 0

@@ -19,7 +19,7 @@ from sleep_ops.layers.block import Block
 from sleep_ops.layers.mixer import GDNMixer
 from sleep_ops.model.hybrid import HybridConfig, SleepHybridModel
 from sleep_ops.tasks import Task, build_task
-from sleep_ops.training.checkpoint import Checkpoint, load_newest
+from sleep_ops.training.checkpoint import Checkpoint, load_newest, model_tensors
 from sleep_ops.training.config import CONFIG_FILE, RunConfig, resolve_device
 
 METRICS_FILE, EVAL_FILE, CHECKPOINTS, BOARD = "metrics.csv", "eval.csv", "checkpoints", "tensorboard"
@@ -71,7 +71,7 @@ def load_run(folder: Path, *, device: str = "auto", warn=print) -> tuple[RunConf
     if checkpoint is None:
         raise ValueError(f"{folder}: expected a trained run, but it has no checkpoint yet")
     model = build_model(config, weights=False)
-    model.load_state_dict(checkpoint.model)
+    checkpoint.fill(model_tensors(model))
     return config, build_task(config.task), model.to(resolve_device(device)).eval(), checkpoint.step
 
 

@@ -1,28 +1,39 @@
 """A model split over the processes of a run by FSDP2, and Muon for matrices that are.
 
-Between steps a process holds its part of every parameter and of the optimiser's state. For a step
-the parameters are gathered once, block by block, and let go after the last backward, instead of
-around every call of a block: there is one for each window and pass, and how many depends on the
-rows a process has.
+Between steps a process holds its part of every parameter and of the optimisers' states. For a step
+parameters are gathered, in one of two ways:
+
+    "step"   all at once, before the first forward; freed after the last backward
+    "call"   those of a block around each of its calls, which are one for every window and pass, and
+             again around its backward, by FSDP2's hooks
+
+Gradients are summed once a step: windows and passes share the weights, so a gradient is complete
+only when the first window's backward is. Until then a process holds them whole.
 """
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
-from torch.optim import Muon, Optimizer
+from torch.optim import Muon
 
+from sleep_ops.layers.block import Block
+from sleep_ops.layers.sharded import gathered
 from sleep_ops.training.parallel import Replicated, World
+
+_REPLICATE, _SHARD = "replicate", "shard"
 
 
 class ShardedMuon(Muon):
-    """Muon for sharded matrices: momentum stays in parts, updates are orthogonalised whole."""
+    """Muon for sharded matrices: momentum stays in parts, updates are orthogonalised whole.
+
+    Each is so in one of the processes that share a matrix, which take turns.
+    """
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -30,95 +41,130 @@ class ShardedMuon(Muon):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        turn = 0
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, group)
+                    self._update(p, group, turn)
+                    turn += 1
         return loss
 
-    def _update(self, p: nn.Parameter, group: dict) -> None:
+    def _update(self, p: nn.Parameter, group: dict, turn: int) -> None:
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p.grad)
         part, gradient, buffer = (x.to_local() for x in (p, p.grad, state["momentum_buffer"]))
         buffer.lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+        mesh, placements = p.device_mesh[_SHARD], p.placements[-1:]
+        whole = DTensor.from_local(update, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
+        whole, owner = whole.full_tensor(), turn % mesh.size()
         # One step of torch's Muon without momentum, from zero, is minus the learning rate times the whole update.
         step = nn.Parameter(torch.zeros(p.shape, device=part.device, dtype=part.dtype))
-        step.grad = _like(update, p).full_tensor()
-        kept = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
-        Muon([step], weight_decay=0.0, momentum=0.0, nesterov=False, **kept).step()
+        if mesh.get_local_rank() == owner:
+            step.grad = whole
+            kept = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+            Muon([step], weight_decay=0.0, momentum=0.0, nesterov=False, **kept).step()
         part.mul_(1 - group["lr"] * group["weight_decay"])
-        part.add_(_split(step.detach(), p).to_local())
+        part.add_(distribute_tensor(step.detach(), mesh, placements, src_data_rank=owner).to_local())
 
 
 class Sharded(Replicated):
-    """A model whose parameters the processes share out ("fsdp")."""
+    """A model whose parameters the processes share out ("fsdp").
+
+    dtype: what parameters are gathered in; gradients of it are summed in the parameters' own.
+    reshard: "step" or "call", see above.
+    replicas: groups of processes that each have the whole model, shared out within (HSDP).
+    """
 
     matrix_optimizer = ShardedMuon
 
-    def __init__(self, model: nn.Module, world: World, device: torch.device):
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        *,
+        reshard: str = "step",
+        replicas: int = 1,
+    ):
         marks = {name: dict(vars(p)) for name, p in model.named_parameters()}
-        options = dict(mesh=init_device_mesh(device.type, (world.size,)), reshard_after_forward=False)
+        shape, names = (world.size,), (_SHARD,)
+        if replicas > 1:
+            shape, names = (replicas, world.size // replicas), (_REPLICATE, _SHARD)
+        options = dict(
+            mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
+            mp_policy=MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False),
+        )
         for unit in _units(model):
             fully_shard(unit, **options)
         fully_shard(model, **options)
-        super().__init__(model, world, device)
+        super().__init__(model, world, device, dtype)
+        self.reshard = reshard
         for name, p in model.named_parameters():
             vars(p).update(marks[name])
-        model.set_requires_gradient_sync(False)
-        model.set_reshard_after_backward(False)
-        # Hooks lost to views, of which FSDP2 warns, would gather and reduce: what is done here in their place.
+        # FSDP2 warns of hooks that are lost to views: those of the root, which has nothing left to do there.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        model.set_requires_gradient_sync(False)
+        self._hooked(False)
         self.units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        whole: dict[str, nn.Parameter] = {}
+        for unit in self.units:
+            if isinstance(unit, Block):
+                gathered(unit, "replay")
+            unit.unshard()
+            whole |= {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor)}
+            unit.reshard()
+        self.whole = [whole[name] for name, _ in model.named_parameters()]
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def gathered(self) -> Iterator[list[nn.Parameter]]:
         for unit in self.units:
             unit.unshard()
         try:
-            yield
+            yield self.whole
         finally:
             for unit in self.units:
                 unit.reshard()
 
     @contextmanager
-    def gradients(self) -> Iterator[None]:
-        with self.gathered():
+    def gradients(self, alike: bool = False) -> Iterator[None]:
+        if self.reshard == "call" and alike:
+            self._hooked(True)
             yield
-            found = []
-            for p in self.model.parameters():
-                found.append(p.grad)
-                p.grad = None
-        known = self.used(found)
-        for i, p in enumerate(self.model.parameters()):
-            gradient, found[i] = found[i], None
-            if known[i]:
-                if gradient is None:
-                    gradient = torch.zeros(p.shape, device=p.device, dtype=p.dtype)
-                summed = DTensor.from_local(gradient, p.device_mesh, [Partial("sum")], run_check=False)
-                p.grad = summed.redistribute(placements=p.placements)
+            self._hooked(False)
+            self._take(self.whole)
+        else:
+            with super().gradients():
+                yield
+
+    def _hooked(self, wanted: bool) -> None:
+        """Whether FSDP2's hooks free a block's parameters after a call; the root's stay for the step."""
+        self.model.set_reshard_after_forward(wanted)  # type: ignore[operator]
+        self.model.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
+        self.model.set_reshard_after_backward(wanted)  # type: ignore[operator]
+
+    def _sum(self, gradients: list[Tensor | None]) -> None:
+        for i, p in enumerate(self.parameters):
+            gradient, gradients[i] = gradients[i], None
+            if gradient is not None:
+                mesh, whole = p.device_mesh, gradient.to(p.dtype)
+                summed = DTensor.from_local(whole, mesh, [Partial("sum")] * mesh.ndim, run_check=False)
+                parts = [*summed.placements[:-1], p.placements[-1]]
+                p.grad = summed.redistribute(placements=parts).redistribute(placements=p.placements)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state dict, whole and on the CPU, in the first process; empty in the others."""
+        found = {}
+        for name, x in self.model.state_dict().items():
+            x = x.full_tensor() if isinstance(x, DTensor) else x
+            if self.world.main:
+                found[name] = x.cpu()
+        return found
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         return super().clip(parameters, limit).full_tensor()
-
-    def whole(self, state: Any) -> Any:
-        if isinstance(state, dict):
-            return {key: self.whole(value) for key, value in state.items()}
-        if isinstance(state, list):
-            return [self.whole(value) for value in state]
-        if isinstance(state, DTensor):
-            full = state.full_tensor()
-            return full.cpu() if self.world.main else None
-        return state
-
-    def split(self, state: dict, optimizer: Optimizer) -> dict:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        parts = {
-            i: {key: _split(x, parameters[i]) if x.shape == parameters[i].shape else x for key, x in values.items()}
-            for i, values in state["state"].items()
-        }
-        return state | {"state": parts}
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
@@ -128,12 +174,3 @@ def _units(module: nn.Module) -> Iterator[nn.Module]:
             yield from child.children()
         else:
             yield from _units(child)
-
-
-def _split(whole: Tensor, p: DTensor) -> DTensor:
-    """This process's part of a tensor that all have, kept as p is."""
-    return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-
-
-def _like(part: Tensor, p: DTensor) -> DTensor:
-    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())

@@ -16,9 +16,19 @@ from torch import Tensor, nn
 
 from sleep_ops.files import check_folder
 from sleep_ops.model.hybrid import SleepHybridModel
-from sleep_ops.model.sleeping import find_sleeping
+from sleep_ops.model.sleeping import find_sleeping, sleeping
 from sleep_ops.tasks import Batch, Task, build_task
-from sleep_ops.training.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
+from sleep_ops.training.checkpoint import (
+    RNG,
+    Checkpoint,
+    Saving,
+    checkpoint_path,
+    load_checkpoint,
+    load_optimizers,
+    model_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
 from sleep_ops.training.config import RunConfig, resolve_device
 from sleep_ops.training.graph import StepGraphs
 from sleep_ops.training.logs import ProgressBar, RunLog
@@ -108,8 +118,6 @@ class Trainer:
         self.world.on_main(partial(check_folder, "out", self.out))
         checkpoint = self._newest(extend) if resume else None
         model = model or build_model(config, weights=checkpoint is None)
-        if checkpoint is not None:
-            model.load_state_dict(checkpoint.model)
         check_vocabulary(model, self.task)
         self.passes = self._passes(model)
         select_parameters(model, t.trainable)
@@ -131,6 +139,8 @@ class Trainer:
                 raise ValueError(f"cuda_graph: expected False, or a SleepHybridModel to train, got {got}")
             self.graphs = StepGraphs(self.model, partial(autocast, t.precision, self.device))
         self.step, self.skipped, self.skipped_in_row, self.seconds = 0, 0, 0, 0.0
+        self._saving: Saving | None = None
+        self._told = False  # that rows differ
         self.best: float | None = None  # of the evaluations, and how many since were no better
         self.stale = 0
         if self.world.rank:
@@ -207,12 +217,13 @@ class Trainer:
                     mark = time.perf_counter()
                 if self.step == t.steps or (t.checkpoint_every and self.step % t.checkpoint_every == 0):
                     log.flush()
-                    self.save()
+                    self.save(wait=not t.async_checkpoints)
                     saved, mark = self.step, time.perf_counter()
             coming.cancel()
             if saved < self.step:
                 log.flush()
                 self.save()
+            self._saved()
             self._stopped()  # for a signal that came while the last things were done
         return evaluation
 
@@ -233,26 +244,36 @@ class Trainer:
         with self.layout.gathered():
             return self.world.on_main(score)
 
-    def save(self) -> Path:
-        """Write a checkpoint of all the next step needs: the same for any number of processes."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        first, *others = self.world.all_gather(rng)
+    def save(self, *, wait: bool = True) -> None:
+        """Write a checkpoint of all the next step needs, or begin to; any number of processes can go on from it."""
+        self._saved()
+        tensors = model_tensors(self.model) | optimizer_tensors(self.model, self.optimizers.values())
+        tensors |= self._generators()
         state = {
-            "optimizers": {name: self.layout.whole(o.state_dict()) for name, o in self.optimizers.items()},
-            "rng": first,
-            "rng_of_others": others,
-            "data_step": self.step,
             "skipped": self.skipped,
             "skipped_in_row": self.skipped_in_row,
             "seconds": self.seconds,
             "best": self.best,
             "stale": self.stale,
         }
-        model = self.layout.whole(self.model.state_dict())
         keep = self.config.train.keep_checkpoints
-        return self.world.on_main(lambda: save_checkpoint(self.out / CHECKPOINTS, self.step, model, state, keep=keep))
+        folder = self.out / CHECKPOINTS
+        self._saving = save_checkpoint(folder, self.step, tensors, state, keep=keep, world=self.world)
+        if wait:
+            self._saved()
+
+    def _saved(self) -> None:
+        """Wait for the checkpoint that is being written, if one is."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.wait()
+
+    def _generators(self) -> dict[str, Tensor]:
+        """The states of this process's random generators, under their names in a checkpoint."""
+        found = {f"{RNG}{self.world.rank}.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            found[f"{RNG}{self.world.rank}.cuda"] = torch.cuda.get_rng_state(self.device)
+        return found
 
     def whole_model(self) -> nn.Module | None:
         """The model with all its parameters, in the first process; on the CPU if they were shared out.
@@ -261,7 +282,7 @@ class Trainer:
         """
         if type(self.layout) is Replicated:
             return self.model if self.world.main else None
-        weights = self.layout.whole(self.model.state_dict())
+        weights = self.layout.weights()
         if not self.world.main:
             return None
         model = build_model(self.config, weights=False)
@@ -304,12 +325,28 @@ class Trainer:
 
     def _loss_and_gradients(self, batch: Batch) -> Tensor:
         """The mean loss of the whole batch; its gradients, summed, are left in the parameters."""
-        total = int(batch.loss_mask.sum())
-        with self.layout.gradients():
-            loss = self._own_loss(batch.rows(slice(self.world.rank, None, self.world.size)), total)
+        total, alike = int(batch.loss_mask.sum()), self._alike(batch)
+        with self.layout.gradients(alike):
+            loss = self._own_loss(self._rows(batch, self.world.rank), total, alike)
         return self.world.sum(loss)
 
-    def _own_loss(self, batch: Batch, total: int) -> Tensor:
+    def _rows(self, batch: Batch, rank: int) -> Batch:
+        return batch.rows(slice(rank, None, self.world.size))
+
+    def _alike(self, batch: Batch) -> bool:
+        """Whether the processes' rows lead them through the same calls of blocks, if all windows take part."""
+        t = self.config.train
+        if t.reshard != "call" or self.world.size == 1 or batch.attention_mask is not None:
+            return False
+        settings = sleeping(self.model).settings
+        parts = [self._rows(batch, r).split(t.micro_batch or t.batch_size) for r in range(self.world.size)]
+        same = len({len(p) for p in parts}) == 1 and all(bool(x.loss_mask.any()) for p in parts for x in p)
+        if not same and not self._told:
+            self._told = True
+            self.console.print("reshard: rows differ between processes, so such a step gathers parameters all at once")
+        return same and settings.sleep_on == "every"
+
+    def _own_loss(self, batch: Batch, total: int, alike: bool) -> Tensor:
         """What these rows add to the mean loss over `total` tokens, with its gradients."""
         t, passes = self.config.train, self._scheduled_passes()
         whole = torch.zeros((), device=self.device)
@@ -321,7 +358,9 @@ class Trainer:
                     if p.grad is not None and share != 1:
                         p.grad.mul_(share)
                 return loss * share
-        given = {} if passes is None else {"passes": passes}
+        given: dict = {} if passes is None else {"passes": passes}
+        if alike:
+            given["all_logits"] = True
         for part in batch.split(t.micro_batch or t.batch_size):
             share = int(part.loss_mask.sum()) / total
             if share == 0:
@@ -369,11 +408,16 @@ class Trainer:
         return passes
 
     def _lay_out(self, model: nn.Module) -> Replicated:
-        if self.config.train.parallel == "ddp" or self.world.size == 1:
-            return Replicated(model, self.world, self.device)
+        t = self.config.train
+        dtype = None if t.param_dtype == "float32" else torch.bfloat16
+        if t.parallel == "ddp" or self.world.size == 1:
+            return Replicated(model, self.world, self.device, dtype)
         from sleep_ops.training.sharded import Sharded  # half a second to import
 
-        return Sharded(model, self.world, self.device)
+        if self.world.size % t.replicas:
+            expected = f"a divisor of the {self.world.size} processes"
+            raise ValueError(f"replicas: expected {expected}, got {t.replicas}")
+        return Sharded(model, self.world, self.device, dtype, reshard=t.reshard, replicas=t.replicas)
 
     def _newest(self, extend: bool) -> Checkpoint | None:
         """The checkpoint to go on from: the first process chooses it, and all read it."""
@@ -390,7 +434,7 @@ class Trainer:
         step = self.world.on_main(look)
         if step is None or self.world.main:
             return found
-        return load_checkpoint(checkpoint_path(self.out / CHECKPOINTS, step))
+        return load_checkpoint(checkpoint_path(self.out / CHECKPOINTS, step), verify=False)
 
     def _begin(self, resumed: bool) -> None:
         """Make the run's folder, or check that it is free to go on in."""
@@ -404,18 +448,17 @@ class Trainer:
         self.config.save(self.out)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(self.layout.split(state["optimizers"][name], optimizer))
-        known = [state["rng"], *state.get("rng_of_others", [])]
-        if self.world.rank < len(known):
-            rng = known[self.world.rank]
-            torch.set_rng_state(rng["cpu"])
-            if self.device.type == "cuda" and "cuda" in rng:
-                torch.cuda.set_rng_state(rng["cuda"], self.device)
-        self.step, self.seconds = state["data_step"], state["seconds"]
+        state, world = checkpoint.state, self.world
+        checkpoint.fill(model_tensors(self.model), world)
+        load_optimizers(checkpoint, self.model, self.optimizers.values(), world)
+        # Fewer processes than these, or some without a GPU, may have written it.
+        known = {name: x for name, x in self._generators().items() if name in checkpoint.tensors}
+        checkpoint.fill(known, world)
+        for name, x in known.items():
+            torch.set_rng_state(x) if name.endswith("cpu") else torch.cuda.set_rng_state(x, self.device)
+        self.step, self.seconds = checkpoint.step, state["seconds"]
         self.skipped, self.skipped_in_row = state["skipped"], state["skipped_in_row"]
-        self.best, self.stale = state.get("best"), state.get("stale", 0)
+        self.best, self.stale = state["best"], state["stale"]
 
     def _stopped(self) -> bool:
         """Whether any process has been sent a signal."""
