@@ -150,7 +150,7 @@ class Replicated:
         pairs = [(p, i) for i, p in enumerate(self.parameters) if gradients[i] is not None]
         if self.world.size == 1:
             for p, i in pairs:
-                p.grad, gradients[i] = gradients[i].to(p.dtype), None  # type: ignore[union-attr]
+                p.grad, gradients[i] = gradients[i].to(p.dtype), None
             return
         for bucket in _buckets(pairs):
             total = self.world.sum(torch.cat([gradients[i].flatten().to(p.dtype) for p, i in bucket]))
