@@ -29,7 +29,7 @@ _VERSION = 1
 # What may change when a run is taken up again: none of it enters the mathematics of a step.
 _FREE_ON_RESUME = {
     *("device", "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "cuda_graph"),
-    *("stop_at", "patience", "parallel", "reshard", "replicas", "async_checkpoints", "recompute"),
+    *("stop_at", "patience", "parallel", "reshard", "replicas", "async_checkpoints", "recompute", "offload"),
 }
 _WARM_SEED = 1 << 32  # added to the seed: the two phases of fine-tuning go through the data in orders of their own
 
@@ -77,6 +77,7 @@ class TrainConfig:
                           block, for each window and pass, which needs memory for one block alone.
     replicas              with fsdp: groups of processes that each have the whole model, shared out within the group;
                           one a node keeps the gathering inside nodes.
+    offload               keep what the backward needs in the host's memory; little, with activation checkpointing.
     async_checkpoints     go on training while a checkpoint is written, from a copy in the host's memory.
     cuda_graph            launch a step's forward and backward as one recorded graph, on CUDA alone; the losses are the
                           same. Batches of more than a few different loss masks go without, and so do endless passes.
@@ -111,6 +112,7 @@ class TrainConfig:
     param_dtype: str = "float32"
     reshard: str = "step"
     replicas: int = 1
+    offload: bool = False
     async_checkpoints: bool = False
 
     def __post_init__(self):
@@ -129,13 +131,13 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)!r}")
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup + decay: expected at most 1, got {self.warmup} + {self.decay}")
-        check_flags(cuda_graph=self.cuda_graph, async_checkpoints=self.async_checkpoints)
+        check_flags(cuda_graph=self.cuda_graph, offload=self.offload, async_checkpoints=self.async_checkpoints)
         check_choice("trainable", self.trainable, TRAINABLE)
         check_choice("parallel", self.parallel, PARALLEL)
         check_choice("param_dtype", self.param_dtype, PARAM_DTYPES)
         check_choice("reshard", self.reshard, RESHARD)
         check_counts(self, replicas=1)
-        for name, needed in (("parallel", "ddp"), ("param_dtype", "float32")):
+        for name, needed in (("parallel", "ddp"), ("param_dtype", "float32"), ("offload", False)):
             if self.cuda_graph and getattr(self, name) != needed:
                 raise ValueError(f"{name}: expected {needed!r} with cuda_graph, got {getattr(self, name)!r}")
         check_choice("passes_schedule", self.passes_schedule, PASSES_SCHEDULES)

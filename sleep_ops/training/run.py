@@ -26,16 +26,18 @@ METRICS_FILE, EVAL_FILE, CHECKPOINTS, BOARD = "metrics.csv", "eval.csv", "checkp
 OWN = (CHECKPOINTS, BOARD, METRICS_FILE, EVAL_FILE)  # what a run writes beside its configuration
 
 
-def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
-    """The model a run begins with, on the CPU; new weights are drawn from the run's seed.
+def build_model(config: RunConfig, *, weights: bool = True, device: str = "cpu") -> nn.Module:
+    """The model a run begins with; new weights are drawn from the run's seed.
 
     weights: False leaves those of a checkpoint folder unread, for a model whose own are about to be
         loaded.
+    device: "cpu", or "meta" for a model without values, which needs no memory.
     """
     torch.manual_seed(config.train.seed)
-    if "folder" in config.model:
-        return load_model(**config.model, weights=weights)
-    return SleepHybridModel(HybridConfig.from_dict(config.model))
+    with torch.device(device):
+        if "folder" in config.model:
+            return load_model(**config.model, weights=weights and device != "meta")
+        return SleepHybridModel(HybridConfig.from_dict(config.model))
 
 
 def select_parameters(model: nn.Module, trainable: str) -> list[nn.Parameter]:

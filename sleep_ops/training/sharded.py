@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -72,6 +73,8 @@ class ShardedMuon(Muon):
 class Sharded(Replicated):
     """A model whose parameters the processes share out ("fsdp").
 
+    model: those but the first may give one on the meta device; parameters and buffers are then the
+        first one's.
     dtype: what parameters are gathered in; gradients of it are summed in the parameters' own.
     reshard: "step" or "call", see above.
     replicas: groups of processes that each have the whole model, shared out within (HSDP).
@@ -90,6 +93,8 @@ class Sharded(Replicated):
         replicas: int = 1,
     ):
         marks = {name: dict(vars(p)) for name, p in model.named_parameters()}
+        (empty,) = world.max([any(p.is_meta for p in model.parameters())])
+        given = {name: p.detach() for name, p in model.named_parameters()} if empty else {}
         shape, names = (world.size,), (_SHARD,)
         if replicas > 1:
             shape, names = (replicas, world.size // replicas), (_REPLICATE, _SHARD)
@@ -100,7 +105,10 @@ class Sharded(Replicated):
         for unit in _units(model):
             fully_shard(unit, **options)
         fully_shard(model, **options)
+        if empty and not world.main:
+            model.to_empty(device=device)
         super().__init__(model, world, device, dtype)
+        self._hand_out(given)
         self.reshard = reshard
         for name, p in model.named_parameters():
             vars(p).update(marks[name])
@@ -117,6 +125,19 @@ class Sharded(Replicated):
             whole |= {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor)}
             unit.reshard()
         self.whole = [whole[name] for name, _ in model.named_parameters()]
+
+    @torch.no_grad()
+    def _hand_out(self, given: dict[str, Tensor]) -> None:
+        """Give every process its parts of the first one's parameters, one at a time, and the buffers."""
+        if not given:
+            return
+        for name, p in self.model.named_parameters():
+            whole = given.pop(name)
+            device = p.to_local().device
+            whole = whole.to(device) if self.world.main else torch.empty(p.shape, dtype=p.dtype, device=device)
+            p.to_local().copy_(distribute_tensor(whole, p.device_mesh, p.placements).to_local())
+        for buffer in self.model.buffers():
+            dist.broadcast(buffer, 0)
 
     @contextmanager
     def gathered(self) -> Iterator[list[nn.Parameter]]:

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 
 from sleep_ops.files import check_folder
 from sleep_ops.model.hybrid import SleepHybridModel
@@ -117,7 +118,9 @@ class Trainer:
         self.task = task or build_task(config.task)
         self.world.on_main(partial(check_folder, "out", self.out))
         checkpoint = self._newest(extend) if resume else None
-        model = model or build_model(config, weights=checkpoint is None)
+        # Where the processes share out the model, one alone has to have it as a whole.
+        place = "meta" if self._shared and not self.world.main else "cpu"
+        model = model or build_model(config, weights=checkpoint is None, device=place)
         check_vocabulary(model, self.task)
         self.passes = self._passes(model)
         select_parameters(model, t.trainable)
@@ -365,7 +368,8 @@ class Trainer:
             share = int(part.loss_mask.sum()) / total
             if share == 0:
                 continue
-            with autocast(t.precision, self.device):
+            offload = save_on_cpu(self.device.type == "cuda") if t.offload else nullcontext()
+            with autocast(t.precision, self.device), offload:
                 out = self.model(part.input_ids, **part.arguments(), return_state=False, **given)
             loss = out.loss * share
             loss.backward()
@@ -407,10 +411,14 @@ class Trainer:
             raise ValueError(f"passes_schedule: expected 'fixed' for a model with passes {passes}, got {schedule!r}")
         return passes
 
+    @property
+    def _shared(self) -> bool:
+        return self.config.train.parallel == "fsdp" and self.world.size > 1
+
     def _lay_out(self, model: nn.Module) -> Replicated:
         t = self.config.train
         dtype = None if t.param_dtype == "float32" else torch.bfloat16
-        if t.parallel == "ddp" or self.world.size == 1:
+        if not self._shared:
             return Replicated(model, self.world, self.device, dtype)
         from sleep_ops.training.sharded import Sharded  # half a second to import
 
