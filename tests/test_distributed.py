@@ -23,7 +23,7 @@ from sleep_ops.experiments import finetuned, sweep
 from sleep_ops.experiments.figures import load_figure
 from sleep_ops.files import read_csv
 from sleep_ops.tasks import Rule110
-from sleep_ops.training import RunConfig, TrainConfig, Trainer, TrainingDiverged, graph, load_run
+from sleep_ops.training import RunConfig, TrainConfig, Trainer, TrainingDiverged, graph, load_run, trainer
 from sleep_ops.training.checkpoint import list_checkpoints, load_checkpoint
 from sleep_ops.training.finetune import FinetuneConfig, finetune
 from sleep_ops.training.parallel import World, local_device
@@ -97,11 +97,14 @@ def gradients(run):
     return loss, found
 
 
-def tuning(folder, **way):
-    """Fine-tuning of the tiny checkpoint in `folder`, in two phases."""
+TUNED = {"ouro": dict(insert=(0, 2)), "qwen3_5": dict(sleep_kind="replay", passes=3)}
+
+
+def tuning(folder, family, **way):
+    """Fine-tuning of a tiny checkpoint in `folder`, in two phases."""
     train = replace(TRAIN, steps=2, batch_size=4, eval_every=0, **way)
-    settings = dict(window=8, passes=2, eviction="sliding", insert=(0, 2))
-    return FinetuneConfig(str(folder / "ouro"), Rule110(t=1, strings=2, bits=8).to_dict(), settings, train, 1)
+    settings = dict(window=8, passes=2, eviction="sliding") | TUNED[family]
+    return FinetuneConfig(str(folder / family), Rule110(t=1, strings=2, bits=8).to_dict(), settings, train, 1)
 
 
 def stepped(run, distribute):
@@ -167,7 +170,12 @@ def worker(rank, port, folder):
     run = make(folder / "graphed", "replay")
     run.graphs = graph.StepGraphs(run.model, nullcontext)
     found["graphed"] = gradients(run), gradients(run)
-    found["finetune"] = finetune(tuning(folder, parallel="fsdp"), folder / "tuned-by-two", console=QUIET)
+    build, devices = trainer.build_model, []
+    trainer.build_model = lambda *args, **kwargs: devices.append(kwargs.get("device", "cpu")) or build(*args, **kwargs)
+    for family, reshard in zip(TUNED, ("step", "call"), strict=True):
+        settings = tuning(folder, family, parallel="fsdp", reshard=reshard)
+        found["finetune", family] = finetune(settings, folder / f"{family}-by-two", console=QUIET)
+    trainer.build_model, found["devices"] = build, devices
     found["stepped"] = stepped(
         make(folder / "stepped", parallel="fsdp"),
         lambda x, p: distribute_tensor(x, p.device_mesh, p.placements),
@@ -201,8 +209,9 @@ def folder(tmp_path_factory):
         run.fit()
     for way in WAYS:
         make(folder / f"one-then-{way}").fit(until=2)
-    plain(folder / "ouro", "ouro")
-    finetune(tuning(folder), folder / "tuned-by-one", console=QUIET)
+    for family in TUNED:
+        plain(folder / family, family)
+        finetune(tuning(folder, family), folder / f"{family}-by-one", console=QUIET)
     word_tokenizer(plain(folder / "words", "ouro"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -343,15 +352,22 @@ def test_a_graphed_step_has_the_same_gradients(folder, ranks):
 
 
 @pytest.mark.slow
-def test_finetuning_writes_the_model_of_one_process(folder, ranks):
-    assert all(rank["finetune"].finished for rank in ranks)
-    found, expected = (load_model(folder / name / "model").state_dict() for name in ("tuned-by-two", "tuned-by-one"))
+@pytest.mark.parametrize("family", TUNED)
+def test_finetuning_writes_the_model_of_one_process(family, folder, ranks):
+    assert all(rank["finetune", family].finished for rank in ranks)
+    names = f"{family}-by-two", f"{family}-by-one"
+    found, expected = (load_model(folder / name / "model").state_dict() for name in names)
     assert found.keys() == expected.keys()
     for name, x in expected.items():
         torch.testing.assert_close(found[name], x, rtol=0, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
     for phase in ("warm", "full"):
-        one, two = (metrics(folder / name / phase) for name in ("tuned-by-one", "tuned-by-two"))
+        one, two = (metrics(folder / name / phase) for name in names)
         torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-3, atol=0)
+
+
+@pytest.mark.slow
+def test_one_process_alone_builds_a_model_with_values(ranks):
+    assert set(ranks[0]["devices"]) == {"cpu"} and set(ranks[1]["devices"]) == {"meta"}
 
 
 @pytest.mark.slow

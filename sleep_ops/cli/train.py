@@ -29,7 +29,7 @@ train_app = typer.Typer(cls=TaskCommands, help="Train a hybrid model on a task."
 MODEL_FIELDS = (
     *("layers", "hidden_size", "num_heads", "head_dim", "gdn_head_v_dim", "window", "passes", "loop", "eviction"),
     *("sleep_kind", "sleep_on", "conv_boundary", "backprop_passes", "loop_gate", "reinject", "rule"),
-    *("allow_neg_eigval", "initializer_range", "activation_checkpointing", "recompute"),
+    *("allow_neg_eigval", "initializer_range", "windows_at_once", "activation_checkpointing", "recompute"),
 )
 
 

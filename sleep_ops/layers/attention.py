@@ -24,13 +24,25 @@ class SpanContext:
     cache_lengths: keys each row's caches hold before them.
     position: each row's absolute position of its first token here.
     window: L, or None for no limit.
+    windows: how many windows of a text stand in a row's place, as rows one after another, of which
+        each is read as if it were alone but for fast weights, which go on from one to the next.
+    passes: over each of those before the next one begins, of blocks that are replayed.
     """
 
     def __init__(
-        self, lengths: Lengths, cache_lengths: Lengths, position: Lengths, window: int | None, device: torch.device
+        self,
+        lengths: Lengths,
+        cache_lengths: Lengths,
+        position: Lengths,
+        window: int | None,
+        device: torch.device,
+        *,
+        windows: int = 1,
+        passes: int | float = 1,
     ):
         self.lengths, self.cache_lengths, self.position = lengths, cache_lengths, position
-        self.window, self.device = window, device
+        self.window, self.device, self.windows = window, device, windows
+        self.sleep = {} if windows == 1 else {"passes": passes, "window": window}
         self.width = max(lengths)
         ragged_rows = not ragged.uniform(lengths)
         self.length_tensor = ragged.tensor(lengths, device) if ragged_rows else None
@@ -38,6 +50,14 @@ class SpanContext:
         self.shared: dict[str, object] = {}  # what the blocks of another model work out once for all of them
         self._masks: dict[int | None, Tensor] = {}
         self._rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
+
+    def joined(self, x: Tensor) -> Tensor:
+        """Rows that are windows, `[B * windows, L, ...]`, as those of texts, `[B, windows * L, ...]`."""
+        return x if self.windows == 1 else x.unflatten(0, (-1, self.windows)).flatten(1, 2)
+
+    def parted(self, x: Tensor) -> Tensor:
+        """The inverse of `joined`."""
+        return x if self.windows == 1 else x.unflatten(1, (self.windows, -1)).flatten(0, 1)
 
     def mask(self, window: int | None) -> Tensor | None:
         """Which keys the queries see where each sees at most `window`: see `visible_keys`.

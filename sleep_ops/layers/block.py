@@ -53,9 +53,9 @@ class Block(nn.Module):
         """
         x = self.mixer_norm(h)
         if self.fast_weights:
-            y, state, writes = self.mixer(
-                x, state=state, lengths=context.length_tensor, output=output, return_writes=True
-            )
+            given = dict(state=state, lengths=context.length_tensor, output=output, return_writes=True)
+            y, state, writes = self.mixer(context.joined(x), **given, **context.sleep)
+            y = context.parted(y) if output else y
         else:
             (y, state), writes = self.mixer(x, state, context, output=output), None
         if not output:

@@ -99,6 +99,8 @@ class GDNMixer(nn.Module):
         return_state: bool = False,
         return_writes: bool = False,
         output: bool = True,
+        passes: int | float | None = None,
+        window: int | None = None,
     ) -> Tensor | None | tuple[Tensor | None, GDNState] | tuple[Tensor | None, GDNState, ReplayInputs]:
         """Mix the tokens of x.
 
@@ -111,18 +113,21 @@ class GDNMixer(nn.Module):
             tokens.
         cu_seqlens: int32 or int64 [num_seqs + 1], borders of sequences packed into B = 1.
         output: False gives None for y, and computes no more than the rest needs.
+        passes, window: instead of the layer's; both or neither.
 
         Returns y, (y, state) with `return_state`, or (y, state, writes) with `return_writes`: what
         `replay` takes, the real tokens at the left of their row. Raises ValueError for a wrong
         shape, dtype or device, or for more than one of attention_mask, lengths and cu_seqlens.
         """
         self._check(x, state, attention_mask, lengths, cu_seqlens)
+        sleep = (self.passes, self.window) if passes is None else (passes, window)
         if attention_mask is None:
-            y, state, writes = self._mix(x, state, lengths, cu_seqlens, output)
+            y, state, writes = self._mix(x, state, lengths, cu_seqlens, output, *sleep)
         else:
             place, lengths = _left_places(attention_mask != 0)
             place = place[..., None].expand_as(x)
-            y, state, writes = self._mix(torch.zeros_like(x).scatter(1, place, x), state, lengths, None, output)
+            x = torch.zeros_like(x).scatter(1, place, x)
+            y, state, writes = self._mix(x, state, lengths, None, output, *sleep)
             y = y.gather(1, place) if output else None
         if return_writes:
             return y, state, writes
@@ -144,13 +149,13 @@ class GDNMixer(nn.Module):
         writes = _closed(writes, lengths)
         return delta_rule_state(*writes, passes=passes, initial_state=fast_weights, **self._rule_options())
 
-    def _mix(self, x, state, lengths, cu_seqlens, output):
+    def _mix(self, x, state, lengths, cu_seqlens, output, passes, window):
         if lengths is not None:
             x = x.masked_fill(_padded(x, lengths), 0)  # whatever stands there, NaN included, reaches no gradient
         fast_weights, conv_state = (None, None) if state is None else state
         options = self._rule_options()
         before = dict(initial_state=fast_weights, cu_seqlens=cu_seqlens)
-        sleep = dict(passes=self.passes, window=self.window)
+        sleep = dict(passes=passes, window=window)
         if not output:
             writes, conv_state = self._project_writes(x, conv_state, lengths, cu_seqlens)
             writes = _closed(writes, lengths)
@@ -158,7 +163,7 @@ class GDNMixer(nn.Module):
 
         q, writes, conv_state, gate = self._project(x, conv_state, lengths, cu_seqlens)
         writes = _closed(writes, lengths)
-        if self.passes > 1:
+        if passes > 1:
             sleep["output_pass"] = self.output_pass
             o, fast_weights = sleep_gated_delta_rule(q, *writes, **sleep, **before, **options)
         elif x.shape[1] == 1 and fast_weights is not None and cu_seqlens is None:

@@ -47,6 +47,9 @@ class SleepSettings:
     backprop_passes: gradients go through the last so many passes of every sleep, and what the first of them starts from
         is taken as given, so nothing is learnt through a sleep of more; None for all. For refining alone.
     attention_backend: "auto", "flash" or "torch" (see `causal_attention`); impl: kernels (see `gated_delta_rule`).
+    windows_at_once: read all whole windows of a text at once, where no window needs what a later pass over another
+        computed: with one pass or by replay, in any case with hard eviction and sleep_on "every", of rows in phase.
+        More work for the device at a time, and the activations of all windows.
     activation_checkpointing: recompute activations in the backward pass instead of storing them; what is replayed stays
         stored.
     recompute: how much at a time: a "pass" over a window, or a "block"'s part of it, which stores a hidden state for
@@ -63,6 +66,7 @@ class SleepSettings:
     backprop_passes: int | None = None
     attention_backend: str = "auto"
     impl: str = "auto"
+    windows_at_once: bool = False
     activation_checkpointing: bool = False
     recompute: str = "pass"
 
@@ -74,7 +78,10 @@ class SleepSettings:
                 check_count(name, getattr(self, name))
         if self.backprop_passes is not None:
             expect(self.sleep_kind == "refine", "backprop_passes", "None where sleep_kind is 'replay'", self.sleep_kind)
-        check_flags(activation_checkpointing=self.activation_checkpointing)
+        check_flags(windows_at_once=self.windows_at_once, activation_checkpointing=self.activation_checkpointing)
+        if self.windows_at_once:
+            for name, needed in (("eviction", "hard"), ("sleep_on", "every")):
+                expect(getattr(self, name) == needed, name, f"{needed!r} with windows_at_once", getattr(self, name))
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         self.resolve_passes(self.passes)

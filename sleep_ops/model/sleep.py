@@ -66,6 +66,12 @@ class Reading:
         stack, N = self.stack, self.passes
         for span in self.spans:
             h = self.embed(ragged.take(self.ids, span.starts, span.lengths))  # h <- Embed(c)
+            if span.windows:  # all at once
+                h, self.state = stack.read(h, self.state, span, passes=N)
+                for part in span.windows:
+                    first = part.starts[0] - span.starts[0]
+                    yield part, h[:, first : first + part.lengths[0]] if part.wanted else None
+                continue
             h, self.state = stack.wake(h, self.state, span, passes=N)  # pass 1: h, S <- Blocks(h, S)
             yield span, h  # predictions and loss are made of this h alone
             self.state = stack.sleep(self.state, passes=N, rows=span.asleep)  # passes 2..N: h, S <- Blocks(h, S)
@@ -159,6 +165,38 @@ class SleepStack:
             blocks=blocks, hidden=hidden, writes=writes, position=position, in_window=in_window, labelled=span.labelled
         )
         return h if output else None, state
+
+    def read(
+        self, h: Tensor, state: SleepState, span: Span, *, passes: int | float
+    ) -> tuple[Tensor | None, SleepState]:
+        """What wake, sleep and evict make of a span of several windows, all of them at once.
+
+        No window needs hidden states of the ones before: it begins with empty caches, and between
+        windows fast weights alone go on, each block's by themselves. So every block reads the whole
+        span, its windows as rows; in one that is replayed the operator carries the maps of the
+        windows' passes along (`sleep_gated_delta_rule`).
+
+        h `[B, T, hidden]`, embeddings -> (outputs of the last block's first passes, the state after
+        all); None for outputs that are not wanted.
+        """
+        batch, n, L = len(span.lengths), len(span.windows), self.window
+        begins = tuple(p + j * L for p in state.position for j in range(n))
+        lengths, none = (L,) * (batch * n), (0,) * (batch * n)
+        context, asleep = (SpanContext(lengths, none, begins, L, h.device, windows=n, passes=N) for N in (1, passes))
+        blocks = tuple(
+            s if b.fast_weights else AttentionState(*(x.new_empty(batch * n, 0, *x.shape[2:]) for x in s))
+            for b, s in zip(self.blocks, state.blocks, strict=True)
+        )
+        everything = range(len(self.blocks))
+        h, blocks, _ = self._run(
+            everything, context.parted(h), blocks, context, output=span.wanted, closed=True, asleep=asleep
+        )
+        blocks = tuple(
+            new if b.fast_weights else old for b, new, old in zip(self.blocks, blocks, state.blocks, strict=True)
+        )
+        position, full = ragged.add(state.position, span.lengths), (L,) * batch
+        state = state._replace(blocks=blocks, position=position, in_window=full)
+        return context.joined(h) if span.wanted else None, self.evict(state, rows=span.full)
 
     def sleep(self, state: SleepState, *, passes: int | float, rows: Sequence[bool]) -> SleepState:
         """Passes 2..N over the open window of the rows marked True; nothing is evicted yet.
@@ -263,8 +301,11 @@ class SleepStack:
         output: bool,
         closed: bool,
         recorded: Sequence[int] = (),
+        asleep: SpanContext | None = None,
     ) -> tuple[Tensor | None, tuple, tuple]:
         """Runs the blocks at `indices`; without `output`, only as far as a later token can see it.
+
+        asleep: the context of blocks that are replayed, where it is another.
 
         Returns (h, every block's state, what every block wrote; None for those not in `recorded`).
         """
@@ -279,7 +320,8 @@ class SleepStack:
             after, writes = [], []
             for i, state in zip(indices, states, strict=True):
                 block = self._recomputed(self.blocks[i], self.recompute == "block")
-                h, state, new = block(h, state, context, output=output or i != indices[-1])
+                where = context if asleep is None or i not in self.replayed else asleep
+                h, state, new = block(h, state, where, output=output or i != indices[-1])
                 after.append(state)
                 writes.append(new if i in recorded else None)
             return h, tuple(after), tuple(writes)

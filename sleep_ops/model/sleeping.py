@@ -11,7 +11,7 @@ from sleep_ops import ragged
 from sleep_ops.checks import check_choice, expect
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.model.sleep import Reading, SleepStack
-from sleep_ops.model.spans import Counts, Span, marked, spans
+from sleep_ops.model.spans import Counts, Span, at_once, marked, spans
 from sleep_ops.model.state import SleepState
 from sleep_ops.ragged import Lengths, Rows
 
@@ -79,6 +79,7 @@ _FREE = (
     "sleep_on",
     "attention_backend",
     "impl",
+    "windows_at_once",
     "activation_checkpointing",
     "recompute",
     "initializer_range",
@@ -133,8 +134,12 @@ class SleepingModel:
         close: bool = True,
     ) -> Reading:
         """Algorithm 1 over ids `[rows, max(lengths)]` from `state`; the rest as in `spans`."""
-        filled, window = ragged.add(state.in_window, state.padded), self.settings.window
-        cut = spans(lengths, window, filled=filled, labelled=state.labelled, wanted=wanted, loss=loss, close=close)
+        filled, settings = ragged.add(state.in_window, state.padded), self.settings
+        cut = spans(
+            lengths, settings.window, filled=filled, labelled=state.labelled, wanted=wanted, loss=loss, close=close
+        )
+        if settings.windows_at_once and settings.window and (passes == 1 or settings.sleep_kind == "replay"):
+            cut = at_once(cut, settings.window)
         return Reading(self.stack, self.embed, ids, cut, state, passes)
 
     def init_state(self, batch_size: int) -> SleepState:

@@ -1,6 +1,7 @@
 """How a text is cut into spans, none across the end of a window: host integers, no tensors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple, TypeAlias
 
 from sleep_ops import ragged
@@ -16,6 +17,7 @@ class Span(NamedTuple):
     full: the rows whose window ends with it, and is evicted.
     asleep: those of them that sleep before that.
     labelled: the rows whose window has had a token with loss, this span included.
+    windows: those it consists of, where it is several whole ones of every row.
     """
 
     starts: Lengths
@@ -24,6 +26,7 @@ class Span(NamedTuple):
     full: tuple[bool, ...]
     asleep: tuple[bool, ...]
     labelled: tuple[bool, ...]
+    windows: tuple["Span", ...] = ()
 
 
 def marked(counts: Counts, starts: Lengths, lengths: Lengths) -> list[bool]:
@@ -79,3 +82,15 @@ def spans(
         filled = tuple(0 if f else n for f, n in zip(full, filled, strict=True))
         labelled = tuple(m and not f for f, m in zip(full, labelled, strict=True))
         starts = end
+
+
+def at_once(spans: Iterable[Span], window: int) -> Iterator[Span]:
+    """The same, but whole windows of all rows that follow one another are one span."""
+    for whole, group in groupby(spans, lambda span: all(n == window for n in span.lengths)):
+        windows = tuple(group)
+        if not whole or len(windows) == 1:
+            yield from windows
+            continue
+        first, last, wanted = windows[0], windows[-1], any(span.wanted for span in windows)
+        lengths = (window * len(windows),) * len(first.lengths)
+        yield Span(first.starts, lengths, wanted, last.full, last.asleep, last.labelled, windows)

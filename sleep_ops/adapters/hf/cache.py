@@ -45,9 +45,10 @@ class LayerCache:
 
     def mix(self, mixer: GDNMixer, x: Tensor) -> Tensor:
         """What this project's mixers call: x `[B, T, hidden_size]` -> the same shape."""
-        lengths = self.context.length_tensor
-        y, self.after, self.writes = mixer.read(x, state=self.before, lengths=lengths, return_writes=True)
-        return y
+        context = self.context
+        given = dict(state=self.before, lengths=context.length_tensor, return_writes=True)
+        y, self.after, self.writes = mixer.read(context.joined(x), **given, **context.sleep)
+        return context.parted(y)
 
 
 def attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):

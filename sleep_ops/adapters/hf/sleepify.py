@@ -28,6 +28,7 @@ def sleepify(
     sleep_on: str | None = None,
     conv_boundary: str | None = None,
     backprop_passes: int | None = None,
+    windows_at_once: bool | None = None,
     activation_checkpointing: bool | None = None,
     recompute: str | None = None,
     attention_backend: str | None = None,
