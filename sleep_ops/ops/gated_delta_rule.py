@@ -123,6 +123,7 @@ def sleep_gated_delta_rule(
     use_beta_sigmoid: bool = False,
     allow_neg_eigval: bool = False,
     impl: str = "auto",
+    group: "ProcessGroup | None" = None,
 ) -> DeltaRuleOutput:
     """`passes` replay passes over each window of at most `window` tokens, in turn, carrying the state.
 
@@ -152,12 +153,15 @@ def sleep_gated_delta_rule(
     The host waits for the device once with packed sequences and a window, and with math.inf to see that passes
     converge; never under torch.compile, where that is not checked.
 
+    group: as in `gated_delta_rule`; ranks exchange the maps of all their passes. Windows are counted from each rank's
+    first token, so all ranks but the last want whole ones.
+
     Raises ValueError as `gated_delta_rule` does, for passes < 1, window < 1 and an unknown output_pass, and for
-    passes=math.inf where some window's passes don't converge.
+    passes=math.inf where some window's passes don't converge, or with a group.
     """
     check_query(q)
     options = RuleOptions(rule, use_qk_l2norm, A_log, dt_bias, use_beta_sigmoid, allow_neg_eigval)
-    sleep = (passes, window, output_pass)
+    sleep = (passes, window, output_pass, group)
     return DeltaRuleOutput(*_sleep((q, k, v, g, beta), options, scale, initial_state, cu_seqlens, impl, *sleep))
 
 
@@ -172,13 +176,14 @@ def delta_rule_state(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     impl: str = "auto",
+    group: "ProcessGroup | None" = None,
     **options,
 ) -> Tensor:
     """The final state [N, HV, K, V] of `sleep_gated_delta_rule`, for callers that need no output.
 
     options: `rule` and those that follow it there.
     """
-    sleep = (passes, window, "last")
+    sleep = (passes, window, "last", group)
     return _sleep((None, k, v, g, beta), RuleOptions(**options), None, initial_state, cu_seqlens, impl, *sleep)[1]
 
 
@@ -246,20 +251,29 @@ def _sleep(
     passes: int | float,
     window: int | None,
     output_pass: str,
+    group: "ProcessGroup | None",
 ) -> tuple[Tensor | None, Tensor]:
     check_passes(passes, window, output_pass)
     q, k, v, g, beta = tokens
     check_tokens(*tokens, options, scale=scale, impl=impl)
     check_states(k, v, state, cu_seqlens)
+    if group is not None:
+        from sleep_ops.ops.sequence_parallel import check_group, replay_on_ranks
+
+        check_group(group, cu_seqlens)
+        if passes == math.inf:
+            raise ValueError("passes: expected a number with group, got inf")
     if passes == 1:
-        return _one_pass(tokens, options, scale, state, cu_seqlens, impl)
+        return _one_pass(tokens, options, scale, state, cu_seqlens, impl, group=group)
     impl, scale = choose_rule_impl(impl, k), k.shape[-1] ** -0.5 if scale is None else float(scale)
     if 0 in k.shape[:2]:
+        if group is not None:
+            raise ValueError(f"k: expected B and T >= 1 with group, got {list(k.shape)}")
         return no_tokens(*tokens, options, state, cu_seqlens)
     if impl != "reference":
         check_no_tangents("sleep_gated_delta_rule", *tokens, state, options.A_log, options.dt_bias)
     with full_precision(k):
-        if impl == "reference" and passes != math.inf:
+        if impl == "reference" and passes != math.inf and group is None:
             output, state = sleep_gated_delta_rule_reference(
                 *(k if q is None else q, *tokens[1:]),
                 passes=int(passes),
@@ -277,7 +291,11 @@ def _sleep(
         one_pass = prepare_pass(
             k, v, g, beta, options, impl=impl, cu_seqlens=windows.cu_seqlens, longest=windows.longest
         )
-        if passes == 2 and windows.is_whole:
+        if group is not None:
+            transition = Transition(*one_pass.transition())
+            begin, state = replay_on_ranks(transition, state, int(passes), windows, output_pass, group)
+            output = None if q is None else one_pass.run(q, begin, scale)[0]
+        elif passes == 2 and windows.is_whole:
             # Two sweeps of V columns: fewer than one of K + V for the transition and one of V for outputs. From three
             # passes on the transition is no slower (measured on a CPU), and the cost no longer grows with N.
             first, state = one_pass.run(q if output_pass == "first" else None, state, scale)

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sleep_ops.ops.affine import Transition, chain
+from sleep_ops.ops.affine import Transition, by_step, chain
+from sleep_ops.ops.windows import Windows
 from sleep_ops.validation import check_first_order
 
 
@@ -33,11 +34,60 @@ def state_before_this_rank(
     return _StateBeforeThisRank.apply(torch.cat(whole, -1), start, group)
 
 
+def replay_on_ranks(
+    transition: Transition,
+    start: Tensor | None,
+    passes: int,
+    windows: Windows,
+    output_pass: str,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor]:
+    """What `affine.replay` does, over windows of which this rank has some; passes >= 2."""
+    others = transition.power(passes - 1)
+    steps = by_step(transition.then(others), windows)
+    state, final = state_before_this_rank(steps, start, group)
+    *firsts, _ = chain(steps, state)
+    begin = windows.by_window(firsts)
+    return begin if output_pass == "first" else others.apply(begin), final
+
+
+def tokens_before_this_rank(x: Tensor, n: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """x [B, T, ...] and the last n tokens [B, n, ...] of the rank before, zero in the first rank.
+
+    Differentiable; every rank's backward must reach the x returned. ValueError for fewer than n tokens.
+    """
+    if x.shape[1] < n:
+        raise ValueError(f"x: expected at least {n} tokens on every rank, got {x.shape[1]}")
+    return _TokensBeforeThisRank.apply(x, n, group)
+
+
+class _TokensBeforeThisRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, n, group):
+        ctx.n, ctx.group, rank = n, group, dist.get_rank(group)
+        tails = _gathered(x[:, x.shape[1] - n :], group)
+        return x.view_as(x), tails[rank - 1] if rank else torch.zeros_like(tails[0])
+
+    @staticmethod
+    def backward(ctx, d_x, d_before):
+        check_first_order("gated_delta_rule")
+        rank = dist.get_rank(ctx.group)
+        found = _gathered(d_before, ctx.group)
+        if rank + 1 < len(found):
+            d_x = torch.cat([d_x[:, : d_x.shape[1] - ctx.n], d_x[:, d_x.shape[1] - ctx.n :] + found[rank + 1]], dim=1)
+        return d_x, None, None
+
+
+def _gathered(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, x.contiguous(), group=group)
+    return found
+
+
 class _StateBeforeThisRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, whole, start, group):
-        gathered = [torch.empty_like(whole) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, whole, group=group)
+        gathered = _gathered(whole, group)
         ctx.group = group
         ctx.save_for_backward(start, *gathered)
         return _states(gathered, start, group)
