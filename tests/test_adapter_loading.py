@@ -75,7 +75,10 @@ def test_every_family_is_called_alike_and_comes_back_the_same(family, tmp_path):
     labels[:, 18:] = ids[:, 18:]
     with torch.no_grad():
         out = model(ids, labels=labels, loss_mask=labels != -100, return_state=False)
+        alone = model(ids, labels=labels, loss_mask=labels != -100, return_logits=False)
         every, fewer = model(ids), model(ids, passes=1)
+    assert alone.logits is None and alone.positions is None and alone.state.position == (20, 20)
+    torch.testing.assert_close(alone.loss, out.loss)
     assert out.positions.tolist() == [16, 17, 18, 19] and out.logits.shape == (2, 4, VOCAB) and out.state is None
     assert every.positions.tolist() == list(range(20)) and every.loss is None and every.state.position == (20, 20)
     torch.testing.assert_close(every.logits[:, 16:], out.logits)

@@ -19,10 +19,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments, default_data_collator
 
 from sleep_ops import SleepSession
 from sleep_ops.adapters.hf import from_pretrained, insert_fast_weights, sleepify
+from sleep_ops.model import loss
 from sleep_ops.model.config import SleepSettings
 
 CLOSE = dict(rtol=1e-4, atol=1e-6)
@@ -45,14 +46,20 @@ def data(count, width=20, unlabelled=()):
     return examples
 
 
-def fit(model, folder, dataset, *, batch=4, accumulate=1, steps=2, **options):
+def fit(model, folder, dataset, *, batch=4, accumulate=1, steps=2, collate=None, **options):
     """Losses per step of plain gradient descent; the model is trained in place."""
     arguments = dict(output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no")
     arguments |= dict(max_steps=steps, learning_rate=0.05, optim="sgd", logging_steps=1, lr_scheduler_type="constant")
     arguments |= dict(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_grad_norm=0.0)
-    trainer = Trainer(model, TrainingArguments(**arguments | options), train_dataset=dataset)
+    trainer = Trainer(model, TrainingArguments(**arguments | options), collate, train_dataset=dataset)
     trainer.train()
     return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """Without return_logits the loss is taken of seven tokens at a time."""
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 7 * 4 * VOCAB)
 
 
 def gradients(model, ids, **inputs):
@@ -149,6 +156,23 @@ class TestTrainer:
             losses.append(Trainer(model, arguments, eval_dataset=dataset).evaluate()["eval_loss"])
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
+    def test_a_collator_may_say_that_nobody_looks_at_logits(self, tmp_path, in_chunks):
+        """Examples of unequal numbers of labels, one of them without any, one by one."""
+        start, dataset = sleeping(), data(8, unlabelled=(2,))
+        models = [copy.deepcopy(start) for _ in range(2)]
+        kept, shapes = [], []
+        models[1].lm_head.register_forward_hook(lambda _, x, out: shapes.append(out.shape[0]))
+        models[1].register_forward_hook(lambda _, x, out: kept.append(out.logits))
+
+        def collate(examples):
+            return default_data_collator(examples) | {"return_logits": False}
+
+        _, expected = fit(models[0], tmp_path, dataset, batch=1, accumulate=4)
+        _, found = fit(models[1], tmp_path, dataset, batch=1, accumulate=4, collate=collate)
+        assert found == pytest.approx(expected, rel=1e-4)
+        assert_same_weights(*models)
+        assert len(kept) == 8 and not any(x is not None for x in kept) and max(shapes) <= 7
+
     def test_a_checkpoint_is_loaded_again(self, tmp_path):
         model, dataset = sleeping(passes=3), data(4)
         trainer, _ = fit(model, tmp_path, dataset, steps=1)
@@ -226,6 +250,24 @@ class TestAdapters:
         assert_same_gradients(recomputed, grads, rtol=0)
         if dropout:
             assert gradients(model, ids)[0] != loss
+
+    @pytest.mark.parametrize("dropout", (0.0, 0.3))
+    def test_an_adapter_on_the_head_whose_logits_are_not_kept(self, dropout, in_chunks, monkeypatch):
+        """Computed again with the random numbers of the first time; the frozen head has no gradient."""
+        options = dict(target_modules=["lm_head"], lora_dropout=dropout)
+        model, ids = adapted(sleeping(passes=2), **options).train(), tokens(2, 20)
+        found = []
+        for compute in (loss.checkpoint, lambda function, *arguments, **options: function(*arguments)):
+            monkeypatch.setattr(loss, "checkpoint", compute)
+            torch.manual_seed(5)
+            found.append(gradients(model, ids, return_logits=False))
+        assert found[0][0] == found[1][0]
+        assert_same_gradients(found[0][1], found[1][1])
+        assert found[0][1].keys() == {f"base_model.model.lm_head.lora_{x}.default.weight" for x in "AB"}
+        if dropout == 0:
+            expected, whole = gradients(model, ids)
+            torch.testing.assert_close(found[0][0], expected)
+            assert_same_gradients(found[0][1], whole)
 
     def test_only_adapters_are_trained(self, tmp_path):
         model = adapted(sleeping())
@@ -465,6 +507,7 @@ def free_port():
 SHARDED = {
     "one-pass": ("qwen3_5", dict(passes=1)),
     "refine": ("qwen3_5", dict(passes=3)),
+    "refine-loss-alone": ("qwen3_5", dict(passes=3)),
     "checkpointing": ("qwen3_5", dict(passes=3, activation_checkpointing=True)),
     "middle": ("olmo_hybrid", dict(passes=2, loop=(0, 1), eviction="sliding")),
     "replay": ("qwen3_5", dict(passes=3, sleep_kind="replay")),
@@ -494,12 +537,13 @@ def sharded_worker(rank, port, folder):
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
         ids, found = tokens(4, 20), {}
+        loss.CHUNK_BYTES = 7 * 4 * VOCAB
         for name, case in SHARDED.items():
             model = shard(shardable(*case)).train()
-            loss, _ = gradients(model, ids[2 * rank : 2 * rank + 2])
+            mean, _ = gradients(model, ids[2 * rank : 2 * rank + 2], return_logits=name != "refine-loss-alone")
             grads = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
-            dist.all_reduce(loss)
-            found[name] = loss / 2, grads
+            dist.all_reduce(mean)
+            found[name] = mean / 2, grads
         model.eval()
         try:
             model.generate(ids, max_new_tokens=4, do_sample=False)
@@ -535,6 +579,39 @@ class TestSharded:
         for rank in found:
             assert "register_fsdp_forward_method(model, 'generate')" in rank["refused"]
             assert torch.equal(rank["generated"], expected)
+
+
+FAMILIES = ("qwen3_5", "olmo_hybrid", "qwen3_next")
+
+
+class TestLossAlone:
+    @pytest.mark.parametrize("training", (True, False))
+    @pytest.mark.parametrize("family", slow_unless(["qwen3_5"], FAMILIES))
+    def test_it_is_the_loss_of_the_logits(self, family, training, in_chunks):
+        model, ids = sleeping(family).train(training), tokens(2, 20)
+        labels = ids.masked_fill(torch.arange(20) % 3 == 1, -100)
+        found = []
+        for inputs in (dict(return_logits=False), {}):
+            model.zero_grad()
+            out = model(ids, labels=labels, num_items_in_batch=30, **inputs)
+            out.loss.backward()
+            found.append((out.loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
+            assert (out.logits is None) == bool(inputs) and (out.positions is None) == (bool(inputs) or not training)
+        torch.testing.assert_close(found[0][0], found[1][0])
+        assert_same_gradients(found[0][1], found[1][1])
+
+    def test_logits_asked_for_and_not(self):
+        model, ids = sleeping(), tokens(1, 20)
+        with pytest.raises(ValueError, match="labels: expected a tensor with return_logits=False, got None"):
+            model(ids, return_logits=False)
+        for asked in (dict(all_logits=True), dict(logits_to_keep=2)):
+            with pytest.raises(ValueError, match="all_logits: expected None or False with return_logits=False"):
+                model(ids, labels=ids, return_logits=False, **asked)
+
+    def test_no_names_are_left_in_a_tuple(self):
+        model, ids = sleeping(), tokens(1, 20)
+        out = model(ids, labels=ids, return_logits=False, return_dict=False)
+        assert len(out) == 1 and out[0] == model(ids, labels=ids, return_logits=False).loss
 
 
 class TestHostileUse:
@@ -605,10 +682,11 @@ class TestHostileUse:
         with torch.no_grad():
             assert torch.equal(out.logits, model(ids).logits)
 
-    @pytest.mark.parametrize("all_logits", (None, False))
-    def test_a_batch_that_counts_with_others_may_have_no_label(self, all_logits):
+    @pytest.mark.parametrize("asked", (dict(), dict(all_logits=False), dict(return_logits=False)), ids=str)
+    def test_a_batch_that_counts_with_others_may_have_no_label(self, asked):
         model, ids = sleeping(), tokens(2, 20)
-        inputs = dict(labels=torch.full_like(ids, -100), all_logits=all_logits)
+        inputs = dict(labels=torch.full_like(ids, -100), **asked)
+        assert (model(ids, num_items_in_batch=30, **inputs).logits is None) == ("return_logits" in asked)
         loss = model.train()(ids, num_items_in_batch=30, **inputs).loss
         loss.backward()
         assert loss == 0 and all(p.grad.abs().max() == 0 for p in model.parameters())

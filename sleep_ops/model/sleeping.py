@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sleep_ops import ragged
 from sleep_ops.checks import check_choice, expect
 from sleep_ops.model.config import SleepSettings
+from sleep_ops.model.loss import chunked_cross_entropy, summed_cross_entropy
 from sleep_ops.model.sleep import Reading, SleepStack
 from sleep_ops.model.spans import Counts, Span, at_once, marked, spans
 from sleep_ops.model.state import SleepState
@@ -19,10 +19,10 @@ from sleep_ops.ragged import Lengths, Rows
 class SleepOutput(NamedTuple):
     """What a model that sleeps returns.
 
-    logits: `[B, T', vocab_size]`, from first passes only (causal).
+    logits: `[B, T', vocab_size]`, from first passes only (causal), or None without return_logits.
     positions: int64 `[T']`, the columns of input_ids they belong to: all T with all_logits or with
         padded or packed input (zero where none was computed), else those of the windows that have
-        loss.
+        loss. None without logits.
     loss: mean cross-entropy over the loss tokens, at least float32, or None.
     state: what a continuation passes in, or None.
     """
@@ -45,6 +45,7 @@ class Call(NamedTuple):
     cu_seqlens: Tensor | None = None
     windows_by: str = "tokens"
     all_logits: bool | None = None
+    return_logits: bool = True
     return_state: bool = True
 
 
@@ -57,7 +58,7 @@ class Plan(NamedTuple):
     counted: bool likewise, the positions whose loss is taken.
     loss: counts of the tokens with loss, see `spans`.
     loss_tokens: how many there are.
-    passes, state, all_logits, return_state: as in `SleepingModel.forward`, resolved.
+    passes, state, all_logits, return_logits, return_state: as in `SleepingModel.forward`, resolved.
     padded: places of each row's first window that padding takes up.
     """
 
@@ -71,6 +72,7 @@ class Plan(NamedTuple):
     state: SleepState | None
     padded: Lengths
     all_logits: bool
+    return_logits: bool
     return_state: bool
 
 
@@ -108,7 +110,7 @@ class SleepingModel:
     predict: Callable[[Tensor], Tensor]
     feed: Callable[[Tensor, Tensor | None], Tensor] | None = None  # see `SleepStack`
     feed_from_input = False
-    random_blocks = False  # whether blocks draw random numbers, as dropout does
+    random = False  # whether blocks or the head draw random numbers, as dropout does
 
     @property
     def stack(self) -> SleepStack:
@@ -119,7 +121,7 @@ class SleepingModel:
             feed=self.feed,
             feed_from_input=self.feed_from_input,
             training=self.training,
-            random=self.random_blocks,
+            random=self.random,
         )
 
     def read(
@@ -183,6 +185,7 @@ class SleepingModel:
         cu_seqlens: Tensor | None = None,
         windows_by: str = "tokens",
         all_logits: bool | None = None,
+        return_logits: bool = True,
         return_state: bool = True,
     ) -> SleepOutput:
         """Algorithm 1: reads window by window, predicts awake, sleeps on full windows, evicts.
@@ -200,6 +203,8 @@ class SleepingModel:
         state: from an earlier call, to read on.
         all_logits: logits of every window (default: only when there is neither a label nor a loss
             mask).
+        return_logits: False gives the loss alone, of logits made some tokens at a time
+            (`model.loss`): none of a whole window are in memory, forward or backward.
         return_state: False saves what only a continuation would see: the sleep on a last full
             window, and any window after the last loss.
 
@@ -207,11 +212,12 @@ class SleepingModel:
         the columns they belong to in `positions`, the mean loss, and the state.
 
         Raises ValueError naming the argument for wrong shapes, dtypes or values, for labels without
-        a loss token, and for passes=math.inf where a window's replays don't converge.
+        a loss token, for neither logits nor labels, and for passes=math.inf where a window's
+        replays don't converge.
         """
         call = Call(
             input_ids, labels, loss_mask, attention_mask, passes, state,
-            cu_seqlens, windows_by, all_logits, return_state,
+            cu_seqlens, windows_by, all_logits, return_logits, return_state,
         )  # fmt: skip
         return self.answer(call)
 
@@ -240,6 +246,9 @@ class SleepingModel:
                 state = state.recordable()
         if all_logits is None:
             all_logits = labels is None and loss_mask is None
+        if not call.return_logits:
+            expect(labels is not None, "labels", "a tensor with return_logits=False", None)
+            expect(not all_logits, "all_logits", "None or False with return_logits=False", all_logits)
         if labels is not None and (loss_mask is None or loss_mask.device == labels.device):
             real = labels != -100
             loss_mask = real if loss_mask is None else real & loss_mask.bool()
@@ -254,7 +263,10 @@ class SleepingModel:
                 expected = f"0 to {self.vocab_size - 1}, or -100"
                 expect(bool(valid.all()), "labels", expected, labels[~valid][:1].tolist())
             counted = rows.pack(ragged.send(loss_mask.bool(), ids.device))
-        return Plan(rows, ids, labels, counted, loss, loss_tokens, passes, state, padded, all_logits, call.return_state)
+        return Plan(
+            rows, ids, labels, counted, loss, loss_tokens, passes, state, padded,
+            all_logits, call.return_logits, call.return_state,
+        )  # fmt: skip
 
     def run(self, plan: Plan, predict: Callable[[Tensor], Tensor] | None = None) -> SleepOutput:
         """The second half: the work, queued without waiting for the device (but for math.inf).
@@ -265,7 +277,7 @@ class SleepingModel:
         Where all rows are full, in phase and alike in which of their windows sleep, nothing is
         copied from the host either, so a CUDA graph can capture this and its backward.
         """
-        rows, state, loss = plan.rows, plan.state, None
+        rows, state = plan.rows, plan.state
         if state is None:
             state = self.init_state(len(rows.lengths))._replace(padded=plan.padded)
         predict = self.predict if predict is None else predict
@@ -278,19 +290,28 @@ class SleepingModel:
             loss=plan.loss if self.settings.sleep_on == "unlabelled" else None,
             close=plan.return_state,
         )
-        pieces, losses = [], []
+        pieces, counted = [], []
         for span, h in reading:
             if span.wanted:
-                logits = predict(h)
-                pieces.append((span.starts, span.lengths, logits))
+                x = predict(h) if plan.return_logits else h
+                pieces.append((span.starts, span.lengths, x))
                 if plan.labels is not None and any(marked(plan.loss, span.starts, span.lengths)):
-                    losses.append(_loss(plan, span, logits))
-                elif plan.labels is not None:
-                    losses.append(0 * h.float().sum())  # where all windows are wanted, all take part in the backward
-        logits, positions = rows.unpack(pieces)
-        if plan.labels is not None:
-            loss = sum(losses) / plan.loss_tokens
-        return SleepOutput(logits, loss, reading.state if plan.return_state else None, positions)  # type: ignore[arg-type]
+                    counted.append((x.flatten(0, 1), _targets(plan, span)))
+        loss = None if plan.labels is None else self._loss(plan, counted, predict)
+        logits, positions = rows.unpack(pieces) if plan.return_logits else (None, None)
+        return SleepOutput(logits, loss, reading.state if plan.return_state else None, positions)
+
+    def _loss(self, plan: Plan, counted: list[tuple[Tensor, Tensor]], predict: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean loss of spans' logits, or hidden states without return_logits, and targets."""
+        if plan.return_logits:
+            return sum(summed_cross_entropy(*x) for x in counted) / plan.loss_tokens  # type: ignore[return-value]
+        h, targets = map(torch.cat, zip(*counted, strict=True))
+        if len(targets) > plan.loss_tokens:
+            # The device puts the tokens with loss first. How many there are the host knows, so it needn't wait.
+            first = (targets == -100).to(torch.int8).argsort(stable=True)[: plan.loss_tokens]
+            h, targets = h.index_select(0, first), targets.index_select(0, first)
+        total = chunked_cross_entropy(predict, h, targets, vocab_size=self.vocab_size, random=self.random)
+        return total / plan.loss_tokens
 
     def _padded(self, rows: Rows, call: Call) -> Lengths:
         """How many columns of the window with each row's first real token are padding."""
@@ -317,13 +338,12 @@ class SleepingModel:
             expect(labels.device == device, "labels", f"a tensor on {device}", str(labels.device))
 
 
-def _loss(plan: Plan, span: Span, logits: Tensor) -> Tensor:
-    """The span's summed cross-entropy; logits `[rows, max(span.lengths), vocab_size]`."""
+def _targets(plan: Plan, span: Span) -> Tensor:
+    """int64 `[rows * max(span.lengths)]`, -100 where no loss is taken."""
     targets, counted = (ragged.take(x, span.starts, span.lengths) for x in (plan.labels, plan.counted))
     if not ragged.uniform(span.lengths):
-        counted = counted & plan.rows.real(span.lengths, logits.device)
-    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(exact.flatten(0, 1), targets.masked_fill(~counted, -100).flatten(), reduction="sum")
+        counted = counted & plan.rows.real(span.lengths, targets.device)
+    return targets.masked_fill(~counted, -100).flatten()
 
 
 def _readable(x: Tensor) -> bool:

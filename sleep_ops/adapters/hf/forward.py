@@ -25,8 +25,8 @@ class SleepCausalLMOutput(ModelOutput):
 
     loss: mean over the loss tokens, or their sum over `num_items_in_batch`.
     logits: `[B, T', vocab_size]`, from first passes only (causal): of every position, or of the
-        windows with loss alone, see `all_logits`.
-    positions: int64 `[T']`, the columns of the latter; None for every position.
+        windows with loss alone, see `all_logits`; None without return_logits.
+    positions: int64 `[T']`, the columns of the latter; None for every position or none.
     state: what a continuation passes as `state`, where asked for.
 
     The others are always None: what general code of transformers looks for.
@@ -98,6 +98,7 @@ def forward(
     state: SleepState | None = None,
     windows_by: str = "tokens",
     all_logits: bool | None = None,
+    return_logits: bool = True,
     return_state: bool = False,
     return_dict: bool | None = None,
     **options,
@@ -111,7 +112,8 @@ def forward(
     position_ids: None, plain, or those of packed sequences (B = 1).
     cu_seqlens or cu_seq_lens_q: borders of packed sequences.
     seq_idx: their numbers.
-    loss_mask, passes, state, windows_by, return_state: as in `SleepHybridModel.forward`.
+    loss_mask, passes, state, windows_by, return_logits, return_state: as in
+        `SleepHybridModel.forward`.
     all_logits: of every window, not only of those with loss (default: without labels, and in
         evaluation).
 
@@ -123,16 +125,20 @@ def forward(
     )
     targets = inputs.shifted(labels, shift_labels, input_ids)
     if all_logits is None:
-        all_logits = targets is None or not self.training or isinstance(logits_to_keep, Tensor) or logits_to_keep > 0
+        chosen = isinstance(logits_to_keep, Tensor) or logits_to_keep > 0
+        all_logits = chosen or (return_logits and (targets is None or not self.training))
     call = Call(
-        input_ids, targets, loss_mask, attention_mask, passes, state, borders, windows_by, all_logits, return_state
-    )
+        input_ids, targets, loss_mask, attention_mask, passes, state, borders, windows_by,
+        all_logits, return_logits, return_state,
+    )  # fmt: skip
     plan = self.sleep.plan(call, may_lack_loss=num_items_in_batch is not None)
     nothing = targets is not None and plan.loss_tokens == 0
     if nothing:
-        all_logits = True
-        plan = plan._replace(labels=None, counted=None, all_logits=True)
-    read = self.sleep.run(plan)
+        all_logits = return_logits
+        plan = plan._replace(labels=None, counted=None, all_logits=True, return_logits=True)
+    # Without return_logits one number takes the place of each token's, and has their gradients.
+    short = None if return_logits else lambda h: self.sleep.predict(h).mean(-1, keepdim=True)
+    read = self.sleep.run(plan, short if nothing else None)
     loss = read.loss
     if nothing:
         # One of several batches that count together may have no label; its gradients are zeros, which other ranks wait
@@ -141,7 +147,7 @@ def forward(
         loss = loss if self.training else loss / num_items_in_batch
     elif loss is not None and num_items_in_batch is not None:
         loss = loss * plan.loss_tokens / num_items_in_batch
-    logits, positions = read.logits, read.positions
+    logits, positions = (read.logits, read.positions) if return_logits else (None, None)
     if all_logits:
         kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
         logits, positions = logits[:, kept], None

@@ -54,8 +54,8 @@ class HFSleepingModel(SleepingModel):
         return blocks
 
     @property
-    def random_blocks(self) -> bool:
-        dropouts = (m for m in self.model.model.layers.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+    def random(self) -> bool:
+        dropouts = (m for m in self.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
         return self.training and any(m.p > 0 for m in dropouts)
 
     @property
