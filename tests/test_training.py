@@ -46,7 +46,7 @@ class Toy(nn.Module):
         self.lm_head = nn.Linear(8, 3, bias=False)
         self.at_forward, self.calls = at_forward, 0
 
-    def forward(self, input_ids, labels=None, loss_mask=None, passes=None, return_state=True):
+    def forward(self, input_ids, labels=None, loss_mask=None, passes=None, return_logits=True, return_state=True):
         h = self.embed(input_ids)
         h = h.cumsum(1) / torch.arange(1, h.shape[1] + 1)[:, None]
         h = h + self.conv(nn.functional.pad(h.mT, (2, 0))).mT + self.table.sum()
@@ -68,6 +68,18 @@ def config(**train):
 def trainer(out, settings=None, at_forward=None, **kwargs):
     torch.manual_seed(0)
     return Trainer(settings or config(), out, model=Toy(at_forward), console=QUIET, **kwargs)
+
+
+def test_steps_ask_for_the_loss_alone(tmp_path):
+    run, asked = trainer(tmp_path), []
+
+    def note(model, _, given):
+        if model.training:
+            asked.append((given["return_logits"], given["return_state"]))
+
+    run.model.register_forward_pre_hook(note, with_kwargs=True)
+    run.fit(until=3)
+    assert asked == [(False, False)] * 3
 
 
 def columns(path, *names):

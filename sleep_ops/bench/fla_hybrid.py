@@ -82,8 +82,15 @@ class FlaHybrid(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=config.initializer_range)
 
-    def forward(self, input_ids: Tensor, labels: Tensor, loss_mask: Tensor, return_state: bool = False) -> SleepOutput:
-        """The mean loss; arguments as `SleepHybridModel` takes them, with loss_mask on the CPU."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor,
+        return_logits: bool = False,
+        return_state: bool = False,
+    ) -> SleepOutput:
+        """The mean loss alone; arguments as `SleepHybridModel` takes them, with loss_mask on the CPU."""
         length, states, losses = input_ids.shape[1], LayerStates(), []
         window = self.config.window or length
         for start in range(0, length, window):

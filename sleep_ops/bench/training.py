@@ -176,7 +176,7 @@ class Trained:
             return loss
         with self.context():
             ids, labels, mask = batch[:3]
-            loss = self.model(ids, labels=labels, loss_mask=mask, return_state=False).loss
+            loss = self.model(ids, labels=labels, loss_mask=mask, return_logits=False, return_state=False).loss
         loss.backward()
         return loss.detach()
 

@@ -74,7 +74,8 @@ class _StepGraph:
 
     def __init__(self, owner: StepGraphs, batch: Batch, passes: int | None):
         self.owner = owner
-        plan = owner.model.plan(Call(batch.input_ids, **batch.arguments(), passes=passes, return_state=False))
+        given = dict(batch.arguments(), passes=passes, return_logits=False, return_state=False)
+        plan = owner.model.plan(Call(batch.input_ids, **given))
         self.ids, self.labels = plan.ids.clone(), plan.labels.clone()
         self.plan = plan._replace(ids=self.ids, labels=self.labels)
         self.loss = torch.empty((), device=self.ids.device)

@@ -370,7 +370,7 @@ class Trainer:
                 continue
             offload = save_on_cpu(self.device.type == "cuda") if t.offload else nullcontext()
             with autocast(t.precision, self.device), offload:
-                out = self.model(part.input_ids, **part.arguments(), return_state=False, **given)
+                out = self.model(part.input_ids, **part.arguments(), return_logits=False, return_state=False, **given)
             loss = out.loss * share
             loss.backward()
             whole = whole + loss.detach()
