@@ -356,6 +356,7 @@ def draw(seed: int) -> dict:
         "loss_mask": r.random() < 0.3,
         "all_logits": r.choice([None, True, False]),
         "pieces": r.choice([1, 1, 2, 4]),
+        "return_logits": random.Random(seed + 3).random() < 0.6,
         "return_state": r.random() < 0.7,
         "int32": r.random() < 0.2,
         "given_passes": r.random() < 0.3,
@@ -630,6 +631,7 @@ def call_fault(model: nn.Module, slow: Slow, case: dict, text: Text) -> str:
         everything = case["all_logits"]
         if everything is None and sleepified:
             everything = labels is None and marks is None
+        alone = labels is not None and not everything and not case["return_logits"]
         keep = not end or case["return_state"]
         out = model(
             ids[:, a:b],
@@ -640,12 +642,15 @@ def call_fault(model: nn.Module, slow: Slow, case: dict, text: Text) -> str:
             cu_seqlens=text.borders,
             windows_by=by,
             all_logits=everything,
+            return_logits=not alone,
             return_state=keep,
             **{"shift_labels" if sleepified else "labels": labels},
         )
         everything = labels is None and marks is None if everything is None else everything
-        needed[:, a:b] = real[:, a:b] if everything else part
+        if (out.logits is None) != (alone or (not everything and not part.any())):
+            return f"logits {out.logits is not None} with return_logits {not alone}"
         if out.logits is not None:
+            needed[:, a:b] = real[:, a:b] if everything else part
             places = torch.arange(b - a) if out.positions is None else out.positions
             grid = grid.index_add(1, a + places, out.logits)
         if (out.loss is None) != (labels is None):

@@ -1,9 +1,9 @@
-"""Cross-entropy of a head's logits, and of hidden states, without the logits of all of them.
+"""Cross-entropy of hidden states through a head, without the logits of all of them.
 
-The logits of T tokens are T times the vocabulary: 7 GB in float32 for 12000 tokens and 152k words,
-as much again for their gradient. Each token's loss needs its own alone, so head and loss are taken
-for some tokens at a time, and again in the backward. It costs one more product with the head, of
-four; that the head is called as it is, hooks, adapters and quantised weights work.
+The logits of 12000 tokens over 152k words are 7 GB in float32, and their gradient as much again. A
+token's loss needs its own alone. So head and loss are taken of some tokens at a time, a chunk, and
+in the backward once more, chunk by chunk: with the head, four products instead of three. The head
+is called as it is, with its hooks and adapters, whatever its weights are.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 2**28  # of the logits made at a time; fewer tokens than that many are not worth a launch
+# Of the logits of a chunk. Each adds a gradient of the head's weight to the others', which takes longer than the
+# products if it has few tokens. Those of a small vocabulary all fit, and nothing is computed again.
+CHUNK_BYTES = 2**28
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits `[tokens, vocab_size]`, targets int64 `[tokens]`, -100 for no loss -> at least float32, `[]`."""
+    """Of logits `[tokens, vocab_size]` and targets int64 `[tokens]`, -100 for no loss.
+
+    Returns a number, at least float32.
+    """
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(exact, targets, reduction="sum")
 
@@ -26,15 +31,15 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def chunked_cross_entropy(
     head: Callable[[Tensor], Tensor], h: Tensor, targets: Tensor, *, vocab_size: int, random: bool = False
 ) -> Tensor:
-    """`summed_cross_entropy(head(h), targets)`, with no more than CHUNK_BYTES of logits at a time.
+    """`summed_cross_entropy(head(h), targets)`, of CHUNK_BYTES of float32 logits at a time.
 
-    head: hidden states to logits, token by token.
+    head: hidden states -> logits, token by token; how often it is called depends on their number.
     h: `[tokens, hidden_size]`, at least one token.
     targets: int64 `[tokens]`.
     vocab_size: how many logits a token has.
     random: whether the head draws random numbers, as dropout does.
 
-    Differentiable any number of times, with respect to whatever the head is made of.
+    Differentiable any number of times, with respect to h and all that the head computes with.
     """
     size = torch.promote_types(h.dtype, torch.float32).itemsize
     most = max(1, CHUNK_BYTES // (vocab_size * size))
@@ -46,5 +51,5 @@ def chunked_cross_entropy(
 
     again = partial(checkpoint, loss, use_reentrant=False, preserve_rng_state=random)
     *others, last = zip(h.split(each), targets.split(each), strict=True)
-    # The backward begins with the last one, so its logits are kept: there is nothing to compute again if all fit.
+    # The backward begins with the last one, whose logits are kept for it.
     return sum([again(*chunk) for chunk in others] + [loss(*last)])
