@@ -192,7 +192,9 @@ def backbone_forward(
     told = loss_mask is not None or self.sleep.settings.sleep_on == "every"
     where = "a mask of the loss tokens (zeros for none) where the backbone is called by itself and sleep_on is"
     expect(told, "loss_mask", f"{where} 'unlabelled'; or call the model, with labels", None)
-    call = Call(input_ids, None, loss_mask, attention_mask, passes, state, borders, windows_by, True, return_state)
+    call = Call(
+        input_ids, None, loss_mask, attention_mask, passes, state, borders, windows_by, True, return_state=return_state
+    )
     read = self.sleep.run(self.sleep.plan(call), predict=self.model.norm)
     output = SleepBackboneOutput(last_hidden_state=read.logits, state=read.state)
     return output.to_tuple() if return_dict is False else output
