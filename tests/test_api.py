@@ -14,7 +14,7 @@ SIGNATURES = {
     "gated_delta_rule": (TOKENS, ["scale", "initial_state", "cu_seqlens", "rule", *GATES, "segments", "group"]),
     "sleep_gated_delta_rule": (
         TOKENS,
-        ["passes", "window", "output_pass", "scale", "initial_state", "cu_seqlens", "rule", *GATES],
+        ["passes", "window", "output_pass", "scale", "initial_state", "cu_seqlens", "rule", *GATES, "group"],
     ),
     "gated_delta_rule_step": ([*TOKENS, "state"], ["scale", "rule", *GATES, "inplace"]),
     "segment_transition": (TOKENS[1:], ["cu_seqlens", "rule", *GATES]),

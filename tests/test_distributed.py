@@ -54,19 +54,22 @@ TRAIN = TrainConfig(
     steps=4, batch_size=7, lr_adamw=1e-4, eval_every=2, eval_samples=8, checkpoint_every=0, warmup=0, device="cpu"
 )
 SWEPT = {"train.steps": 1, "train.batch_size": 2, "train.eval_samples": 4, "train.device": "cpu"}
+BY_COLUMNS = ("ddp", "fsdp-call")
 CASES = {
     "refine": (TASK, dict(activation_checkpointing=True, loop_gate=True, tie_embeddings=True), dict(micro_batch=3)),
     "replay": (TASK, dict(sleep_kind="replay", passes=3, activation_checkpointing=True), {}),
     "random-passes": (TASK, dict(passes=3, reinject=True), dict(passes_schedule="random")),
     "ragged": (Ragged(t=2, strings=2, bits=6), dict(eviction="sliding"), {}),
     "fast-weights": (TASK, {}, dict(trainable="fast_weights")),
+    "at-once": (Rule110(t=2, strings=2, bits=11), dict(sleep_kind="replay", passes=3, windows_at_once=True), {}),
     "rounded": (TASK, dict(activation_checkpointing=True, recompute="block"), dict(param_dtype="bf16", offload=True)),
 }
 
 
-def make(out, case="refine", *, ahead=None, resume=True, **recipe):
+def make(out, case="refine", *, ahead=None, resume=True, task=None, **recipe):
     """A trainer of a case; ahead(calls, loss) changes the losses of training, `calls` counting forwards."""
-    task, model, train = CASES[case]
+    own, model, train = CASES[case]
+    task = task or own
     settings = HybridConfig(**MODEL | model)
     config = RunConfig(task.to_dict(), settings.to_dict(), replace(TRAIN, **train | recipe))
     run = Trainer(config, out, task=task, console=QUIET, resume=resume)
@@ -166,6 +169,11 @@ def worker(rank, port, folder):
         found[way, "spoiled"] = refusal(spoiled.fit), spoiled.step, spoiled.skipped
         found[way, "early"] = make(out / "early", **WAYS[way], stop_at=0.0).fit()
         found[way, "other"] = refusal(lambda out=out, way=way: make(out / "refine", **WAYS[way], seed=1))
+    for way in BY_COLUMNS:
+        run = make(folder / "columns" / way, "at-once", split="sequence", **WAYS[way])
+        found["columns", way] = *gradients(run), run.fit()
+    found["odd"] = refusal(lambda: make(folder / "odd", "replay", split="sequence"))
+    found["few"] = refusal(lambda: make(folder / "few", "at-once", split="sequence", task=TASK))
     graph._record = lambda step, device: step  # eagerly, as no graph can be on the CPU
     run = make(folder / "graphed", "replay")
     run.graphs = graph.StepGraphs(run.model, nullcontext)
@@ -338,6 +346,28 @@ class TestTwoProcesses:
         expected = last(folder / way / list(CASES)[-1]).read("model.")
         found = first.state_dict()
         assert found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", BY_COLUMNS)
+def test_texts_in_parts_are_learnt_from_as_whole_ones(way, folder, ranks):
+    loss, expected = torch.load(folder / "one-at-once.pt")
+    for rank in ranks:
+        assert rank["columns", way][2].finished
+        torch.testing.assert_close(rank["columns", way][0], loss)
+    found = ranks[0]["columns", way][1]
+    for name, x in expected.items():
+        assert (found[name] is None) == (x is None), name
+        if x is not None:
+            assert (found[name] - x).norm() <= 1e-4 * x.norm(), name
+    assert_same_losses(folder / "columns" / way, folder / "one" / "at-once", 2e-3)
+
+
+@pytest.mark.slow
+def test_texts_that_cannot_be_parted_are_refused(ranks):
+    for rank in ranks:
+        assert "split: expected 'batch', or a model that reads windows_at_once" in rank["odd"]
+        assert "split: expected texts of a multiple of 12 tokens" in rank["few"] and rank["few"].endswith("got 14")
 
 
 @pytest.mark.slow

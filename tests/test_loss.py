@@ -301,5 +301,18 @@ def test_neither_logits_nor_loss_is_refused():
     model, (ids, given) = tiny(), text("mask")
     with pytest.raises(ValueError, match="labels: expected a tensor with return_logits=False, got None"):
         model(ids, loss_mask=given["loss_mask"], return_logits=False)
-    with pytest.raises(ValueError, match="all_logits: expected None or False with return_logits=False, got True"):
-        model(ids, **given, all_logits=True, return_logits=False)
+
+
+def test_with_all_logits_every_window_takes_part_in_the_backward():
+    model, (ids, _), losses = tiny().train(), text("mask"), []
+    labels = torch.where(torch.arange(ids.shape[1]) < 2, ids, -100)
+    windows = len(range(0, ids.shape[1], model.config.window))
+    for all_logits, expected in ((False, 1), (True, windows)):
+        calls = []
+        hook = model.blocks[0].register_full_backward_hook(lambda *a, calls=calls: calls.append(1))
+        out = model(ids, labels=labels, all_logits=all_logits, return_logits=False, return_state=False)
+        out.loss.backward()
+        hook.remove()
+        assert out.logits is None and len(calls) == expected > 0
+        losses.append(out.loss)
+    close(*losses, **tight)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hf_models import build
 from hf_models import tokens as hf_tokens
 from small import VOCAB, WINDOW, same, tiny, tokens
@@ -107,6 +108,46 @@ def test_models_of_transformers(family):
     same(other_logits, logits)
     for grad, other in zip(grads, others, strict=True):
         same(other, grad)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """The group of this process."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store")), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+@pytest.mark.parametrize("name", ["one pass", "replay"])
+def test_a_group_of_one_changes_nothing(alone, name, windows):
+    ids, found = tokens(2, windows * WINDOW), []
+    _, model = pair(**SETTINGS[name])
+    for group in (None, alone):
+        out = model(ids, labels=ids, return_logits=False, return_state=False, group=group)
+        found.append((out.loss, torch.autograd.grad(out.loss, list(model.parameters()))))
+    same(found[1][0], found[0][0])
+    for x, y in zip(found[1][1], found[0][1], strict=True):
+        same(x, y)
+    nothing = model(ids, labels=torch.full_like(ids, -100), return_logits=False, return_state=False, group=alone).loss
+    nothing.backward()
+    assert nothing == 0 and all(p.grad is None or p.grad.abs().sum() == 0 for p in model.parameters())
+
+
+def test_texts_that_cannot_be_parted_are_refused(alone):
+    one, other = pair(passes=3, sleep_kind="replay")
+    ids = tokens(2, 2 * WINDOW)
+    given = dict(labels=ids, return_state=False, group=alone)
+    for model, changes, match in (
+        (one, {}, "group: expected None but for windows_at_once"),
+        (pair(passes=3)[1], {}, "group: expected None but for windows_at_once"),
+        (other, dict(input_ids=ids[:, 1:], labels=ids[:, 1:]), "input_ids: expected whole windows of 5 tokens"),
+        (other, dict(attention_mask=torch.ones_like(ids)), "attention_mask: expected None with group"),
+        (other, dict(return_state=True), "return_state: expected False with group"),
+        (other, dict(state=other(ids).state), "state: expected None with group"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            model(**dict(input_ids=ids) | given | changes)
 
 
 def test_windows_that_follow_one_another_are_one_span():

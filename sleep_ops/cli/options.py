@@ -38,7 +38,7 @@ _NAMES = {
 }
 # Fields of a recipe that are about the run.
 _OF_RUN = {
-    *("seed", "device", "cuda_graph", "parallel", "reshard", "replicas"),
+    *("seed", "device", "cuda_graph", "parallel", "split", "reshard", "replicas"),
     *("checkpoint_every", "keep_checkpoints", "async_checkpoints", "eval_every", "eval_samples"),
 }
 # For dataclasses that say nothing of these.

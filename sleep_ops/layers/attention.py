@@ -26,7 +26,8 @@ class SpanContext:
     window: L, or None for no limit.
     windows: how many windows of a text stand in a row's place, as rows one after another, of which
         each is read as if it were alone but for fast weights, which go on from one to the next.
-    passes: over each of those before the next one begins, of blocks that are replayed.
+    sleep: arguments of mixers: passes over each of those before the next one begins, their length,
+        and the group of processes that have others.
     """
 
     def __init__(
@@ -38,11 +39,10 @@ class SpanContext:
         device: torch.device,
         *,
         windows: int = 1,
-        passes: int | float = 1,
+        sleep: dict | None = None,
     ):
         self.lengths, self.cache_lengths, self.position = lengths, cache_lengths, position
-        self.window, self.device, self.windows = window, device, windows
-        self.sleep = {} if windows == 1 else {"passes": passes, "window": window}
+        self.window, self.device, self.windows, self.sleep = window, device, windows, sleep or {}
         self.width = max(lengths)
         ragged_rows = not ragged.uniform(lengths)
         self.length_tensor = ragged.tensor(lengths, device) if ragged_rows else None

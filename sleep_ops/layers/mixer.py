@@ -4,7 +4,7 @@ Yang, Kautz, Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464, with the rep
 al., "Do Language Models Need Sleep?", arXiv 2605.26099, over fixed q, k, v, g, beta.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from sleep_ops.validation import (
     check_state,
     check_tensor,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOAT_DTYPES)
 
@@ -101,6 +104,7 @@ class GDNMixer(nn.Module):
         output: bool = True,
         passes: int | float | None = None,
         window: int | None = None,
+        group: "ProcessGroup | None" = None,
     ) -> Tensor | None | tuple[Tensor | None, GDNState] | tuple[Tensor | None, GDNState, ReplayInputs]:
         """Mix the tokens of x.
 
@@ -114,13 +118,18 @@ class GDNMixer(nn.Module):
         cu_seqlens: int32 or int64 [num_seqs + 1], borders of sequences packed into B = 1.
         output: False gives None for y, and computes no more than the rest needs.
         passes, window: instead of the layer's; both or neither.
+        group: process group whose ranks have consecutive parts of the rows, at least conv_size - 1
+            tokens each, as in `gated_delta_rule`. A state given is that before the first rank's;
+            the one returned has the fast weights after the last rank's tokens.
 
         Returns y, (y, state) with `return_state`, or (y, state, writes) with `return_writes`: what
         `replay` takes, the real tokens at the left of their row. Raises ValueError for a wrong
         shape, dtype or device, or for more than one of attention_mask, lengths and cu_seqlens.
         """
         self._check(x, state, attention_mask, lengths, cu_seqlens)
-        sleep = (self.passes, self.window) if passes is None else (passes, window)
+        sleep = (*((self.passes, self.window) if passes is None else (passes, window)), group)
+        if group is not None:
+            x, state = self._go_on(x, state, attention_mask, lengths, group)
         if attention_mask is None:
             y, state, writes = self._mix(x, state, lengths, cu_seqlens, output, *sleep)
         else:
@@ -149,13 +158,30 @@ class GDNMixer(nn.Module):
         writes = _closed(writes, lengths)
         return delta_rule_state(*writes, passes=passes, initial_state=fast_weights, **self._rule_options())
 
-    def _mix(self, x, state, lengths, cu_seqlens, output, passes, window):
+    def _go_on(self, x, state, attention_mask, lengths, group):
+        """x, and the state that its convolutions go on from: the rank before has what that is made of."""
+        from sleep_ops.ops.sequence_parallel import check_group, tokens_before_this_rank
+
+        check_group(group)
+        for name, value in (("attention_mask", attention_mask), ("lengths", lengths)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None with group, got a tensor")
+        if self.conv_size == 1:
+            return x, state
+        x, before = tokens_before_this_rank(x, self.conv_size - 1, group)
+        if group.rank() == 0:
+            return x, state
+        _, conv_state = self._project_writes(before, None, None, None)
+        fast_weights = self.init_state(len(x)).fast_weights if state is None else state.fast_weights
+        return x, GDNState(fast_weights, conv_state)
+
+    def _mix(self, x, state, lengths, cu_seqlens, output, passes, window, group):
         if lengths is not None:
             x = x.masked_fill(_padded(x, lengths), 0)  # whatever stands there, NaN included, reaches no gradient
         fast_weights, conv_state = (None, None) if state is None else state
         options = self._rule_options()
         before = dict(initial_state=fast_weights, cu_seqlens=cu_seqlens)
-        sleep = dict(passes=passes, window=window)
+        sleep = dict(passes=passes, window=window, group=group)
         if not output:
             writes, conv_state = self._project_writes(x, conv_state, lengths, cu_seqlens)
             writes = _closed(writes, lengths)
@@ -166,12 +192,12 @@ class GDNMixer(nn.Module):
         if passes > 1:
             sleep["output_pass"] = self.output_pass
             o, fast_weights = sleep_gated_delta_rule(q, *writes, **sleep, **before, **options)
-        elif x.shape[1] == 1 and fast_weights is not None and cu_seqlens is None:
+        elif x.shape[1] == 1 and fast_weights is not None and cu_seqlens is None and group is None:
             token = (t[:, 0] for t in (q, *writes))
             o, fast_weights = gated_delta_rule_step(*token, fast_weights, **options)
             o = o[:, None]
         else:
-            o, fast_weights = gated_delta_rule(q, *writes, **before, **options)
+            o, fast_weights = gated_delta_rule(q, *writes, **before, **options, group=group)
         return self._emit(o, gate), GDNState(fast_weights, conv_state), writes
 
     def _rule_options(self):

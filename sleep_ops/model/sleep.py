@@ -23,6 +23,7 @@ be infinite.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ from sleep_ops.model.spans import Span
 from sleep_ops.model.state import SleepState, each
 from sleep_ops.ragged import Lengths
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class Reading:
     """A text being read: an iterator over its spans, with the outputs of their first pass.
@@ -46,6 +50,7 @@ class Reading:
     spans: the spans of ids, in order.
     state: what has been read leaves behind; in the end, what a continuation starts from.
     passes: N.
+    group: process group whose ranks read consecutive parts of the text, or None.
 
     Outputs that nothing asks for are None.
     """
@@ -58,8 +63,10 @@ class Reading:
         spans: Iterator[Span],
         state: SleepState,
         passes: int | float,
+        group: "ProcessGroup | None" = None,
     ):
         self.stack, self.embed, self.ids, self.spans, self.state, self.passes = stack, embed, ids, spans, state, passes
+        self.group = group
 
     def __iter__(self) -> Iterator[tuple[Span, Tensor | None]]:
         """Algorithm 1."""
@@ -67,7 +74,7 @@ class Reading:
         for span in self.spans:
             h = self.embed(ragged.take(self.ids, span.starts, span.lengths))  # h <- Embed(c)
             if span.windows:  # all at once
-                h, self.state = stack.read(h, self.state, span, passes=N)
+                h, self.state = stack.read(h, self.state, span, passes=N, group=self.group)
                 for part in span.windows:
                     first = part.starts[0] - span.starts[0]
                     yield part, h[:, first : first + part.lengths[0]] if part.wanted else None
@@ -167,7 +174,13 @@ class SleepStack:
         return h if output else None, state
 
     def read(
-        self, h: Tensor, state: SleepState, span: Span, *, passes: int | float
+        self,
+        h: Tensor,
+        state: SleepState,
+        span: Span,
+        *,
+        passes: int | float,
+        group: "ProcessGroup | None" = None,
     ) -> tuple[Tensor | None, SleepState]:
         """What wake, sleep and evict make of a span of several windows, all of them at once.
 
@@ -177,12 +190,16 @@ class SleepStack:
         windows' passes along (`sleep_gated_delta_rule`).
 
         h `[B, T, hidden]`, embeddings -> (outputs of the last block's first passes, the state after
-        all); None for outputs that are not wanted.
+        all); None for outputs that are not wanted. With a group the fast weights are those after
+        the last rank's windows.
         """
         batch, n, L = len(span.lengths), len(span.windows), self.window
         begins = tuple(p + j * L for p in state.position for j in range(n))
         lengths, none = (L,) * (batch * n), (0,) * (batch * n)
-        context, asleep = (SpanContext(lengths, none, begins, L, h.device, windows=n, passes=N) for N in (1, passes))
+        context, asleep = (
+            SpanContext(lengths, none, begins, L, h.device, windows=n, sleep={"passes": N, "window": L, "group": group})
+            for N in (1, passes)
+        )
         blocks = tuple(
             s if b.fast_weights else AttentionState(*(x.new_empty(batch * n, 0, *x.shape[2:]) for x in s))
             for b, s in zip(self.blocks, state.blocks, strict=True)

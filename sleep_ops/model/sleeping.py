@@ -1,7 +1,7 @@
 """Reading a text with sleep, whatever the model: from token ids to windows, logits and loss."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from sleep_ops.model.sleep import Reading, SleepStack
 from sleep_ops.model.spans import Counts, Span, at_once, marked, spans
 from sleep_ops.model.state import SleepState
 from sleep_ops.ragged import Lengths, Rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SleepOutput(NamedTuple):
@@ -47,6 +50,7 @@ class Call(NamedTuple):
     all_logits: bool | None = None
     return_logits: bool = True
     return_state: bool = True
+    group: "ProcessGroup | None" = None
 
 
 class Plan(NamedTuple):
@@ -58,7 +62,7 @@ class Plan(NamedTuple):
     counted: bool likewise, the positions whose loss is taken.
     loss: counts of the tokens with loss, see `spans`.
     loss_tokens: how many there are.
-    passes, state, all_logits, return_logits, return_state: as in `SleepingModel.forward`, resolved.
+    passes, state, all_logits, return_logits, return_state, group: as in `SleepingModel.forward`, resolved.
     padded: places of each row's first window that padding takes up.
     """
 
@@ -74,6 +78,7 @@ class Plan(NamedTuple):
     all_logits: bool
     return_logits: bool
     return_state: bool
+    group: "ProcessGroup | None"
 
 
 _FREE = (
@@ -134,15 +139,16 @@ class SleepingModel:
         wanted: Counts,
         loss: Counts | None = None,
         close: bool = True,
+        group: "ProcessGroup | None" = None,
     ) -> Reading:
-        """Algorithm 1 over ids `[rows, max(lengths)]` from `state`; the rest as in `spans`."""
+        """Algorithm 1 over ids `[rows, max(lengths)]` from `state`; the rest as in `spans` and `Reading`."""
         filled, settings = ragged.add(state.in_window, state.padded), self.settings
         cut = spans(
             lengths, settings.window, filled=filled, labelled=state.labelled, wanted=wanted, loss=loss, close=close
         )
         if settings.windows_at_once and settings.window and (passes == 1 or settings.sleep_kind == "replay"):
-            cut = at_once(cut, settings.window)
-        return Reading(self.stack, self.embed, ids, cut, state, passes)
+            cut = at_once(cut, settings.window, least=2 if group is None else 1)
+        return Reading(self.stack, self.embed, ids, cut, state, passes, group)
 
     def init_state(self, batch_size: int) -> SleepState:
         """The state before the first token."""
@@ -187,6 +193,7 @@ class SleepingModel:
         all_logits: bool | None = None,
         return_logits: bool = True,
         return_state: bool = True,
+        group: "ProcessGroup | None" = None,
     ) -> SleepOutput:
         """Algorithm 1: reads window by window, predicts awake, sleeps on full windows, evicts.
 
@@ -202,11 +209,18 @@ class SleepingModel:
         passes: N, instead of the configuration's.
         state: from an earlier call, to read on.
         all_logits: logits of every window (default: only when there is neither a label nor a loss
-            mask).
+            mask). With labels every window then takes part in the backward, if only with zeros:
+            processes that gather parameters for each call have to make the same calls.
         return_logits: False gives the loss alone, of logits made some tokens at a time
             (`model.loss`): none of a whole window are in memory, forward or backward.
         return_state: False saves what only a continuation would see: the sleep on a last full
             window, and any window after the last loss.
+
+        group: process group whose ranks have consecutive parts of the texts, in rank order and of
+            as many whole windows each. For models that read `windows_at_once`, with one pass or by
+            replay; with return_state=False, and without padding, packing and a state. All windows
+            take part, as with all_logits; the loss is the mean over this rank's loss tokens, zero
+            where it has none. Every rank's backward must run; gradients are this rank's part.
 
         Returns a SleepOutput: logits of the windows with loss alone (or of all, see all_logits),
         the columns they belong to in `positions`, the mean loss, and the state.
@@ -217,7 +231,7 @@ class SleepingModel:
         """
         call = Call(
             input_ids, labels, loss_mask, attention_mask, passes, state,
-            cu_seqlens, windows_by, all_logits, return_logits, return_state,
+            cu_seqlens, windows_by, all_logits, return_logits, return_state, group,
         )  # fmt: skip
         return self.answer(call)
 
@@ -244,11 +258,13 @@ class SleepingModel:
             self.stack.check(state, len(rows.lengths))
             if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
                 state = state.recordable()
+        if call.group is not None:
+            self._check_group(call, passes)
+            all_logits = may_lack_loss = True
         if all_logits is None:
             all_logits = labels is None and loss_mask is None
         if not call.return_logits:
             expect(labels is not None, "labels", "a tensor with return_logits=False", None)
-            expect(not all_logits, "all_logits", "None or False with return_logits=False", all_logits)
         if labels is not None and (loss_mask is None or loss_mask.device == labels.device):
             real = labels != -100
             loss_mask = real if loss_mask is None else real & loss_mask.bool()
@@ -265,7 +281,7 @@ class SleepingModel:
             counted = rows.pack(ragged.send(loss_mask.bool(), ids.device))
         return Plan(
             rows, ids, labels, counted, loss, loss_tokens, passes, state, padded,
-            all_logits, call.return_logits, call.return_state,
+            all_logits, call.return_logits, call.return_state, call.group,
         )  # fmt: skip
 
     def run(self, plan: Plan, predict: Callable[[Tensor], Tensor] | None = None) -> SleepOutput:
@@ -279,7 +295,9 @@ class SleepingModel:
         """
         rows, state = plan.rows, plan.state
         if state is None:
-            state = self.init_state(len(rows.lengths))._replace(padded=plan.padded)
+            first = 0 if plan.group is None else plan.group.rank() * rows.shape[1]
+            position = (first,) * len(rows.lengths)
+            state = self.init_state(len(rows.lengths))._replace(padded=plan.padded, position=position)
         predict = self.predict if predict is None else predict
         reading = self.read(
             plan.ids,
@@ -289,20 +307,25 @@ class SleepingModel:
             wanted=[range(n + 1) for n in rows.lengths] if plan.all_logits else plan.loss,
             loss=plan.loss if self.settings.sleep_on == "unlabelled" else None,
             close=plan.return_state,
+            group=plan.group,
         )
-        pieces, counted = [], []
+        pieces, counted, idle = [], [], []
         for span, h in reading:
             if span.wanted:
                 x = predict(h) if plan.return_logits else h
                 pieces.append((span.starts, span.lengths, x))
                 if plan.labels is not None and any(marked(plan.loss, span.starts, span.lengths)):
                     counted.append((x.flatten(0, 1), _targets(plan, span)))
-        loss = None if plan.labels is None else self._loss(plan, counted, predict)
+                elif plan.labels is not None:
+                    idle.append(0 * h.float().sum())
+        loss = None if plan.labels is None else sum(idle, self._loss(plan, counted, predict))
         logits, positions = rows.unpack(pieces) if plan.return_logits else (None, None)
         return SleepOutput(logits, loss, reading.state if plan.return_state else None, positions)
 
     def _loss(self, plan: Plan, counted: list[tuple[Tensor, Tensor]], predict: Callable[[Tensor], Tensor]) -> Tensor:
         """The mean loss of spans' logits, or hidden states without return_logits, and targets."""
+        if not counted:
+            return torch.zeros((), device=plan.ids.device)
         if plan.return_logits:
             return sum(summed_cross_entropy(*x) for x in counted) / plan.loss_tokens  # type: ignore[return-value]
         h, targets = map(torch.cat, zip(*counted, strict=True))
@@ -326,6 +349,16 @@ class SleepingModel:
         fits = bool((mask == together).all())
         expect(fits, "attention_mask", "no padding between real tokens with windows_by 'positions'", "some")
         return tuple(n % window for n in first[:, 0].tolist())
+
+    def _check_group(self, call: Call, passes: int | float) -> None:
+        settings, tokens = self.settings, call.input_ids.shape[1]
+        allowed = settings.windows_at_once and (passes == 1 or settings.sleep_kind == "replay")
+        expect(allowed, "group", "None but for windows_at_once with one pass or by replay", "a group")
+        whole = settings.window is not None and tokens % settings.window == 0
+        expect(whole, "input_ids", f"whole windows of {settings.window} tokens with group", f"{tokens} tokens")
+        for name in ("attention_mask", "cu_seqlens", "state"):
+            expect(getattr(call, name) is None, name, "None with group", "one")
+        expect(not call.return_state, "return_state", "False with group", call.return_state)
 
     def _check(self, call: Call) -> None:
         labels, shape, device = call.labels, tuple(call.input_ids.shape), self.embedding_weight.device

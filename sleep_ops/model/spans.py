@@ -84,11 +84,11 @@ def spans(
         starts = end
 
 
-def at_once(spans: Iterable[Span], window: int) -> Iterator[Span]:
-    """The same, but whole windows of all rows that follow one another are one span."""
+def at_once(spans: Iterable[Span], window: int, *, least: int = 2) -> Iterator[Span]:
+    """The same, but `least` or more whole windows of all rows that follow one another are one span."""
     for whole, group in groupby(spans, lambda span: all(n == window for n in span.lengths)):
         windows = tuple(group)
-        if not whole or len(windows) == 1:
+        if not whole or len(windows) < least:
             yield from windows
             continue
         first, last, wanted = windows[0], windows[-1], any(span.wanted for span in windows)

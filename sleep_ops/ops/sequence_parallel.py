@@ -11,7 +11,7 @@ from sleep_ops.ops.windows import Windows
 from sleep_ops.validation import check_first_order
 
 
-def check_group(group: object, cu_seqlens: Tensor | None) -> None:
+def check_group(group: object, cu_seqlens: Tensor | None = None) -> None:
     """Raise unless `group` is a process group (a process outside it holds none), and sequences are not packed."""
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(f"group: expected a torch.distributed process group or None, got {type(group).__name__}")

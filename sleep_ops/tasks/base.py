@@ -37,6 +37,9 @@ class Batch(NamedTuple):
     def rows(self, which: slice) -> "Batch":
         return self._each(lambda x: x[which])
 
+    def columns(self, which: slice) -> "Batch":
+        return self._each(lambda x: x[:, which])
+
     def pin_memory(self) -> "Batch":
         return self._each(lambda x: x if x is self.loss_mask else x.pin_memory())
 

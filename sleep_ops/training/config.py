@@ -21,6 +21,7 @@ PRECISIONS = ("auto", "bf16", "float32")
 TRAINABLE = ("all", "fast_weights")
 PASSES_SCHEDULES = ("fixed", "random", "curriculum")
 PARALLEL = ("ddp", "fsdp")
+SPLIT = ("batch", "sequence")
 PARAM_DTYPES = ("float32", "bf16")
 RESHARD = ("step", "call")
 CONFIG_FILE = "config.json"
@@ -29,7 +30,7 @@ _VERSION = 1
 # What may change when a run is taken up again: none of it enters the mathematics of a step.
 _FREE_ON_RESUME = {
     *("device", "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "cuda_graph"),
-    *("stop_at", "patience", "parallel", "reshard", "replicas", "async_checkpoints", "recompute", "offload"),
+    *("stop_at", "patience", "parallel", "split", "reshard", "replicas", "async_checkpoints", "recompute", "offload"),
 }
 _WARM_SEED = 1 << 32  # added to the seed: the two phases of fine-tuning go through the data in orders of their own
 
@@ -71,6 +72,8 @@ class TrainConfig:
     parallel              how several processes share the work: "ddp", each has the whole model; "fsdp", each keeps its
                           part of the parameters and of the optimisers' state between steps. batch_size is that of all
                           together, micro_batch that of one.
+    split                 what several processes divide: the "batch", by rows, or the "sequence", of which each reads as
+                          many whole windows; for models that read windows_at_once, with one pass or by replay.
     param_dtype           "float32", or "bf16": forward and backward compute with parameters, and gather and sum
                           gradients, of half the size; the optimisers keep and change float32 ones.
     reshard               with fsdp: parameters are gathered once a "step", all of them, or around each "call" of a
@@ -109,6 +112,7 @@ class TrainConfig:
     stop_at: float | None = None
     patience: int | None = None
     parallel: str = "ddp"
+    split: str = "batch"
     param_dtype: str = "float32"
     reshard: str = "step"
     replicas: int = 1
@@ -134,10 +138,11 @@ class TrainConfig:
         check_flags(cuda_graph=self.cuda_graph, offload=self.offload, async_checkpoints=self.async_checkpoints)
         check_choice("trainable", self.trainable, TRAINABLE)
         check_choice("parallel", self.parallel, PARALLEL)
+        check_choice("split", self.split, SPLIT)
         check_choice("param_dtype", self.param_dtype, PARAM_DTYPES)
         check_choice("reshard", self.reshard, RESHARD)
         check_counts(self, replicas=1)
-        for name, needed in (("parallel", "ddp"), ("param_dtype", "float32"), ("offload", False)):
+        for name, needed in (("parallel", "ddp"), ("split", "batch"), ("param_dtype", "float32"), ("offload", False)):
             if self.cuda_graph and getattr(self, name) != needed:
                 raise ValueError(f"{name}: expected {needed!r} with cuda_graph, got {getattr(self, name)!r}")
         check_choice("passes_schedule", self.passes_schedule, PASSES_SCHEDULES)

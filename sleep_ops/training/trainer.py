@@ -112,7 +112,7 @@ class Trainer:
         if t.cuda_graph and self.device.type != "cuda":
             raise ValueError(f"cuda_graph: expected False without CUDA, got True on {self.device}")
         self.world = World.join(self.device)
-        if t.batch_size < self.world.size:
+        if t.split == "batch" and t.batch_size < self.world.size:
             raise ValueError(f"batch_size: expected at least {self.world.size}, one per process, got {t.batch_size}")
         self.console = (console or Console()) if self.world.main else Console(quiet=True)
         self.task = task or build_task(config.task)
@@ -122,6 +122,7 @@ class Trainer:
         place = "meta" if self._shared and not self.world.main else "cpu"
         model = model or build_model(config, weights=checkpoint is None, device=place)
         check_vocabulary(model, self.task)
+        self._check_split(model)
         self.passes = self._passes(model)
         select_parameters(model, t.trainable)
         self.layout = self._lay_out(model)
@@ -330,24 +331,33 @@ class Trainer:
         """The mean loss of the whole batch; its gradients, summed, are left in the parameters."""
         total, alike = int(batch.loss_mask.sum()), self._alike(batch)
         with self.layout.gradients(alike):
-            loss = self._own_loss(self._rows(batch, self.world.rank), total, alike)
+            loss = self._own_loss(self._part(batch, self.world.rank), total, alike)
         return self.world.sum(loss)
 
-    def _rows(self, batch: Batch, rank: int) -> Batch:
-        return batch.rows(slice(rank, None, self.world.size))
+    def _part(self, batch: Batch, rank: int) -> Batch:
+        """What the process of this rank reads."""
+        size = self.world.size
+        if self._by_columns:
+            each = batch.input_ids.shape[1] // size
+            return batch.columns(slice(rank * each, (rank + 1) * each))
+        return batch.rows(slice(rank, None, size))
+
+    @property
+    def _by_columns(self) -> bool:
+        return self.config.train.split == "sequence" and self.world.size > 1
 
     def _alike(self, batch: Batch) -> bool:
-        """Whether the processes' rows lead them through the same calls of blocks, if all windows take part."""
+        """Whether all processes will call the same blocks in the same order, if all windows take part."""
         t = self.config.train
-        if t.reshard != "call" or self.world.size == 1 or batch.attention_mask is not None:
-            return False
-        settings = sleeping(self.model).settings
-        parts = [self._rows(batch, r).split(t.micro_batch or t.batch_size) for r in range(self.world.size)]
+        if t.reshard != "call" or self.world.size == 1 or self._by_columns:
+            return self._by_columns
+        parts = [self._part(batch, r).split(t.micro_batch or t.batch_size) for r in range(self.world.size)]
         same = len({len(p) for p in parts}) == 1 and all(bool(x.loss_mask.any()) for p in parts for x in p)
+        same = same and batch.attention_mask is None and sleeping(self.model).settings.sleep_on == "every"
         if not same and not self._told:
             self._told = True
             self.console.print("reshard: rows differ between processes, so such a step gathers parameters all at once")
-        return same and settings.sleep_on == "every"
+        return same
 
     def _own_loss(self, batch: Batch, total: int, alike: bool) -> Tensor:
         """What these rows add to the mean loss over `total` tokens, with its gradients."""
@@ -362,11 +372,13 @@ class Trainer:
                         p.grad.mul_(share)
                 return loss * share
         given: dict = {} if passes is None else {"passes": passes}
-        if alike:
+        if self._by_columns:
+            given["group"] = torch.distributed.group.WORLD
+        elif alike:
             given["all_logits"] = True
         for part in batch.split(t.micro_batch or t.batch_size):
             share = int(part.loss_mask.sum()) / total
-            if share == 0:
+            if share == 0 and not self._by_columns:
                 continue
             offload = save_on_cpu(self.device.type == "cuda") if t.offload else nullcontext()
             with autocast(t.precision, self.device), offload:
@@ -410,6 +422,22 @@ class Trainer:
         if schedule != "fixed" and passes in (None, math.inf):
             raise ValueError(f"passes_schedule: expected 'fixed' for a model with passes {passes}, got {schedule!r}")
         return passes
+
+    def _check_split(self, model: nn.Module) -> None:
+        """Raises ValueError where each process is to read its part of a text and can't."""
+        if not self._by_columns:
+            return
+        found = find_sleeping(model)
+        settings = None if found is None else found.settings
+        able = settings is not None and settings.windows_at_once and settings.window
+        able = able and (settings.sleep_kind == "replay" or settings.passes == 1)
+        if not able:
+            expected = "'batch', or a model that reads windows_at_once, with one pass or by replay"
+            raise ValueError(f"split: expected {expected}, got {self.config.train.split!r}")
+        whole = self.world.size * settings.window
+        if self.task.seq_len % whole:
+            expected = f"texts of a multiple of {whole} tokens, whole windows for each process"
+            raise ValueError(f"split: expected {expected}, got {self.task.seq_len}")
 
     @property
     def _shared(self) -> bool:

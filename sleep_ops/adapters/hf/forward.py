@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -100,6 +101,7 @@ def forward(
     all_logits: bool | None = None,
     return_logits: bool = True,
     return_state: bool = False,
+    group: ProcessGroup | None = None,
     return_dict: bool | None = None,
     **options,
 ) -> SleepCausalLMOutput | tuple:
@@ -112,7 +114,7 @@ def forward(
     position_ids: None, plain, or those of packed sequences (B = 1).
     cu_seqlens or cu_seq_lens_q: borders of packed sequences.
     seq_idx: their numbers.
-    loss_mask, passes, state, windows_by, return_logits, return_state: as in
+    loss_mask, passes, state, windows_by, return_logits, return_state, group: as in
         `SleepHybridModel.forward`.
     all_logits: of every window, not only of those with loss (default: without labels, and in
         evaluation).
@@ -129,10 +131,10 @@ def forward(
         all_logits = chosen or (return_logits and (targets is None or not self.training))
     call = Call(
         input_ids, targets, loss_mask, attention_mask, passes, state, borders, windows_by,
-        all_logits, return_logits, return_state,
+        all_logits, return_logits, return_state, group,
     )  # fmt: skip
     plan = self.sleep.plan(call, may_lack_loss=num_items_in_batch is not None)
-    nothing = targets is not None and plan.loss_tokens == 0
+    nothing = targets is not None and plan.loss_tokens == 0 and group is None
     if nothing:
         all_logits = return_logits
         plan = plan._replace(labels=None, counted=None, all_logits=True, return_logits=True)
@@ -148,7 +150,7 @@ def forward(
     elif loss is not None and num_items_in_batch is not None:
         loss = loss * plan.loss_tokens / num_items_in_batch
     logits, positions = (read.logits, read.positions) if return_logits else (None, None)
-    if all_logits:
+    if all_logits and return_logits:
         kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
         logits, positions = logits[:, kept], None
     output = SleepCausalLMOutput(loss=loss, logits=logits, positions=positions, state=read.state)
