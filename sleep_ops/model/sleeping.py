@@ -212,7 +212,7 @@ class SleepingModel:
             mask). With labels every window then takes part in the backward, if only with zeros:
             processes that gather parameters for each call have to make the same calls.
         return_logits: False gives the loss alone, of logits made some tokens at a time
-            (`model.loss`): none of a whole window are in memory, forward or backward.
+            (`model.loss`): no others are in memory, forward or backward.
         return_state: False saves what only a continuation would see: the sleep on a last full
             window, and any window after the last loss.
 
