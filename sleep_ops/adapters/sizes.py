@@ -7,6 +7,7 @@ Models are built on the meta device: nothing is loaded and nothing computed.
 """
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +48,14 @@ _OURO = dict(
     num_attention_heads=16,
     rope_theta=1e6,
 )
-_DEFAULTS = ("Qwen3_5TextConfig", "Qwen3_5MoeTextConfig", "OlmoHybridConfig", "Qwen3NextConfig")
+_PORTS = {"jet_nemotron": _JET_2B, "ouro": _OURO}
+_DEFAULTS = {
+    "qwen3_5": "Qwen3_5TextConfig",
+    "qwen3_5_moe": "Qwen3_5MoeTextConfig",
+    "olmo_hybrid": "OlmoHybridConfig",
+    "qwen3_next": "Qwen3NextConfig",
+}
+FAMILIES = (*_DEFAULTS, *_PORTS)
 
 
 class Sizes(NamedTuple):
@@ -109,12 +117,21 @@ def _of_folder(folder: Path) -> torch.nn.Module:
     return model
 
 
+def write_default(family: str, folder: Path) -> None:
+    """A config.json with the default sizes of one of FAMILIES, as `load_model` reads it without weights."""
+    if family in _PORTS:
+        (folder / CONFIG_FILE).write_text(json.dumps(_PORTS[family]))
+        return
+    import transformers
+
+    getattr(transformers, _DEFAULTS[family])().save_pretrained(folder)
+
+
 def _families() -> Iterator[tuple[str, torch.nn.Module]]:
     import transformers
 
-    for name in _DEFAULTS:
-        config = getattr(transformers, name)()
-        yield config.model_type.removesuffix("_text"), _sleepified(config)
+    for family, name in _DEFAULTS.items():
+        yield family, _sleepified(getattr(transformers, name)())
     yield "jet_nemotron", _port(_JET_2B)
     yield "ouro, 6 inserted layers", _port(_OURO)
 

@@ -1,4 +1,4 @@
-"""The command line: train, fine-tune, evaluate, demonstrate, measure, verify.
+"""The command line: train, fine-tune, evaluate, plan, demonstrate, measure, verify.
 
 Settings are checked before anything is written; a bad one is a message and exit code 2. Exit code 1 is a run that
 failed, 128 + n one that signal n stopped (its checkpoint is saved).
@@ -9,6 +9,7 @@ import typer
 from sleep_ops.cli import evaluate, experiments, finetune
 from sleep_ops.cli.bench import bench_app, bench_kernels, bench_launches, bench_passes, bench_train, bench_tune
 from sleep_ops.cli.evaluate import demo, recall
+from sleep_ops.cli.plan import plan
 from sleep_ops.cli.train import train_app
 from sleep_ops.cli.verify import verify
 
@@ -26,6 +27,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("sweep")(experiments.sweep)
 app.command("plot")(experiments.plot)
 app.command("data")(experiments.data)
+app.command()(plan)
 app.command()(demo)
 app.command()(recall)
 app.command()(verify)
@@ -44,6 +46,7 @@ __all__ = [
     "bench_tune",
     "demo",
     "main",
+    "plan",
     "recall",
     "verify",
 ]

@@ -1,0 +1,106 @@
+"""`sleep-ops plan`: whether training a model fits, and how fast it may go, before there is a machine for it."""
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sleep_ops.cli.options import MODEL, RECIPE, Fields, all_but, command, count_or_inf, integers, option
+from sleep_ops.model.config import SleepSettings
+from sleep_ops.training.config import FinetuneConfig
+from sleep_ops.training.plan import Machine, Prediction
+
+_SLEEP = all_but(SleepSettings, "passes", "attention_backend", "impl")
+_RECIPE = (
+    *("batch_size", "micro_batch", "precision", "trainable"),
+    *("parallel", "param_dtype", "reshard", "replicas", "offload"),
+)
+_KINDS = ("parameters", "optimizer", "gradients", "gathered", "activations", "updates")
+
+
+@command
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint folder, of which config.json is read alone; or a family's name.")
+    ],
+    tokens: Annotated[int, option("Tokens of a text, all with loss.")],
+    passes: Annotated[str, option("Passes per sleep, N; inf is for replay.", MODEL)],
+    machine: Annotated[dict, Fields(Machine)],
+    sleep: Annotated[dict, Fields(SleepSettings, _SLEEP, given=True, panel=MODEL)],
+    recipe: Annotated[dict, Fields(FinetuneConfig.train, _RECIPE, given=True, panel=RECIPE)],
+    insert: Annotated[
+        str | None, option("Layers, separated by commas, after which to insert fast weights.", MODEL)
+    ] = None,
+) -> None:
+    """What fine-tuning will need of each GPU, and what makes it fit: predictions, made without a GPU.
+
+    Every step is gone through with tensors without values: a minute or more for a large model. Settings that save
+    memory are added one by one until it fits; those that are given stay.
+    """
+    on = Machine(**machine)
+    settings = {"passes": count_or_inf("passes", passes)} | sleep
+    train = replace(FinetuneConfig.train, **recipe)
+    layers = None if insert is None else integers("insert", insert)
+
+    from sleep_ops.adapters.loading import load_model
+    from sleep_ops.adapters.sizes import FAMILIES, write_default
+    from sleep_ops.training.plan import predictions
+
+    console = Console()
+    with ExitStack() as stack:
+        folder = Path(model)
+        if not folder.is_dir():
+            if model not in FAMILIES:
+                raise ValueError(f"model: expected a checkpoint folder or one of {', '.join(FAMILIES)}, got {model!r}")
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            write_default(model, folder)
+
+        def build(**chosen):
+            return load_model(folder, weights=False, insert=layers, **chosen)
+
+        found = []
+        given = frozenset(recipe) | frozenset(sleep)
+        for prediction in predictions(build, train, settings, on, tokens=tokens, given=given):
+            found.append(prediction)
+            if console.is_terminal:
+                console.print(_told(prediction), highlight=False)
+    console.print(_table(found, on))
+    last = found[-1]
+    said = " ".join(f"--{name.replace('_', '-')}" + ("" if x is True else f" {x}") for name, x in last.added.items())
+    if not last.fits:
+        console.print(f"predicted: does not fit into {on.usable / 1e9:.0f} GB, whatever was tried")
+    elif last.added:
+        console.print(f"predicted: fits with {said}", highlight=False, soft_wrap=True)
+    else:
+        console.print("predicted: fits as it is")
+
+
+def _told(prediction: Prediction) -> str:
+    return f"{_added(prediction)}: {prediction.step.peak / 1e9:.1f} GB, {'fits' if prediction.fits else 'does not fit'}"
+
+
+def _added(prediction: Prediction) -> str:
+    """The last setting that was added."""
+    if not prediction.added:
+        return "as given"
+    name, value = list(prediction.added.items())[-1]
+    return f"+ {name}" if value is True else f"+ {name} {value}"
+
+
+def _table(found: list[Prediction], machine: Machine) -> Table:
+    title = f"predicted, GB of each of {machine.gpus} GPUs ({machine.usable / 1e9:.0f} of {machine.memory:g} to use)"
+    kinds = [k for k in _KINDS if any(p.step.kinds.get(k, 0) >= 5e7 for p in found)]
+    table = Table("", "peak", *kinds, "host", "tokens/s", title=title)
+    table.caption = (
+        f"tokens/s if {machine.mfu:.0%} of {machine.peak:g} TFLOP/s and {machine.bandwidth:g} GB/s are reached"
+    )
+    for p in found:
+        cells = (f"{p.step.kinds.get(k, 0) / 1e9:.1f}" for k in kinds)
+        peak = f"{p.step.peak / 1e9:.1f}{'' if p.fits else ' !'}"
+        table.add_row(_added(p), peak, *cells, f"{p.step.host / 1e9:.1f}", f"{p.tokens_per_second:,.0f}")
+    return table

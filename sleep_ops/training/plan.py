@@ -1,0 +1,193 @@
+"""What training a model will need and how fast it may go, before there is a machine for it.
+
+A step is rehearsed (`rehearsal`) on short texts, from which a long one's follows: memory and work
+grow by as much with every window, and with every further pass of one. What comes out is a
+prediction.
+
+Settings are here, of which the command's options are made, so nothing imports PyTorch at once.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from sleep_ops.checks import check_count, expect
+from sleep_ops.model.config import SleepSettings
+from sleep_ops.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sleep_ops.training.rehearsal import Step
+
+# What is tried in turn, each with those before it, until a step fits: what costs the least time first. Sleep's
+# settings are marked by their class.
+_REMEDIES: tuple[tuple[type, dict], ...] = (
+    (TrainConfig, {"micro_batch": 1}),
+    (TrainConfig, {"param_dtype": "bf16"}),
+    (TrainConfig, {"parallel": "fsdp"}),
+    (SleepSettings, {"activation_checkpointing": True}),
+    (SleepSettings, {"recompute": "block"}),
+    (TrainConfig, {"reshard": "call"}),
+    (TrainConfig, {"offload": True}),
+)
+_PASSES = 24  # over windows, that are rehearsed one by one; what more there are follow from fewer
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to train on, and what is assumed of it.
+
+    gpus       how many, a process each.
+    memory     of each, in GB of 10^9 bytes.
+    spare      fraction of it for what is not counted: CUDA and NCCL, the allocator, what kernels work with.
+    peak       of each, in TFLOP/s; by default that of an H100 for dense bfloat16.
+    mfu        fraction of this peak that is reached: assumed, not measured.
+    bandwidth  GB/s at which a GPU receives from others: assumed, not measured.
+    """
+
+    gpus: int = 1
+    memory: float = 80.0
+    spare: float = 0.1
+    peak: float = 989.0
+    mfu: float = 0.4
+    bandwidth: float = 200.0
+
+    def __post_init__(self):
+        check_count("gpus", self.gpus)
+        for name in ("memory", "peak", "bandwidth"):
+            value = getattr(self, name)
+            expect(0 < value < math.inf, name, "a number > 0", value)
+        expect(0 <= self.spare < 1, "spare", "a number in [0, 1)", self.spare)
+        expect(0 < self.mfu <= 1, "mfu", "a number in (0, 1]", self.mfu)
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU for what is counted."""
+        return self.memory * 1e9 * (1 - self.spare)
+
+
+class Prediction(NamedTuple):
+    """What is predicted of a run.
+
+    recipe, sleep: its settings; sleep as `load_model` takes them.
+    added: those of them that were added so that it fits, by name.
+    step: one of its steps, in one process.
+    fits: whether its peak is within what is usable.
+    tokens_per_second: of all processes together.
+    """
+
+    recipe: TrainConfig
+    sleep: dict
+    added: dict
+    step: "Step"
+    fits: bool
+    tokens_per_second: float
+
+
+def predictions(
+    build: Callable[..., "nn.Module"],
+    recipe: TrainConfig,
+    sleep: dict,
+    machine: Machine,
+    *,
+    tokens: int,
+    given: frozenset[str] = frozenset(),
+) -> Iterator[Prediction]:
+    """Of the recipe, and as long as it does not fit, with one setting more that saves memory.
+
+    build: settings of sleep -> the model, on the CPU.
+    tokens: of a text, all with loss.
+    given: names of settings that are to stay as they are.
+
+    Raises ValueError for settings that can't be, before a model is built.
+    """
+    check_count("tokens", tokens)
+    expected = f"at least {machine.gpus}, one per process"
+    expect(recipe.batch_size >= machine.gpus, "batch_size", expected, recipe.batch_size)
+    sleep = {"window": None, "passes": 1} | sleep
+    SleepSettings(**sleep)
+    if recipe.parallel == "fsdp" and machine.gpus % recipe.replicas:
+        raise ValueError(f"replicas: expected a divisor of the {machine.gpus} processes, got {recipe.replicas}")
+    if recipe.precision == "auto":
+        recipe = replace(recipe, precision="bf16")
+    added: dict = {}
+    remedies = iter(_REMEDIES)
+    while True:
+        step = _step(build, recipe, sleep, tokens, machine.gpus)
+        fits = step.peak <= machine.usable
+        yield Prediction(
+            recipe, sleep, dict(added), step, fits, recipe.batch_size * tokens / _seconds(step, recipe, machine)
+        )
+        if fits:
+            return
+        for owner, change in remedies:
+            ((name, value),) = change.items()
+            if name in given or (machine.gpus == 1 and name in ("parallel", "reshard")):
+                continue
+            if owner is SleepSettings:
+                sleep = sleep | change
+            elif getattr(recipe, name) != value:
+                recipe = replace(recipe, **change)
+            else:
+                continue
+            added |= change
+            break
+        else:
+            return
+
+
+def _seconds(step: "Step", recipe: TrainConfig, machine: Machine) -> float:
+    computing = step.flops / (machine.mfu * machine.peak * 1e12)
+    sending = step.sent / (machine.bandwidth * 1e9)
+    # Around calls it goes on beside the computation, once a step it is waited for.
+    beside = recipe.parallel == "fsdp" and recipe.reshard == "call"
+    return max(computing, sending) if beside else computing + sending
+
+
+def _step(build: Callable, recipe: TrainConfig, sleep: dict, tokens: int, processes: int) -> "Step":
+    """A step of the recipe, from one of at most two micro-batches, and of fewer windows and passes if they are many."""
+    from sleep_ops.training.rehearsal import rehearse
+
+    own = recipe.batch_size // processes
+    rows = min(own, 2 * (recipe.micro_batch or own))
+    fewer = replace(recipe, batch_size=rows * processes)
+    window, passes = sleep["window"] or tokens, sleep["passes"]
+    windows = -(-tokens // window)
+    last = tokens - (windows - 1) * window
+
+    def rehearsed(windows: int, passes: int | float) -> "Step":
+        def model():
+            return build(**sleep | {"passes": passes, "impl": "triton", "attention_backend": "torch"})
+
+        return rehearse(model, fewer, tokens=(windows - 1) * window + last, processes=processes)
+
+    # Every window but the last sleeps. Replays cost the same however many.
+    refining = sleep.get("sleep_kind", "refine") == "refine" and passes > 1
+    if windows + (windows - 1) * (passes - 1 if refining else 0) <= _PASSES or windows < 5:
+        step = rehearsed(windows, passes)
+    elif not refining or passes == 2:
+        step = _combined((rehearsed(3, passes), 4 - windows), (rehearsed(4, passes), windows - 3))
+    else:
+        more = (windows - 1) * (passes - 2)  # passes than if N were 2
+        step = _combined(
+            (rehearsed(3, 2), 4 - windows - more / 2), (rehearsed(4, 2), windows - 3), (rehearsed(3, 3), more / 2)
+        )
+    by_call = recipe.parallel == "fsdp" and recipe.reshard == "call"
+    share = own / rows
+    return step._replace(flops=step.flops * share, sent=step.sent * (share if by_call else 1))
+
+
+def _combined(*parts: tuple["Step", float]) -> "Step":
+    """The sum of steps, each so many times."""
+    first = parts[0][0]
+
+    def total(number: Callable[["Step"], float]) -> float:
+        return sum(times * number(step) for step, times in parts)
+
+    phases = {}
+    for phase in first.phases:
+        kinds = dict.fromkeys(kind for step, _ in parts for kind in step.phases[phase])
+        phases[phase] = {kind: total(lambda step: step.phases[phase].get(kind, 0)) for kind in kinds}  # noqa: B023
+    return type(first)(phases, *(total(lambda step: step[i]) for i in (1, 2, 3)))  # noqa: B023

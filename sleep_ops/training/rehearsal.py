@@ -1,0 +1,271 @@
+"""A training step rehearsed: what the trainer does, with tensors that have no values.
+
+Parameters are fake, and so is all that is computed from them: shapes and dtypes are those of a
+step, nothing is stored and nothing computed. What the host decides by, the ids, labels and masks of
+a batch, is real. The processes of a run are stood for by the first one, in a process group in which
+nothing is sent.
+
+Its memory is counted as that of a real step is, `watched`, which the predictions are checked by.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor, nn
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from sleep_ops.tasks.base import Batch
+from sleep_ops.training.config import RunConfig, TrainConfig
+from sleep_ops.training.memory import LiveBytes
+from sleep_ops.training.optim import build_optimizers
+from sleep_ops.training.parallel import World
+from sleep_ops.training.run import select_parameters
+from sleep_ops.training.trainer import Trainer
+
+_aten = torch.ops.aten
+_FLOPS = flop_registry | {
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class Step(NamedTuple):
+    """What a step of one process comes to.
+
+    phases: bytes by kind when each phase ("backward", forward included, "sums" of gradients,
+        "updates") has the most of them; see `watched`.
+    host: bytes in the host's memory at most.
+    flops: floating-point operations of products of matrices and attention.
+    sent: bytes that processes exchange, of each collective the whole.
+    """
+
+    phases: dict[str, dict[str, float]]
+    host: float
+    flops: float
+    sent: float
+
+    @property
+    def kinds(self) -> dict[str, float]:
+        """Bytes by kind at the peak."""
+        return max(self.phases.values(), key=lambda kinds: sum(kinds.values()))
+
+    @property
+    def peak(self) -> float:
+        """Bytes at most."""
+        return sum(self.kinds.values())
+
+
+class _FakeBytes(LiveBytes):
+    """Counts what is not there: tensors made within it have no values, unless they are made of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fakes, self.flops, self.sent = FakeTensorMode(allow_non_fake_inputs=True), 0, 0
+
+    def compute(self, func, args, kwargs):
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if not any(isinstance(x, FakeTensor) and x.fake_mode is self.fakes for x in given):
+            if given or active_fake_mode() is not None:  # DTensor's own, which finds out shapes
+                return func(*args, **kwargs)
+        if func is _aten._local_scalar_dense.default and args[0].is_floating_point():
+            return 1.0  # a loss, or a norm: finite
+        with self.fakes:
+            out = func(*args, **kwargs)
+        if not given and isinstance(out, Tensor) and not out.is_floating_point():
+            return func(*args, **kwargs)
+        if func.namespace == "c10d":
+            self.sent += max(x.nbytes for x in given)
+        if func._overloadpacket in _FLOPS:
+            self.flops += _FLOPS[func._overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+
+class _First(World):
+    """The first of some processes, of which the others do as it does."""
+
+    def max(self, values: Sequence[int]) -> list[int]:
+        return list(values)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+class Rehearsal(Trainer):
+    """A trainer of the model that `build` makes, in the first of some processes, all of it fake."""
+
+    def __init__(self, build: Callable[[], nn.Module], recipe: TrainConfig, processes: int, count: _FakeBytes):
+        self.config, self.offload = RunConfig({}, {}, replace(recipe, offload=False)), recipe.offload
+        self.device, self.world = torch.device("cpu"), _First(0, processes)
+        self.console, self.graphs, self.step = Console(quiet=True), None, 0
+        self.skipped = self.skipped_in_row = 0
+        self._told = False
+        with count.fakes:
+            model = build()
+        model.to = lambda device: model  # where it is already
+        self.passes = self._passes(model)
+        select_parameters(model, recipe.trainable)
+        with count, count.making("parameters"):
+            self.layout = self._lay_out(model)
+        self.model = self.layout.model.train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        options = dict(lr_muon=recipe.lr_muon, lr_adamw=recipe.lr_adamw, matrix_optimizer=self.layout.matrix_optimizer)
+        self.optimizers = build_optimizers(self.model, **options)
+        with count:  # their states are there when a step begins
+            for p in self.parameters:
+                p.grad = torch.zeros_like(p)
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        self.host = self.most_host = 0
+
+    def _tokens(self, steps: int) -> int:
+        return steps
+
+    def _own_loss(self, batch: Batch, total: int, alike: bool) -> Tensor:
+        if not self.offload:
+            return super()._own_loss(batch, total, alike)
+        with saved_tensors_hooks(partial(_Away.send, self), _Away.fetch):
+            return super()._own_loss(batch, total, alike)
+
+
+class _Away:
+    """A tensor in the host's memory."""
+
+    def __init__(self, run: Rehearsal, x: Tensor):
+        self.run, self.bytes = run, x.nbytes
+        self.size, self.stride, self.dtype = x.size(), x.stride(), x.dtype
+        run.host += self.bytes
+        run.most_host = max(run.most_host, run.host)
+
+    def __del__(self):
+        self.run.host -= self.bytes
+
+    @classmethod
+    def send(cls, run: Rehearsal, x: Tensor) -> "Tensor | _Away":
+        recomputed = torch._C._current_graph_task_id() != -1  # in the backward nothing is sent away any more
+        return x if recomputed else cls(run, x)
+
+    @staticmethod
+    def fetch(kept: "Tensor | _Away") -> Tensor:
+        return kept if isinstance(kept, Tensor) else torch.empty_strided(kept.size, kept.stride, dtype=kept.dtype)
+
+
+@contextmanager
+def watched(run: Trainer, count: LiveBytes) -> Iterator[None]:
+    """A step of `run` within it is counted, phase by phase (see `Step`) and kind by kind.
+
+    Kinds are "parameters", "gathered" (whole, rounded or cast for a step), "optimizer", "gradients",
+    "activations" and "updates", what optimisers work with.
+    """
+    layout, hooks = run.layout, []
+
+    def gradients_of(parameters: list[nn.Parameter]) -> None:
+        for p in parameters:
+            if p.requires_grad:
+                hooks.append(p.register_post_accumulate_grad_hook(lambda p: count.mark("gradients", [p.grad])))
+
+    @contextmanager
+    def gathered() -> Iterator[list[nn.Parameter]]:
+        with whole() as parameters:
+            if parameters is not layout.parameters:
+                count.mark("gathered", parameters)
+            if not hooks:
+                gradients_of(parameters)
+            yield parameters
+
+    def within(phase: str, kind: str, function: Callable) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if count.phase != phase:
+                count.begin(phase)
+            with count.making(kind):
+                return function(*args, **kwargs)
+
+        return run
+
+    whole = layout.gathered
+    layout.gathered, layout._sum = gathered, within("sums", "gradients", layout._sum)
+    layout.clip = within("updates", "updates", layout.clip)
+    if hasattr(layout, "whole"):  # gathered around calls
+        gradients_of(layout.whole)
+        count.mark("gathered", layout.whole)
+    count.mark("parameters", run.model.state_dict(keep_vars=True).values())
+    for optimizer in run.optimizers.values():
+        optimizer.step = within("updates", "updates", optimizer.step)
+        count.mark("optimizer", (x for state in optimizer.state.values() for x in state.values()))
+    count.most.clear()
+    count.begin("backward")
+    try:
+        with count:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        del layout.gathered, layout._sum, layout.clip
+        for optimizer in run.optimizers.values():
+            del optimizer.step
+
+
+def rehearse(
+    build: Callable[[], nn.Module], recipe: TrainConfig, *, tokens: int, processes: int = 1, kernels: bool = True
+) -> Step:
+    """A step of one process, each of whose `recipe.batch_size / processes` rows has `tokens` tokens, all with loss.
+
+    build: makes the model, with its sleep settings, on the CPU; its tensors will be fake.
+    kernels: what is counted is what the Triton kernels keep, not the PyTorch forms for CPUs.
+
+    Raises ValueError for a model whose work depends on what its tensors hold.
+    """
+    count = _FakeBytes()
+    with _processes(processes), _kernels(kernels):
+        run = Rehearsal(build, recipe, processes, count)
+        ids = torch.zeros(recipe.batch_size, tokens, dtype=torch.int64)
+        with watched(run, count):
+            run._train_step(Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool)))
+    return Step(count.most, run.most_host, count.flops, count.sent)
+
+
+@contextmanager
+def _processes(number: int) -> Iterator[None]:
+    """So many, in a group in which nothing is sent."""
+    if number == 1:
+        yield
+        return
+    dist.init_process_group("fake", rank=0, world_size=number, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _kernels(wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    from sleep_ops.kernels import gated_norm, short_conv  # noqa: F401
+    from sleep_ops.ops import chunk_triton, single_chunk  # noqa: F401
+
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
