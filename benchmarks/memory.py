@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
-from rich.table import Table
 
 from sleep_ops.files import write_csv
 from sleep_ops.model.config import HybridConfig
