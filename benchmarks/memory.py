@@ -10,27 +10,46 @@ was before there was a model. Two processes speak by gloo.
 import argparse
 import ctypes
 import gc
+import itertools
 import os
 import socket
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from sleep_ops.files import write_csv
 from sleep_ops.model.config import HybridConfig
 from sleep_ops.tasks import Batch
 from sleep_ops.training import RunConfig, TrainConfig, Trainer
+from sleep_ops.training.config import PARAM_DTYPES
 from sleep_ops.training.memory import LiveBytes
-from sleep_ops.training.rehearsal import rehearse, watched
+from sleep_ops.training.rehearsal import Step, rehearse, watched
 from sleep_ops.training.run import build_model
 
 ROWS, TOKENS = 2, 384  # of a process
-HYBRID = dict(vocab_size=4096, hidden_size=384, layers=("attn", "gdn", "gdn", "attn"), window=128, passes=3)
+SLEEP = dict(window=128, passes=3)
+HYBRID = dict(vocab_size=4096, hidden_size=384, layers=("attn", "gdn", "gdn", "attn"), **SLEEP)
+QWEN = dict(
+    vocab_size=4096,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    linear_num_key_heads=4,
+    linear_num_value_heads=8,
+    linear_key_head_dim=32,
+    linear_value_head_dim=32,
+)
+WEIGHTS = ("parameters", "gathered", "gradients", "optimizer")
+KINDS = (*WEIGHTS, "activations", "updates")
 CHECKPOINTING = {
     "off": {},
     "pass": dict(activation_checkpointing=True),
@@ -47,33 +66,37 @@ WAYS = {
 class Tokens:
     """Random tokens, all with loss."""
 
-    vocab_size: int
-    name, seq_len, window, metric = "tokens", TOKENS, None, "loss"
+    name, vocab_size, seq_len, window, metric = "tokens", 4096, TOKENS, None, "loss"
 
     def batch(self, seed, step, size, device="cpu", *, split="train"):
         ids = torch.randint(self.vocab_size, (size, TOKENS + 1))
         return Batch(ids[:, :-1], ids[:, 1:], torch.ones(size, TOKENS, dtype=torch.bool))
 
 
-def settings(processes: int) -> list[tuple[dict, RunConfig]]:
-    """What is measured, and how it is called."""
+def settings(processes: int, qwen: Path) -> list[tuple[dict, RunConfig]]:
+    """What is measured, and what it is called."""
     found = []
-    for way, chosen in WAYS.items():
+    for model, way, dtype, checkpointing in itertools.product(("hybrid", "qwen3_5"), WAYS, PARAM_DTYPES, CHECKPOINTING):
         if processes == 1 and way != "ddp":
             continue
-        for dtype in ("float32", "bf16"):
-            for checkpointing, changes in CHECKPOINTING.items():
-                if way == "fsdp, call" and checkpointing == "pass":
-                    continue  # gathers the model for every pass
-                train = TrainConfig(batch_size=ROWS * processes, param_dtype=dtype, device="cpu", **chosen)
-                name = dict(processes=processes, way=way, param_dtype=dtype, checkpointing=checkpointing)
-                found.append((name, RunConfig({}, HybridConfig(**HYBRID | changes).to_dict(), train)))
+        if way == "fsdp, call" and checkpointing == "pass":
+            continue  # recomputed so, it would gather all at once
+        if model == "qwen3_5" and (dtype == "float32" or checkpointing == "pass"):
+            continue
+        changes = SLEEP | CHECKPOINTING[checkpointing]
+        described = (
+            {"folder": str(qwen)} | changes if model == "qwen3_5" else HybridConfig(**HYBRID | changes).to_dict()
+        )
+        train = TrainConfig(batch_size=ROWS * processes, param_dtype=dtype, device="cpu", **WAYS[way])
+        name = dict(model=model, processes=processes, way=way, param_dtype=dtype, checkpointing=checkpointing)
+        found.append((name, RunConfig({}, described, train)))
     return found
 
 
-def predicted(config: RunConfig, processes: int) -> tuple[int, dict]:
-    step = rehearse(lambda: build_model(config), config.train, tokens=TOKENS, processes=processes, kernels=False)
-    return step.peak, step.kinds
+def predicted(config: RunConfig, processes: int) -> Step:
+    return rehearse(
+        lambda: build_model(config, weights=False), config.train, tokens=TOKENS, processes=processes, kernels=False
+    )
 
 
 def resident(field: str) -> int:
@@ -82,12 +105,12 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measured(config: RunConfig, folder: Path) -> tuple[int, dict, int]:
-    """The peak of live tensors, its kinds, and that of resident memory above what it is without a model."""
+def measured(config: RunConfig, folder: Path) -> tuple[dict, int]:
+    """Phases, as of a `Step`, and the peak of resident memory above what it is without a model."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
-    run = Trainer(config, folder, task=Tokens(HYBRID["vocab_size"]), console=Console(quiet=True))
+    run = Trainer(config, folder, task=Tokens(), console=Console(quiet=True))
     run.model.train()
     run._train_step(run._make_batch(0))
     batch, count = run._make_batch(1), LiveBytes()
@@ -95,7 +118,7 @@ def measured(config: RunConfig, folder: Path) -> tuple[int, dict, int]:
         run._train_step(batch)
     Path("/proc/self/clear_refs").write_text("5")
     run._train_step(run._make_batch(2))
-    return count.peak, count.at_peak, resident("VmHWM") - before
+    return count.most, resident("VmHWM") - before
 
 
 def worker(rank: int, port: int, processes: int, folder: Path) -> None:
@@ -104,13 +127,25 @@ def worker(rank: int, port: int, processes: int, folder: Path) -> None:
     if processes > 1:
         torchrun = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         os.environ |= {name: str(value) for name, value in torchrun.items()}
-    chosen = settings(processes)
-    measured(chosen[0][1], folder / f"{processes}-first")  # libraries are loaded
-    found = [measured(config, folder / f"{processes}-{i}") for i, (_, config) in enumerate(chosen)]
+    configs = [config for _, config in settings(processes, folder / "qwen")]
+    measured(configs[0], folder / f"{processes}-first")  # libraries are loaded
+    found = [measured(config, folder / f"{processes}-{i}") for i, config in enumerate(configs)]
     if rank == 0:
         torch.save(found, folder / f"{processes}.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def row(name: dict, config: RunConfig, expected: Step, phases: dict, risen: int) -> dict:
+    seen = Step(phases, 0, 0, 0)
+    parameters = sum(p.numel() for p in build_model(config, device="meta").parameters())
+    ratios = {"counted/predicted": seen.peak / expected.peak, "resident/predicted": risen / expected.peak}
+    weights = max(sum(n for kind, n in kinds.items() if kind in WEIGHTS) for kinds in phases.values())
+    found = name | dict(parameters=parameters, predicted=expected.peak, counted=seen.peak, resident=risen)
+    found |= {key: round(value, 4) for key, value in ratios.items()}
+    found |= {f"predicted_{kind}": expected.kinds.get(kind, 0) for kind in KINDS}
+    found |= {f"counted_{kind}": seen.kinds.get(kind, 0) for kind in KINDS}
+    return found | {"weights_bytes_per_parameter": round(weights / parameters, 2)}
 
 
 def main() -> None:
@@ -120,22 +155,19 @@ def main() -> None:
     # Every tensor of some size in pages of its own, which go back when it is gone.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        Qwen3_5ForCausalLM(Qwen3_5TextConfig(**QWEN)).save_pretrained(folder / "qwen")
         for processes in (1, 2):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            mp.spawn(worker, args=(port, processes, Path(folder)), nprocs=processes)
-            seen = torch.load(Path(folder) / f"{processes}.pt")
-            for (name, config), (peak, kinds, risen) in zip(settings(processes), seen, strict=True):
-                expected, expected_kinds = predicted(config, processes)
-                parameters = sum(p.numel() for p in build_model(replace(config), device="meta").parameters())
-                row = name | dict(parameters=parameters, predicted=expected, measured=peak, resident=risen)
-                row |= {f"predicted_{k}": v for k, v in expected_kinds.items()}
-                row |= {f"measured_{k}": v for k, v in kinds.items()}
-                rows.append(row)
-                print(row, flush=True)
-    write_csv(out, rows)
+            mp.spawn(worker, args=(port, processes, folder), nprocs=processes)
+            seen = torch.load(folder / f"{processes}.pt")
+            for (name, config), (phases, risen) in zip(settings(processes, folder / "qwen"), seen, strict=True):
+                rows.append(row(name, config, predicted(config, processes), phases, risen))
+                print(*list(rows[-1].values())[:11], rows[-1]["weights_bytes_per_parameter"], flush=True)
+                write_csv(out, rows)
 
 
 if __name__ == "__main__":
