@@ -32,8 +32,8 @@ from sleep_ops.training.memory import LiveBytes
 from sleep_ops.training.rehearsal import Step, rehearse, watched
 from sleep_ops.training.run import build_model
 
-ROWS, TOKENS = 2, 384  # of a process
-SLEEP = dict(window=128, passes=3)
+ROWS, TOKENS = 2, 256  # of a process
+SLEEP = dict(window=128, passes=2)
 HYBRID = dict(vocab_size=4096, hidden_size=384, layers=("attn", "gdn", "gdn", "attn"), **SLEEP)
 QWEN = dict(
     vocab_size=4096,
@@ -50,6 +50,7 @@ QWEN = dict(
 )
 WEIGHTS = ("parameters", "gathered", "gradients", "optimizer")
 KINDS = (*WEIGHTS, "activations", "updates")
+LEFT_OUT = ((2, "ddp"), (2, "fsdp"))  # of the second model
 CHECKPOINTING = {
     "off": {},
     "pass": dict(activation_checkpointing=True),
@@ -79,9 +80,9 @@ def settings(processes: int, qwen: Path) -> list[tuple[dict, RunConfig]]:
     for model, way, dtype, checkpointing in itertools.product(("hybrid", "qwen3_5"), WAYS, PARAM_DTYPES, CHECKPOINTING):
         if processes == 1 and way != "ddp":
             continue
-        if way == "fsdp, call" and checkpointing == "pass":
-            continue  # recomputed so, it would gather all at once
-        if model == "qwen3_5" and (dtype == "float32" or checkpointing == "pass"):
+        if processes == 2 and checkpointing != "block" and (way, checkpointing) != ("fsdp", "off"):
+            continue
+        if model == "qwen3_5" and (dtype == "float32" or checkpointing == "pass" or (processes, way) in LEFT_OUT):
             continue
         changes = SLEEP | CHECKPOINTING[checkpointing]
         described = (

@@ -97,7 +97,7 @@ def predictions(
 ) -> Iterator[Prediction]:
     """Of the recipe, and as long as it does not fit, with one setting more that saves memory.
 
-    build: settings of sleep -> the model, on the CPU.
+    build: settings of sleep -> the model, on the meta device, which is the default one then.
     tokens: of a text, all with loss.
     given: names of settings that are to stay as they are.
 

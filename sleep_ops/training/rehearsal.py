@@ -10,7 +10,7 @@ Its memory is counted as that of a real step is, `watched`, which the prediction
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -84,7 +84,7 @@ class _FakeBytes(LiveBytes):
             if given or active_fake_mode() is not None:  # DTensor's own, which finds out shapes
                 return func(*args, **kwargs)
         if func is _aten._local_scalar_dense.default and args[0].is_floating_point():
-            return 1.0  # a loss, or a norm: finite
+            return 0.0  # a loss or a norm, which is finite
         with self.fakes:
             out = func(*args, **kwargs)
         if not given and isinstance(out, Tensor) and not out.is_floating_point():
@@ -115,8 +115,8 @@ class Rehearsal(Trainer):
         self.console, self.graphs, self.step = Console(quiet=True), None, 0
         self.skipped = self.skipped_in_row = 0
         self._told = False
-        with count.fakes:
-            model = build()
+        with torch.device("meta"):
+            model = _faked(build(), count.fakes)
         model.to = lambda device: model  # where it is already
         self.passes = self._passes(model)
         select_parameters(model, recipe.trainable)
@@ -142,6 +142,27 @@ class Rehearsal(Trainer):
             return super()._own_loss(batch, total, alike)
         with saved_tensors_hooks(partial(_Away.send, self), _Away.fetch):
             return super()._own_loss(batch, total, alike)
+
+
+def _faked(model: nn.Module, fakes: FakeTensorMode) -> nn.Module:
+    """A model on the meta device, as if it were on the CPU: with fake parameters and buffers, tied as they were."""
+    made: dict[Tensor, Tensor] = {}
+
+    def fake(x: Tensor) -> Tensor:
+        with fakes if x.is_floating_point() else nullcontext():
+            y = torch.zeros(x.shape, dtype=x.dtype, device="cpu")
+            if isinstance(x, nn.Parameter):
+                y = nn.Parameter(y, x.requires_grad)
+                vars(y).update(vars(x))
+        return y
+
+    for module in model.modules():
+        for place in (module._parameters, module._buffers):
+            for name, x in place.items():
+                if x is not None:
+                    made.setdefault(x, None)
+                    place[name] = made[x] = fake(x) if made[x] is None else made[x]
+    return model
 
 
 class _Away:
@@ -226,7 +247,7 @@ def rehearse(
 ) -> Step:
     """A step of one process, each of whose `recipe.batch_size / processes` rows has `tokens` tokens, all with loss.
 
-    build: makes the model, with its sleep settings, on the CPU; its tensors will be fake.
+    build: makes the model, with its sleep settings, on the meta device.
     kernels: what is counted is what the Triton kernels keep, not the PyTorch forms for CPUs.
 
     Raises ValueError for a model whose work depends on what its tensors hold.
