@@ -21,17 +21,16 @@ if TYPE_CHECKING:
 
     from sleep_ops.training.rehearsal import Step
 
-# What is tried in turn, each with those before it, until a step fits: what costs the least time first. Sleep's
-# settings are marked by their class.
-_REMEDIES: tuple[tuple[type, dict], ...] = (
-    (TrainConfig, {"micro_batch": 1}),
-    (TrainConfig, {"param_dtype": "bf16"}),
-    (TrainConfig, {"parallel": "fsdp"}),
-    (SleepSettings, {"activation_checkpointing": True}),
-    (SleepSettings, {"recompute": "block"}),
-    (TrainConfig, {"reshard": "call"}),
-    (TrainConfig, {"offload": True}),
-)
+# Settings tried in turn, each with those before it, until a step fits: what costs the least time first.
+_REMEDIES = {
+    "micro_batch": 1,
+    "param_dtype": "bf16",
+    "parallel": "fsdp",
+    "activation_checkpointing": True,
+    "recompute": "block",
+    "reshard": "call",
+    "offload": True,
+}
 _PASSES = 24  # over windows, that are rehearsed one by one; what more there are follow from fewer
 
 
@@ -104,38 +103,42 @@ def predictions(
     Raises ValueError for settings that can't be, before a model is built.
     """
     check_count("tokens", tokens)
+    expect("window" in sleep, "window", "tokens per window", "none")
     expected = f"at least {machine.gpus}, one per process"
     expect(recipe.batch_size >= machine.gpus, "batch_size", expected, recipe.batch_size)
-    sleep = {"window": None, "passes": 1} | sleep
     SleepSettings(**sleep)
+    sleep = {"passes": 1} | sleep
     if recipe.parallel == "fsdp" and machine.gpus % recipe.replicas:
         raise ValueError(f"replicas: expected a divisor of the {machine.gpus} processes, got {recipe.replicas}")
     if recipe.precision == "auto":
         recipe = replace(recipe, precision="bf16")
     added: dict = {}
-    remedies = iter(_REMEDIES)
+    remedies = iter(_REMEDIES.items())
     while True:
         step = _step(build, recipe, sleep, tokens, machine.gpus)
-        fits = step.peak <= machine.usable
-        yield Prediction(
-            recipe, sleep, dict(added), step, fits, recipe.batch_size * tokens / _seconds(step, recipe, machine)
-        )
-        if fits:
+        fits, speed = step.peak <= machine.usable, recipe.batch_size * tokens / _seconds(step, recipe, machine)
+        yield Prediction(recipe, sleep, dict(added), step, fits, speed)
+        useful = (x for x in remedies if x[0] not in given and _changes(*x, recipe, sleep, machine))
+        name, value = (None, None) if fits else next(useful, (None, None))
+        if name is None:
             return
-        for owner, change in remedies:
-            ((name, value),) = change.items()
-            if name in given or (machine.gpus == 1 and name in ("parallel", "reshard")):
-                continue
-            if owner is SleepSettings:
-                sleep = sleep | change
-            elif getattr(recipe, name) != value:
-                recipe = replace(recipe, **change)
-            else:
-                continue
-            added |= change
-            break
+        added[name] = value
+        if name in SleepSettings.__dataclass_fields__:
+            sleep = sleep | {name: value}
         else:
-            return
+            recipe = replace(recipe, **{name: value})
+
+
+def _changes(name: str, value: object, recipe: TrainConfig, sleep: dict, machine: Machine) -> bool:
+    """Whether a setting is another then, and makes a difference."""
+    shared = recipe.parallel == "fsdp" and machine.gpus > 1
+    able = {
+        "micro_batch": recipe.batch_size > machine.gpus,
+        "parallel": machine.gpus > 1,
+        "recompute": sleep.get("activation_checkpointing", False),
+        "reshard": shared,
+    }
+    return able.get(name, True) and value != (sleep[name] if name in sleep else getattr(recipe, name, None))
 
 
 def _seconds(step: "Step", recipe: TrainConfig, machine: Machine) -> float:

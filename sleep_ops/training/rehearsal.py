@@ -9,6 +9,7 @@ Its memory is counted as that of a real step is, `watched`, which the prediction
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -26,6 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from sleep_ops.checks import expect
 from sleep_ops.tasks.base import Batch
 from sleep_ops.training.config import RunConfig, TrainConfig
 from sleep_ops.training.memory import LiveBytes
@@ -35,6 +37,7 @@ from sleep_ops.training.run import select_parameters
 from sleep_ops.training.trainer import Trainer
 
 _aten = torch.ops.aten
+_EXPERTS = (_aten._grouped_mm, _aten.nonzero)
 _FLOPS = flop_registry | {
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
@@ -85,6 +88,8 @@ class _FakeBytes(LiveBytes):
                 return func(*args, **kwargs)
         if func is _aten._local_scalar_dense.default and args[0].is_floating_point():
             return 0.0  # a loss or a norm, which is finite
+        expected = "one without experts, whose work depends on what tensors hold"
+        expect(func._overloadpacket not in _EXPERTS, "model", expected, func)
         with self.fakes:
             out = func(*args, **kwargs)
         if not given and isinstance(out, Tensor) and not out.is_floating_point():
@@ -250,12 +255,14 @@ def rehearse(
     build: makes the model, with its sleep settings, on the meta device.
     kernels: what is counted is what the Triton kernels keep, not the PyTorch forms for CPUs.
 
-    Raises ValueError for a model whose work depends on what its tensors hold.
+    Raises ValueError for a mixture of experts, whose work depends on what its tensors hold.
     """
     count = _FakeBytes()
-    with _processes(processes), _kernels(kernels):
+    with _processes(processes), _kernels(kernels), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is slow on a CPU
         run = Rehearsal(build, recipe, processes, count)
         ids = torch.zeros(recipe.batch_size, tokens, dtype=torch.int64)
+        count.flops = count.sent = 0
         with watched(run, count):
             run._train_step(Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool)))
     return Step(count.most, run.most_host, count.flops, count.sent)
