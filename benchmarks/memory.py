@@ -152,14 +152,15 @@ def row(name: dict, config: RunConfig, expected: Step, phases: dict, risen: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/plan/plan.csv"), help="CSV file")
-    out = parser.parse_args().out
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="how many processes, in turn")
+    options = parser.parse_args()
     # Every tensor of some size in pages of its own, which go back when it is gone.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     rows = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         Qwen3_5ForCausalLM(Qwen3_5TextConfig(**QWEN)).save_pretrained(folder / "qwen")
-        for processes in (1, 2):
+        for processes in options.processes:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
@@ -168,7 +169,7 @@ def main() -> None:
             for (name, config), (phases, risen) in zip(settings(processes, folder / "qwen"), seen, strict=True):
                 rows.append(row(name, config, predicted(config, processes), phases, risen))
                 print(*list(rows[-1].values())[:11], rows[-1]["weights_bytes_per_parameter"], flush=True)
-                write_csv(out, rows)
+                write_csv(options.out, rows)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def test_the_reference_needs_no_triton():
     assert run(code, ROOT) == "5"
 
 
-@pytest.mark.parametrize("command", ["", "bench passes", "finetune", "demo", "recall"])
+@pytest.mark.parametrize("command", ["", "bench passes", "finetune", "plan", "demo", "recall"])
 def test_help_needs_no_pytorch(command):
     """But for `train TASK`, whose options are the task's."""
     code = "import sys; sys.modules['torch'] = None\n"

@@ -1,0 +1,123 @@
+"""`sleep-ops plan`: what is tried until a step fits, long texts from short ones, refusals, what is printed."""
+
+from dataclasses import replace
+
+import hf_models
+import pytest
+from commands import run
+
+from sleep_ops import HybridConfig, SleepHybridModel
+from sleep_ops.training import plan
+from sleep_ops.training.config import TrainConfig
+from sleep_ops.training.plan import Machine, predictions
+from sleep_ops.training.rehearsal import Step
+
+RECIPE = TrainConfig(batch_size=4)
+SLEEP = dict(window=8, passes=2)
+
+
+def build(**sleep):
+    return SleepHybridModel(HybridConfig(vocab_size=32, hidden_size=32, layers=("attn", "gdn"), **sleep))
+
+
+def step(peak=100.0, flops=1e12, sent=1e9):
+    return Step({"backward": {"activations": peak}, "updates": {"updates": 1.0}}, 0, flops, sent)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The settings of every step that is rehearsed, none of which fits."""
+    found = []
+
+    def rehearsed(build, recipe, sleep, tokens, processes):
+        found.append((recipe, sleep))
+        return step(1e18)
+
+    monkeypatch.setattr(plan, "_step", rehearsed)
+    return found
+
+
+def added(machine, given=frozenset(), recipe=RECIPE, sleep=SLEEP):
+    *_, last = predictions(build, recipe, sleep, machine, tokens=20, given=given)
+    assert not last.fits
+    return list(last.added)
+
+
+def test_settings_are_added_while_it_does_not_fit(tried):
+    shared = ["micro_batch", "param_dtype", "parallel", "activation_checkpointing", "recompute", "reshard", "offload"]
+    assert added(Machine(gpus=2)) == shared
+    assert (tried[-1][0].parallel, tried[-1][0].precision, tried[-1][1]["recompute"]) == ("fsdp", "bf16", "block")
+    assert added(Machine()) == [x for x in shared if x not in ("parallel", "reshard")]
+    assert "micro_batch" not in added(Machine(gpus=4))  # a row each
+    given = frozenset({"activation_checkpointing", "parallel"})
+    assert added(Machine(gpus=2), given) == ["micro_batch", "param_dtype", "offload"]
+    assert added(Machine(), recipe=replace(RECIPE, param_dtype="bf16"))[:2] == ["micro_batch", "activation_checkpointing"]
+
+
+def test_the_first_that_fits_is_the_last(monkeypatch):
+    monkeypatch.setattr(plan, "_step", lambda *_: step(7.2e10))
+    (only,) = predictions(build, RECIPE, SLEEP, Machine(), tokens=20)
+    assert only.fits and only.added == {}
+
+
+def test_speed():
+    machine = Machine(gpus=2, peak=100, mfu=0.5, bandwidth=10)  # 0.02 s of computation, 0.1 s of gathering
+    assert plan._seconds(step(), RECIPE, machine) == pytest.approx(0.12)
+    assert plan._seconds(step(), replace(RECIPE, parallel="fsdp", reshard="call"), machine) == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sleep", [dict(passes=1), dict(passes=4), dict(passes=3, sleep_kind="replay")])
+def test_long_texts_from_short_ones(sleep, monkeypatch):
+    sleep = dict(window=8) | sleep
+    exact = plan._step(build, RECIPE, sleep, 60, 1)
+    monkeypatch.setattr(plan, "_PASSES", 0)
+    found = plan._step(build, RECIPE, sleep, 60, 1)
+    assert found.peak == pytest.approx(exact.peak, rel=0.03)
+    assert found.flops == pytest.approx(exact.flops, rel=1e-6)
+
+
+def test_micro_batches_beyond_two_cost_work_alone():
+    sleep = dict(window=8, passes=1)
+    few, many = (plan._step(build, TrainConfig(batch_size=n, micro_batch=1), sleep, 8, 1) for n in (2, 6))
+    assert many.flops == 3 * few.flops and many.phases == few.phases
+
+
+BAD = [
+    (dict(gpus=0), "gpus"),
+    (dict(memory=0.0), "memory"),
+    (dict(spare=1.0), "spare"),
+    (dict(mfu=1.5), "mfu"),
+    (dict(peak=-1.0), "peak"),
+    (dict(bandwidth=float("inf")), "bandwidth"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), BAD, ids=[named for _, named in BAD])
+def test_machines_that_cannot_be(changes, named):
+    with pytest.raises(ValueError, match=f"^{named}: expected"):
+        Machine(**changes)
+
+
+@pytest.mark.parametrize(
+    ("named", "options"),
+    [
+        ("tokens", "qwen3_5 --tokens 0 --window 8 --passes 2"),
+        ("window", "qwen3_5 --tokens 8 --passes 1"),
+        ("passes", "qwen3_5 --tokens 8 --window 8 --passes x"),
+        ("batch_size", "qwen3_5 --tokens 8 --window 8 --passes 2 --gpus 8 --batch 4"),
+        ("replicas", "qwen3_5 --tokens 8 --window 8 --passes 2 --gpus 8 --parallel fsdp --replicas 3"),
+        ("model", "nothing --tokens 8 --window 8 --passes 2"),
+    ],
+)
+def test_refusals(named, options):
+    assert f"error {named}: expected" in run("plan", *options.split(), code=2)
+
+
+def test_what_is_printed(tmp_path):
+    hf_models.build("qwen3_5").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # not read
+    text = run("plan", tmp_path, *"--tokens 16 --window 16 --passes 2 --batch 1".split())
+    assert "predicted, GB of each of 1 GPUs" in text and "predicted: fits as it is" in text
+    text = run("plan", tmp_path, *"--tokens 16 --window 16 --passes 2 --batch 1 --memory 1e-6 --no-offload".split())
+    assert "+ recompute block" in text and "+ offload" not in text and "does not fit" in text
