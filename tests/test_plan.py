@@ -51,7 +51,10 @@ def test_settings_are_added_while_it_does_not_fit(tried):
     assert "micro_batch" not in added(Machine(gpus=4))  # a row each
     given = frozenset({"activation_checkpointing", "parallel"})
     assert added(Machine(gpus=2), given) == ["micro_batch", "param_dtype", "offload"]
-    assert added(Machine(), recipe=replace(RECIPE, param_dtype="bf16"))[:2] == ["micro_batch", "activation_checkpointing"]
+    assert added(Machine(), recipe=replace(RECIPE, param_dtype="bf16"))[:2] == [
+        "micro_batch",
+        "activation_checkpointing",
+    ]
 
 
 def test_the_first_that_fits_is_the_last(monkeypatch):

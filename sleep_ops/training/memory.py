@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
-WEIGHTS = ("parameters", "gathered")
+_STORAGE: Any = torch.UntypedStorage
+_WEIGHTS = ("parameters", "gathered")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -61,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
         self._add(self.kind, 0)
 
     def __enter__(self) -> "LiveBytes":
-        self._resize = torch.UntypedStorage.resize_
+        self._resize = _STORAGE.resize_
         resize, resized = self._resize, self._resized
 
         def counted(storage, size):
@@ -69,11 +71,12 @@ class LiveBytes(TorchDispatchMode):
             resized(storage)
             return found
 
-        torch.UntypedStorage.resize_ = counted  # not an operation, and how FSDP2 frees what it has gathered
+        # Not an operation, and how FSDP2 frees what it has gathered.
+        _STORAGE.resize_ = counted
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
-        torch.UntypedStorage.resize_ = self._resize
+        _STORAGE.resize_ = self._resize
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -81,7 +84,7 @@ class LiveBytes(TorchDispatchMode):
             return NotImplemented  # its parts' operations come by
         out = self.compute(func, args, kwargs or {})
         kind = self.kind
-        if func is torch.ops.aten._to_copy.default and self._kind_of(args[0]) in WEIGHTS:
+        if func is torch.ops.aten._to_copy.default and self._kind_of(args[0]) in _WEIGHTS:
             kind = "gathered"
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and self._is_there(x):

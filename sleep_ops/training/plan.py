@@ -10,7 +10,7 @@ Settings are here, of which the command's options are made, so nothing imports P
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sleep_ops.checks import check_count, expect
 from sleep_ops.model.config import SleepSettings
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sleep_ops.training.rehearsal import Step
 
 # Settings tried in turn, each with those before it, until a step fits: what costs the least time first.
-_REMEDIES = {
+_REMEDIES: dict[str, Any] = {
     "micro_batch": 1,
     "param_dtype": "bf16",
     "parallel": "fsdp",
@@ -186,7 +186,7 @@ def _combined(*parts: tuple["Step", float]) -> "Step":
     """The sum of steps, each so many times."""
     first = parts[0][0]
 
-    def total(number: Callable[["Step"], float]) -> float:
+    def total(number: Callable[["Step"], Any]) -> float:
         return sum(times * number(step) for step, times in parts)
 
     phases = {}

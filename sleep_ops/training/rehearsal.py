@@ -129,8 +129,12 @@ class Rehearsal(Trainer):
             self.layout = self._lay_out(model)
         self.model = self.layout.model.train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        options = dict(lr_muon=recipe.lr_muon, lr_adamw=recipe.lr_adamw, matrix_optimizer=self.layout.matrix_optimizer)
-        self.optimizers = build_optimizers(self.model, **options)
+        self.optimizers = build_optimizers(
+            self.model,
+            lr_muon=recipe.lr_muon,
+            lr_adamw=recipe.lr_adamw,
+            matrix_optimizer=self.layout.matrix_optimizer,
+        )
         with count:  # their states are there when a step begins
             for p in self.parameters:
                 p.grad = torch.zeros_like(p)
@@ -199,7 +203,9 @@ def watched(run: Trainer, count: LiveBytes) -> Iterator[None]:
     Kinds are "parameters", "gathered" (whole, rounded or cast for a step), "optimizer", "gradients",
     "activations" and "updates", what optimisers work with.
     """
-    layout, hooks = run.layout, []
+    layout: Any = run.layout
+    optimizers: list[Any] = [*run.optimizers.values()]
+    hooks = []
 
     def gradients_of(parameters: list[nn.Parameter]) -> None:
         for p in parameters:
@@ -231,7 +237,7 @@ def watched(run: Trainer, count: LiveBytes) -> Iterator[None]:
         gradients_of(layout.whole)
         count.mark("gathered", layout.whole)
     count.mark("parameters", run.model.state_dict(keep_vars=True).values())
-    for optimizer in run.optimizers.values():
+    for optimizer in optimizers:
         optimizer.step = within("updates", "updates", optimizer.step)
         count.mark("optimizer", (x for state in optimizer.state.values() for x in state.values()))
     count.most.clear()
@@ -243,7 +249,7 @@ def watched(run: Trainer, count: LiveBytes) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
         del layout.gathered, layout._sum, layout.clip
-        for optimizer in run.optimizers.values():
+        for optimizer in optimizers:
             del optimizer.step
 
 
