@@ -14,6 +14,7 @@ import itertools
 import os
 import socket
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ QWEN = dict(
 )
 WEIGHTS = ("parameters", "gathered", "gradients", "optimizer")
 KINDS = (*WEIGHTS, "activations", "updates")
+MODELS = ("hybrid", "qwen3_5")
 LEFT_OUT = ((2, "ddp"), (2, "fsdp"))  # of the second model
 CHECKPOINTING = {
     "off": {},
@@ -74,10 +76,10 @@ class Tokens:
         return Batch(ids[:, :-1], ids[:, 1:], torch.ones(size, TOKENS, dtype=torch.bool))
 
 
-def settings(processes: int, qwen: Path) -> list[tuple[dict, RunConfig]]:
+def settings(processes: int, qwen: Path, models: Sequence[str] = MODELS) -> list[tuple[dict, RunConfig]]:
     """What is measured, and what it is called."""
     found = []
-    for model, way, dtype, checkpointing in itertools.product(("hybrid", "qwen3_5"), WAYS, PARAM_DTYPES, CHECKPOINTING):
+    for model, way, dtype, checkpointing in itertools.product(models, WAYS, PARAM_DTYPES, CHECKPOINTING):
         if processes == 1 and way != "ddp":
             continue
         if processes == 2 and checkpointing != "block" and (way, checkpointing) != ("fsdp", "off"):
@@ -122,14 +124,15 @@ def measured(config: RunConfig, folder: Path) -> tuple[dict, int]:
     return count.most, resident("VmHWM") - before
 
 
-def worker(rank: int, port: int, processes: int, folder: Path) -> None:
+def worker(rank: int, port: int, processes: int, folder: Path, models: Sequence[str]) -> None:
     """Measures all settings of so many processes; what the first saw goes into a file."""
     torch.set_num_threads(1)
     if processes > 1:
         torchrun = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         os.environ |= {name: str(value) for name, value in torchrun.items()}
-    configs = [config for _, config in settings(processes, folder / "qwen")]
-    measured(configs[0], folder / f"{processes}-first")  # libraries are loaded
+    configs = [config for _, config in settings(processes, folder / "qwen", models)]
+    for config in (configs[0], configs[-1]):  # libraries are loaded
+        measured(config, folder / f"{processes}-first-{id(config)}")
     found = [measured(config, folder / f"{processes}-{i}") for i, config in enumerate(configs)]
     if rank == 0:
         torch.save(found, folder / f"{processes}.pt")
@@ -153,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/plan/plan.csv"), help="CSV file")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="how many processes, in turn")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     options = parser.parse_args()
     # Every tensor of some size in pages of its own, which go back when it is gone.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -164,9 +168,11 @@ def main() -> None:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            mp.spawn(worker, args=(port, processes, folder), nprocs=processes)
+            mp.spawn(worker, args=(port, processes, folder, options.models), nprocs=processes)
             seen = torch.load(folder / f"{processes}.pt")
-            for (name, config), (phases, risen) in zip(settings(processes, folder / "qwen"), seen, strict=True):
+            for (name, config), (phases, risen) in zip(
+                settings(processes, folder / "qwen", options.models), seen, strict=True
+            ):
                 rows.append(row(name, config, predicted(config, processes), phases, risen))
                 print(*list(rows[-1].values())[:11], rows[-1]["weights_bytes_per_parameter"], flush=True)
                 write_csv(options.out, rows)
