@@ -131,8 +131,8 @@ def worker(rank: int, port: int, processes: int, folder: Path, models: Sequence[
         torchrun = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         os.environ |= {name: str(value) for name, value in torchrun.items()}
     configs = [config for _, config in settings(processes, folder / "qwen", models)]
-    for config in (configs[0], configs[-1]):  # libraries are loaded
-        measured(config, folder / f"{processes}-first-{id(config)}")
+    for name, config in (("first", configs[0]), ("last", configs[-1])):  # libraries are loaded
+        measured(config, folder / f"{processes}-{name}")
     found = [measured(config, folder / f"{processes}-{i}") for i, config in enumerate(configs)]
     if rank == 0:
         torch.save(found, folder / f"{processes}.pt")
