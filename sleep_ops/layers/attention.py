@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sleep_ops import ragged
+from sleep_ops.layers.basic import Linear
 from sleep_ops.ops.attention import causal_attention, visible_keys
 from sleep_ops.ragged import Lengths
 
@@ -100,9 +101,10 @@ def narrower(a: int | None, b: int | None) -> int | None:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x `[B, T, H, D]` over the halves of D, same dtype back."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    a, b = x.to(dtype).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # Whole heads at a time: over halves autograd would fill up and add four more tensors.
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -134,10 +136,10 @@ class Attention(nn.Module):
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_dim = head_dim or hidden_size // num_heads
         self.rope_theta, self.sliding_window, self.backend = rope_theta, sliding_window, backend
-        self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=False)
+        self.q_proj = Linear(hidden_size, self.num_heads * self.head_dim, bias=qkv_bias)
+        self.k_proj = Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.v_proj = Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.o_proj = Linear(self.num_heads * self.head_dim, hidden_size, bias=False)
 
     def init_state(self, batch_size: int) -> AttentionState:
         """An empty cache."""

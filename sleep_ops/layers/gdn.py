@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sleep_ops.checks import IMPLS, RULES, check_choice, check_count, check_flags
+from sleep_ops.layers.basic import Linear
 from sleep_ops.layers.mixer import GDNMixer, ReplayInputs
 from sleep_ops.ops.gated_norm import gated_rms_norm
 from sleep_ops.ops.short_conv import next_conv_state, short_convolution
@@ -101,13 +102,13 @@ class SleepGDNLayer(GDNMixer):
         self.rule, self.impl, self.allow_neg_eigval = rule, impl, allow_neg_eigval
         self.key_channels, self.value_channels = num_heads * head_dim, num_v_heads * head_v_dim
 
-        self.q_proj = nn.Linear(hidden_size, self.key_channels, bias=False)
-        self.k_proj = nn.Linear(hidden_size, self.key_channels, bias=False)
-        self.v_proj = nn.Linear(hidden_size, self.value_channels, bias=False)
-        self.a_proj = nn.Linear(hidden_size, num_v_heads, bias=False)
-        self.b_proj = nn.Linear(hidden_size, num_v_heads, bias=False)
-        self.g_proj = nn.Linear(hidden_size, self.value_channels, bias=False)
-        self.o_proj = nn.Linear(self.value_channels, hidden_size, bias=False)
+        self.q_proj = Linear(hidden_size, self.key_channels, bias=False)
+        self.k_proj = Linear(hidden_size, self.key_channels, bias=False)
+        self.v_proj = Linear(hidden_size, self.value_channels, bias=False)
+        self.a_proj = Linear(hidden_size, num_v_heads, bias=False)
+        self.b_proj = Linear(hidden_size, num_v_heads, bias=False)
+        self.g_proj = Linear(hidden_size, self.value_channels, bias=False)
+        self.o_proj = Linear(self.value_channels, hidden_size, bias=False)
         plain = "torch" if impl == "reference" else impl
         self._build_convolutions(plain)
         self.o_norm = GatedRMSNorm(head_v_dim, norm_eps, plain)

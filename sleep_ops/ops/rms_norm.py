@@ -1,0 +1,34 @@
+"""y = x * rsqrt(mean(x^2) + eps) * weight over the last axis."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sleep_ops.ops.eager import eager_on_cpu
+from sleep_ops.validation import check_first_order
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What `F.rms_norm` computes over x [..., V] with weight [V]."""
+    return _RMSNorm.apply(x, weight, eps) if eager_on_cpu(x, weight) else F.rms_norm(x, weight.shape, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Written out because autograd of the pieces, which is PyTorch's own backward on a CPU, takes three times as long."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed = x * inverse
+        ctx.save_for_backward(normed, inverse, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx, dy):
+        check_first_order("rms_norm")
+        normed, inverse, weight = ctx.saved_tensors
+        products = (dy * normed).flatten(0, -2)
+        along = (products @ weight).div_(weight.shape[0]).view(inverse.shape)  # of the gradient, per row, along normed
+        dx = (dy * weight).addcmul_(normed, along, value=-1).mul_(inverse)
+        return dx, products.sum(0), None
