@@ -3,6 +3,8 @@
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from sleep_ops.training.muon import StackedMuon
+
 _HEAD_NAMES = ("lm_head", "head", "output_head", "unembed")
 
 
@@ -34,14 +36,14 @@ def build_optimizers(
     lr_adamw: float,
     weight_decay: float = 1e-4,
     momentum: float = 0.95,
-    matrix_optimizer: type[Muon] = Muon,
+    matrix_optimizer: type[Muon] = StackedMuon,
 ) -> dict[str, Optimizer]:
     """{"muon": ..., "adamw": ...}, each only where it has parameters.
 
     Weight decay applies to the weights of nn.Linear and nn.Embedding modules, unless they are
     marked `_no_weight_decay = True`, and to nothing else.
 
-    matrix_optimizer: Muon, or one for matrices kept in other ways.
+    matrix_optimizer: Muon, in this process or for matrices kept in other ways.
     """
     weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
 

@@ -21,6 +21,8 @@ from torch.optim import Muon
 
 from sleep_ops.parameters import replaced
 
+from sleep_ops.training.muon import StackedMuon
+
 _PATIENCE = timedelta(hours=2)  # how long processes wait for the first one, which evaluates and saves
 _BUCKET = 1 << 24  # elements in one sum of gradients
 
@@ -107,7 +109,7 @@ class Replicated:
         they are. None for neither.
     """
 
-    matrix_optimizer = Muon
+    matrix_optimizer: type[Muon] = StackedMuon
 
     def __init__(self, model: nn.Module, world: World, device: torch.device, dtype: torch.dtype | None = None):
         self.model, self.world, self.dtype = model.to(device), world, dtype
