@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sleep_ops.cli.common import named_values, print_evaluations, run_console
+from sleep_ops.cli.memory import keep_freed_memory
 from sleep_ops.cli.options import (
     MODEL,
     RECIPE,
@@ -74,6 +75,7 @@ def finetune(
     """
     from sleep_ops.training.finetune import finetune as run
 
+    keep_freed_memory()
     if until is not None and until < 1:
         raise ValueError(f"until: expected an integer >= 1, got {until}")
     options = dict(t=t, strings=strings, bits=bits, boundary=boundary, held_out=held_out)

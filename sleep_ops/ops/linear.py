@@ -1,7 +1,7 @@
 """y = x W^T: on a CPU by oneDNN where MKL would leave half of the processor idle.
 
-PyTorch's products of float32 are MKL's, which uses AVX-512 on Intel's processors alone and AVX2 on others. oneDNN, which
-is in the same library, asks the processor what it can do.
+PyTorch's products of float32 are MKL's, which uses AVX-512 on Intel's processors alone and AVX2 on others. oneDNN,
+which PyTorch has as well, asks the processor what it can do.
 """
 
 import torch
