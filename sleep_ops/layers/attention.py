@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sleep_ops import ragged
-from sleep_ops.layers.basic import Linear
+from sleep_ops.layers.basic import Linear, project
 from sleep_ops.ops.attention import causal_attention, visible_keys
 from sleep_ops.ragged import Lengths
 
@@ -155,16 +155,18 @@ class Attention(nn.Module):
         Without `output` nothing attends, and the first is None.
         """
         rotary = context.rotary(self.head_dim, self.rope_theta)
-        q = rotate(self._heads(self.q_proj(x)), *rotary) if output else None
-        k, v = rotate(self._heads(self.k_proj(x)), *rotary), self._heads(self.v_proj(x))
+        queries = [self.q_proj] if output else []
+        *queries, k, v = map(self._heads, project(x, *queries, self.k_proj, self.v_proj))
+        k = rotate(k, *rotary)
         if state.keys.dtype != k.dtype:  # an empty cache made before autocast chose the dtype
             state = AttentionState(state.keys.to(k.dtype), state.values.to(v.dtype))
         state = AttentionState(
             ragged.append(state.keys, context.cache_lengths, k, context.lengths),
             ragged.append(state.values, context.cache_lengths, v, context.lengths),
         )
-        if q is None:
+        if not output:
             return None, state
+        q = rotate(*queries, *rotary)
         window = narrower(context.window, self.sliding_window)
         mask = context.mask(window)
         y = causal_attention(q, state.keys, state.values, window=window, mask=mask, backend=self.backend)

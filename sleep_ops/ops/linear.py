@@ -11,7 +11,7 @@ from torch import Tensor
 from sleep_ops.ops.eager import eager_on_cpu
 
 _WIDE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-_ENOUGH = 1 << 20  # multiplications from which on oneDNN's longer way into a product pays
+_ENOUGH = 1 << 22  # multiplications from which on oneDNN's longer way into a product pays
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -32,5 +32,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx = linear(dy, weight.mT) if ctx.needs_input_grad[0] else None
-        dweight = linear(dy.flatten(0, -2).mT, x.flatten(0, -2).mT) if ctx.needs_input_grad[1] else None
-        return dx, dweight
+        if not ctx.needs_input_grad[1]:
+            return dx, None
+        left, right = dy.flatten(0, -2).mT, x.flatten(0, -2).mT
+        # oneDNN copies a transposed left operand: better the smaller one.
+        return dx, linear(left, right) if len(left) <= len(right) else linear(right, left).mT
