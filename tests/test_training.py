@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from judge import close, identical
 from rich.console import Console
 from torch import nn
 
@@ -25,6 +26,7 @@ from sleep_ops.training.checkpoint import (
 )
 from sleep_ops.training.config import resolve_device
 from sleep_ops.training.logs import CsvLog
+from sleep_ops.training.muon import StackedMuon
 from sleep_ops.training.optim import split_parameters
 
 QUIET = Console(quiet=True)
@@ -124,6 +126,23 @@ def test_recipe_of_the_optimisers():
     assert decayed == {id(model.mix.weight), id(model.embed.weight), id(model.lm_head.weight)}
     everything = [id(p) for g in muon + adamw for p in g["params"]]
     assert sorted(everything) == sorted(id(p) for p in model.parameters())
+
+
+def test_matrices_orthogonalised_together_take_the_same_step():
+    """As PyTorch's Muon but for bfloat16's rounding: shapes alike or alone, tall, wide, too large for a stack."""
+    torch.manual_seed(0)
+    shapes = [(16, 16)] * 5 + [(2, 16)] * 2 + [(40, 16)] * 3 + [(16, 40)] + [(300, 500)] * 2
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    options = dict(lr=0.01, weight_decay=0.1, adjust_lr_fn=None)
+    optimizers = StackedMuon(ours, **options), torch.optim.Muon(theirs, **options)
+    for step in range(3):
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            a.grad = None if i == step else torch.randn(a.shape)
+            b.grad = None if i == step else a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    close(ours, theirs, rtol=0, atol=1e-4)
+    identical(*(optimizer.state_dict()["state"] for optimizer in optimizers))
 
 
 def test_learning_rate_schedule():

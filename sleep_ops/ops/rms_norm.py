@@ -28,7 +28,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy):
         check_first_order("rms_norm")
         normed, inverse, weight = ctx.saved_tensors
-        products = (dy * normed).flatten(0, -2)
+        products = (dy * normed).reshape(-1, normed.shape[-1])
         along = (products @ weight).div_(weight.shape[0]).view(inverse.shape)  # of the gradient, per row, along normed
         dx = (dy * weight).addcmul_(normed, along, value=-1).mul_(inverse)
         return dx, products.sum(0), None
