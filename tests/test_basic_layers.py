@@ -97,7 +97,7 @@ class TestProject:
         monkeypatch.undo()
         close(found, self.gradients(lambda x, *ms: [m(x) for m in ms], x, modules))
 
-    @pytest.mark.parametrize("other", ["hook", "bias", "another class", "few rows"])
+    @pytest.mark.parametrize("other", ["hook", "bias", "another class", "few rows", "no gradients"])
     def test_calls_what_is_more_than_a_product(self, other):
         x, modules, called = normal(2, 80, 6), self.build(), []
         if other == "hook":
@@ -106,7 +106,10 @@ class TestProject:
             modules = self.build(a=Linear(6, 1))
         elif other == "another class":
             modules = self.build(a=nn.Linear(6, 1, bias=False))
-        else:
+        elif other == "few rows":
             x = x[:1, : basic._ROWS - 1]
-        close(project(x, *modules), [module(x) for module in modules])
+        with torch.set_grad_enabled(other != "no gradients"):
+            found = project(x, *modules)
+        assert len({y.untyped_storage().data_ptr() for y in found}) == len(modules)
+        close(found, [module(x) for module in modules])
         assert len(called) == (2 if other == "hook" else 0)

@@ -157,8 +157,8 @@ class Attention(nn.Module):
         """
         rotary = context.rotary(self.head_dim, self.rope_theta)
         queries = [self.q_proj] if output else []
-        *queries, k, v = map(self._heads, project(x, *queries, self.k_proj, self.v_proj))
-        k = rotate(k, *rotary)
+        projected = [self._heads(y) for y in project(x, *queries, self.k_proj, self.v_proj)]
+        k, v = rotate(projected[-2], *rotary), projected[-1]
         if state.keys.dtype != k.dtype:  # an empty cache made before autocast chose the dtype
             state = AttentionState(state.keys.to(k.dtype), state.values.to(v.dtype))
         state = AttentionState(
@@ -167,7 +167,7 @@ class Attention(nn.Module):
         )
         if not output:
             return None, state
-        q = rotate(*queries, *rotary)
+        q = rotate(projected[0], *rotary)
         window = narrower(context.window, self.sliding_window)
         mask = context.mask(window)
         y = causal_attention(q, state.keys, state.values, window=window, mask=mask, backend=self.backend)

@@ -19,12 +19,14 @@ class Linear(nn.Linear):
 
 
 def project(x: Tensor, *modules: nn.Module) -> Sequence[Tensor]:
-    """What each of the modules makes of x [..., K]; on a CPU by one product, where nothing has come between.
+    """What each of the modules makes of x [..., K]; in training on a CPU by one product, where nothing comes between.
 
-    A product costs a CPU less than the calls around it, with few columns; and x gets its gradient at once.
+    A product of few columns costs a CPU less than the calls around it, and x gets its gradient at once. Without
+    gradients each has a result of its own, so that a cache of one does not hold the others' memory.
     """
     rows = x.numel() // max(x.shape[-1], 1)
-    if x.device.type != "cpu" or rows < _ROWS or not all(map(_is_plain, modules)):
+    together = x.device.type == "cpu" and torch.is_grad_enabled() and rows >= _ROWS
+    if not (together and all(map(_is_plain, modules))):
         return [module(x) for module in modules]
     weights = [module.weight for module in modules]
     return linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)

@@ -1,5 +1,7 @@
 """Muon for many small matrices: those of one shape are orthogonalised together."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.optim import Muon
@@ -40,7 +42,7 @@ def _step(group: dict, parameters: list[Tensor], gradients: list[Tensor], buffer
             parameters[i].add_(direction, alpha=-rate)
 
 
-def _stacks(matrices: list[Tensor]) -> list[list[int]]:
+def _stacks(matrices: Sequence[Tensor]) -> list[list[int]]:
     """Numbers of the matrices, those of one shape, dtype and device together."""
     stacks: list[list[int]] = []
     for kind in dict.fromkeys((x.shape, x.dtype, x.device) for x in matrices):
