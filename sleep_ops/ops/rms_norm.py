@@ -14,20 +14,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Its backward is written out: PyTorch's on a CPU is autograd of the pieces, and takes twice the time or more."""
+    """Its backward is written out: PyTorch's on a CPU is autograd of the pieces, and takes up to twice the time."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        normed = x * inverse
-        ctx.save_for_backward(normed, inverse, weight)
-        return normed * weight
+        y, inverse = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)  # F.rms_norm, and the factor of a row
+        ctx.save_for_backward(x, inverse, weight)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
         check_first_order("rms_norm")
-        normed, inverse, weight = ctx.saved_tensors
+        x, inverse, weight = ctx.saved_tensors
+        normed = x * inverse
         products = (dy * normed).reshape(-1, normed.shape[-1])
         along = (products @ weight).div_(weight.shape[0]).view(inverse.shape)  # of the gradient, per row, along normed
         dx = (dy * weight).addcmul_(normed, along, value=-1).mul_(inverse)
