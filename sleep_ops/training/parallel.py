@@ -157,8 +157,9 @@ class Replicated:
             for (p, i), part in zip(bucket, total.split([p.numel() for p, _ in bucket]), strict=True):
                 p.grad, gradients[i] = part.view_as(p).clone(), None
 
-    def weights(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same tensors, parts put together, in the first process; maybe none in the others."""
+        return tensors
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Clip the gradients to a global norm, and return what it was."""

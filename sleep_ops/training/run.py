@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from sleep_ops.adapters.loading import load_model
+from sleep_ops.adapters.lora import add_lora, inserted_blocks
 from sleep_ops.files import kind, remove
-from sleep_ops.layers.block import Block
 from sleep_ops.layers.mixer import GDNMixer
 from sleep_ops.model.hybrid import HybridConfig, SleepHybridModel
 from sleep_ops.tasks import Task, build_task
@@ -26,30 +26,38 @@ METRICS_FILE, EVAL_FILE, CHECKPOINTS, BOARD = "metrics.csv", "eval.csv", "checkp
 OWN = (CHECKPOINTS, BOARD, METRICS_FILE, EVAL_FILE)  # what a run writes beside its configuration
 
 
-def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
+def build_model(config: RunConfig, *, weights: bool = True, dtype: torch.dtype | None = None) -> nn.Module:
     """The model a run begins with, on the CPU; new weights are drawn from the run's seed.
 
-    weights: False leaves those of a checkpoint folder unread, for a model whose own are about to be
-        loaded.
+    weights: False leaves those unread that a checkpoint of the run has, for a model whose own are
+        about to be loaded.
+    dtype: of a LoRA run's base; None for the one it is trained in. All else is float32.
     """
     torch.manual_seed(config.train.seed)
-    if "folder" in config.model:
-        return load_model(**config.model, weights=weights)
-    return SleepHybridModel(HybridConfig.from_dict(config.model))
+    if "folder" not in config.model:
+        return SleepHybridModel(HybridConfig.from_dict(config.model))
+    settings = dict(config.model)
+    lora = settings.pop("lora", None)
+    if lora is None:
+        return load_model(**settings, weights=weights)
+    if dtype is None:
+        dtype = torch.bfloat16 if config.train.param_dtype == "bf16" else torch.float32
+    return add_lora(load_model(**settings, dtype=dtype), **(lora if weights else lora | {"start": None}))
 
 
 def select_parameters(model: nn.Module, trainable: str) -> list[nn.Parameter]:
-    """The parameters to train; the others stop requiring gradients. See `TrainConfig.trainable`.
+    """The parameters to train, of those that require gradients; the others stop. See `TrainConfig.trainable`.
 
     Raises ValueError for a model without fast weights where only those are wanted.
     """
     if trainable == "fast_weights":
-        owners = [m for m in model.modules() if isinstance(m, GDNMixer) or (isinstance(m, Block) and m.mlp is None)]
-        if not owners:
-            raise ValueError(f"trainable: expected 'all' for a model without fast weights, got {trainable!r}")
-        model.requires_grad_(False)
-        for owner in owners:
-            owner.requires_grad_(True)
+        owners = [*(m for m in model.modules() if isinstance(m, GDNMixer)), *inserted_blocks(model)]
+        chosen = {p for owner in owners for p in owner.parameters() if p.requires_grad}
+        if not chosen:
+            without = "adapters on its fast weights" if owners else "fast weights"
+            raise ValueError(f"trainable: expected 'all' for a model without {without}, got {trainable!r}")
+        for p in model.parameters():
+            p.requires_grad_(p in chosen)
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -70,7 +78,7 @@ def load_run(folder: Path, *, device: str = "auto", warn=print) -> tuple[RunConf
     checkpoint = load_newest(folder / CHECKPOINTS, warn)
     if checkpoint is None:
         raise ValueError(f"{folder}: expected a trained run, but it has no checkpoint yet")
-    model = build_model(config, weights=False)
+    model = build_model(config, weights=False, dtype=torch.float32)
     checkpoint.fill(model_tensors(model))
     return config, build_task(config.task), model.to(resolve_device(device)).eval(), checkpoint.step
 

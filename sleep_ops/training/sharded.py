@@ -154,10 +154,9 @@ class Sharded(Replicated):
                 parts = [*summed.placements[:-1], p.placements[-1]]
                 p.grad = summed.redistribute(placements=parts).redistribute(placements=p.placements)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The model's state dict, whole and on the CPU, in the first process; empty in the others."""
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found = {}
-        for name, x in self.model.state_dict().items():
+        for name, x in tensors.items():
             x = x.full_tensor() if isinstance(x, DTensor) else x
             if self.world.main:
                 found[name] = x.cpu()

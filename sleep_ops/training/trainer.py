@@ -278,15 +278,16 @@ class Trainer:
     def whole_model(self) -> nn.Module | None:
         """The model with all its parameters, in the first process; on the CPU if they were shared out.
 
-        Every process has to call it.
+        Of a LoRA run too, whose base is then float32. Every process has to call it.
         """
-        if type(self.layout) is Replicated:
+        if type(self.layout) is Replicated and "lora" not in self.config.model:
             return self.model if self.world.main else None
-        weights = self.layout.weights()
+        weights = self.layout.whole(model_tensors(self.model))
         if not self.world.main:
             return None
-        model = build_model(self.config, weights=False)
-        model.load_state_dict(weights)
+        model = build_model(self.config, weights=False, dtype=torch.float32)
+        for name, x in model_tensors(model).items():
+            x.copy_(weights[name])
         return model
 
     def _train_step(self, batch: Batch) -> dict:
