@@ -1,36 +1,40 @@
 """LoRA: what learns and what stays, adapters alone and merged, two phases, going on after any stop."""
 
-import copy
 import json
+import os
+import socket
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from cases import slow_unless
 from commands import run as invoke
 from hf_models import build, tokens
 from rich.console import Console
 from safetensors.torch import load_file
 from test_adapter_loading import plain
-from test_finetune import SMALL, TASK, TRAIN, agree, config, same, weights
+from test_finetune import SMALL, TRAIN, agree, config, losses, same, weights
 
 from sleep_ops.adapters.hf import from_pretrained, insert_fast_weights, sleepify
-from sleep_ops.adapters.loading import load_model
+from sleep_ops.adapters.loading import load_model, underlying
 from sleep_ops.adapters.lora import add_lora, is_base, merge_lora, save_adapter
 from sleep_ops.training import RunConfig, Trainer, load_run
 from sleep_ops.training.checkpoint import list_checkpoints, load_checkpoint
-from sleep_ops.training.finetune import FinetuneConfig, finetune
+from sleep_ops.training.finetune import finetune
 
 peft = pytest.importorskip("peft", reason="adapters are peft's")
 QUIET = Console(quiet=True)
-FAMILIES = {
+FAMILIES: dict = {
     "qwen3_5": {},
     "olmo_hybrid": {},
     "qwen3_next": {},
     "llama": {"insert": (1, 3)},
     "ouro": {"insert": (0, 2)},
     "jet_nemotron": {},
+    "qwen3_5_moe": {},
 }
 LORA = dict(rank=4)
 ROUNDED = replace(TRAIN, param_dtype="bf16")
@@ -48,9 +52,13 @@ def tuned(folder, **options):
     return replace(config(folder, **options), **{"lora": 4} | lora)
 
 
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
 def drawn(model):
     """With adapters and inserted blocks that do something."""
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.requires_grad and p.dim() > 1:
             torch.nn.init.normal_(p, std=0.05)
     return model.eval()
@@ -69,6 +77,10 @@ def test_adapters_begin_at_nothing_come_back_and_can_be_merged(family, folders, 
         assert torch.equal(model(ids).logits, start(ids).logits)
         expected = drawn(model)(ids).logits
         assert not torch.allclose(expected, start(ids).logits, atol=1e-3)
+    linear = {name for name, m in underlying(start).named_modules() if isinstance(m, torch.nn.Linear)}
+    found = {name for name, m in underlying(model).named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    experts = hasattr(underlying(model).config, "num_experts")
+    assert found == {x for x in linear if x.startswith("model.layers.") and not (experts and ".mlp." in x)}
     for name, p in model.named_parameters():
         learns = "lora_" in name or "fast_weights" in name
         assert p.requires_grad == learns and is_base(p) != learns, name
@@ -100,13 +112,13 @@ def test_both_phases_of_every_family(family, folders, tmp_path):
     settings = tuned(folders[family], **FAMILIES[family])
     assert finetune(settings, tmp_path, console=QUIET).finished
     assert not (tmp_path / "warm/model").exists()
-    warm, full = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("warm/adapter", "adapter"))
+    warm, full = adapter(tmp_path / "warm/adapter"), adapter(tmp_path / "adapter")
     assert warm.keys() == full.keys()
     moved = {name for name, x in warm.items() if name.endswith("lora_B.weight") and x.any()}
     mixers = ("linear_attn", ".self_attn.") if family == "jet_nemotron" else ("linear_attn",)
     assert all(any(part in name for part in mixers) for name in moved)
     assert bool(moved) == (family not in ("llama", "ouro"))
-    assert all(x.any() for name, x in full.items() if name.endswith("lora_B.weight") and "down_proj" in name)
+    assert all(x.any() for name, x in full.items() if name.endswith("lora_B.weight") and ".self_attn.o_proj." in name)
     fast = {name for name in full if "fast_weights" in name and name.endswith("o_proj.weight")}
     assert bool(fast) == (family in ("llama", "ouro")) and all(warm[name].any() for name in fast)
     assert not any(torch.equal(full[name], warm[name]) for name in fast)
@@ -177,7 +189,7 @@ def test_stopped_it_goes_on_to_the_same_bits(stop, half, straight, tmp_path):
     finetune(settings, tmp_path, until=stop, console=QUIET)
     torch.manual_seed(123)  # whatever happens in between
     assert finetune(settings, tmp_path, console=QUIET).finished
-    assert same(*(load_file(out / "adapter/adapter_model.safetensors") for out in (tmp_path, straight)))
+    assert same(adapter(tmp_path / "adapter"), adapter(straight / "adapter"))
     assert same(weights(tmp_path / "model"), weights(straight / "model"))
     assert finetune(settings, tmp_path, console=QUIET) is None
 
@@ -236,7 +248,7 @@ def test_the_command(folders, tmp_path):
     invoke("finetune", folders["llama"], *task, *SMALL, *lora, "--out", tmp_path / "out")
     run = RunConfig.load(tmp_path / "out/full")
     assert run.model["lora"] | {"start": ""} == {"rank": 4, "alpha": 4.0, "targets": ["q_proj", "v_proj"], "start": ""}
-    assert "trained with N=2 to step 2" in invoke("eval", tmp_path / "out/full", "--passes", "1,2", "--device", "cpu")
+    assert "trained with N=2 to step 2" in invoke("eval", tmp_path / "out/full", "--samples", 8, "--device", "cpu")
     text = invoke("finetune", folders["llama"], *task, *SMALL, *lora, "--out", tmp_path / "out")
     assert "nothing to do" in text
 
@@ -246,3 +258,74 @@ def test_the_extra_is_named(folders, tmp_path, monkeypatch):
     task = "--task rule110 --bits 8 --strings 2 --lora 4".split()
     text = invoke("finetune", folders["qwen3_5"], *task, *SMALL, "--out", tmp_path / "out", code=1)
     assert "pip install 'sleep-ops[lora]'" in text and not (tmp_path / "out").exists()
+
+
+WAYS = {
+    "ddp": {},
+    "fsdp": dict(parallel="fsdp"),
+    "fsdp-call": dict(parallel="fsdp", reshard="call"),
+    "hsdp": dict(parallel="fsdp", replicas=2),
+}
+DTYPES = ("float32", "bf16")
+
+
+def shared(half, way, dtype):
+    train = replace(TRAIN, param_dtype=dtype, **WAYS.get(way, {}))
+    return tuned(half, insert=(1, 3), train=train)
+
+
+def worker(rank, port, half, folder):
+    """Everything that two processes do, so that they are started once."""
+    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in torchrun.items()}
+    torch.set_num_threads(1)
+    for way in WAYS:
+        for dtype in DTYPES:
+            assert finetune(shared(half, way, dtype), folder / way / dtype, console=QUIET).finished
+        finetune(shared(half, way, "bf16"), folder / way / "parts", until=4, console=QUIET)
+        assert finetune(shared(half, way, "bf16"), folder / way / "parts", console=QUIET).finished
+    run = shared(half, "fsdp", "bf16").phases(folder)[0].run
+    trainer = Trainer(run, folder / "held", console=QUIET)
+    held = {name: (p.to_local().dtype, p.to_local().numel()) for name, p in trainer.model.named_parameters()}
+    torch.save(held, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(half, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, args=(port, half, folder), nprocs=2)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+class TestTwoProcesses:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_they_learn_what_one_does(self, way, dtype, half, two, tmp_path):
+        finetune(shared(half, "one", dtype), tmp_path, console=QUIET)
+        rounding = 2e-2 if dtype == "bf16" else 2e-3
+        for a, b in zip(losses(two / way / dtype), losses(tmp_path), strict=True):
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=rounding, atol=0)
+        found, expected = (adapter(out / "adapter") for out in (two / way / dtype, tmp_path))
+        assert found.keys() == expected.keys()
+        for name, x in expected.items():
+            torch.testing.assert_close(found[name], x, rtol=0, atol=3e-3, msg=lambda m, name=name: f"{name}: {m}")
+        found, expected = weights(two / way / dtype / "model"), weights(tmp_path / "model")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[n], x) for n, x in expected.items() if "norm" in n and "fast_weights" not in n)
+
+    def test_stopped_they_go_on_to_the_same_bits(self, way, two):
+        agree(two / way / "parts", two / way / "bf16", "model")
+
+
+@pytest.mark.slow
+def test_each_of_two_holds_half_of_the_base_in_bfloat16(two):
+    for rank in range(2):
+        for name, (dtype, _) in torch.load(two / f"{rank}.pt").items():
+            assert dtype == (torch.float32 if "fast_weights" in name or "lora_" in name else torch.bfloat16), name
+    sizes = [sum(n for _, n in torch.load(two / f"{rank}.pt").values()) for rank in range(2)]
+    assert abs(sizes[0] - sizes[1]) < 0.05 * sum(sizes)

@@ -34,7 +34,7 @@ def add_lora(
     """Freezes what `load_model` made, and gives it adapters; returns it, changed.
 
     targets: the last parts of names of linear modules in the model's layers, as "q_proj"; None for
-        all of them.
+        all of them. Those of MLPs are left out in families that have experts.
     alpha: adapters are scaled by alpha / rank; None for 2 rank.
     start: a folder of `save_adapter`, to begin with its values.
 
@@ -42,7 +42,7 @@ def add_lora(
     that the model doesn't have, ImportError naming the extra without peft.
     """
     peft, model = _peft(), underlying(module)
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith("model.layers.")]
+    linear = _linear(model)
     known = {name.rpartition(".")[2] for name in linear}
     unknown = sorted(set(targets or ()) - known)
     expect(not unknown, "lora_targets", f"some of {', '.join(sorted(known))}", unknown)
@@ -54,7 +54,7 @@ def add_lora(
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
-        p._is_base = not p.requires_grad  # type: ignore[attr-defined]
+        p._is_base = not p.requires_grad
     if start is not None:
         _fill(model, start)
     return module
@@ -98,6 +98,15 @@ def merge_lora(module: nn.Module) -> nn.Module:
             model.set_submodule(name, layer.get_base_layer())
     del model.peft_config
     return module
+
+
+def _linear(model: nn.Module) -> list[str]:
+    """The linear modules of layers that can have adapters, by name.
+
+    peft takes those of MLPs for adapters of all experts, where a family has some.
+    """
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith("model.layers.")]
+    return [name for name in names if not (hasattr(model.config, "num_experts") and ".mlp." in name)]
 
 
 def _inserted(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -157,7 +157,7 @@ class Replicated:
             for (p, i), part in zip(bucket, total.split([p.numel() for p, _ in bucket]), strict=True):
                 p.grad, gradients[i] = part.view_as(p).clone(), None
 
-    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def assembled(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors, parts put together, in the first process; maybe none in the others."""
         return tensors
 

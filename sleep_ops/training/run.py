@@ -51,7 +51,7 @@ def select_parameters(model: nn.Module, trainable: str) -> list[nn.Parameter]:
     Raises ValueError for a model without fast weights where only those are wanted.
     """
     if trainable == "fast_weights":
-        owners = [*(m for m in model.modules() if isinstance(m, GDNMixer)), *inserted_blocks(model)]
+        owners: list[nn.Module] = [*(m for m in model.modules() if isinstance(m, GDNMixer)), *inserted_blocks(model)]
         chosen = {p for owner in owners for p in owner.parameters() if p.requires_grad}
         if not chosen:
             without = "adapters on its fast weights" if owners else "fast weights"

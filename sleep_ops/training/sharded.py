@@ -154,7 +154,7 @@ class Sharded(Replicated):
                 parts = [*summed.placements[:-1], p.placements[-1]]
                 p.grad = summed.redistribute(placements=parts).redistribute(placements=p.placements)
 
-    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def assembled(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found = {}
         for name, x in tensors.items():
             x = x.full_tensor() if isinstance(x, DTensor) else x

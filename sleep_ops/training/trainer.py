@@ -282,7 +282,7 @@ class Trainer:
         """
         if type(self.layout) is Replicated and "lora" not in self.config.model:
             return self.model if self.world.main else None
-        weights = self.layout.whole(model_tensors(self.model))
+        weights = self.layout.assembled(model_tensors(self.model))
         if not self.world.main:
             return None
         model = build_model(self.config, weights=False, dtype=torch.float32)
