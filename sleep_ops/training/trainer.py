@@ -48,8 +48,12 @@ from sleep_ops.training.run import (
     newest_checkpoint,
     select_parameters,
 )
+from sleep_ops.training.usage import ModelFlops, peak_flops, peak_memory
 
-_COLUMNS = ["step", "tokens", "loss", "grad_norm", "lr_muon", "lr_adamw", "passes", "skipped", "tokens_per_second"]
+_COLUMNS = [
+    *("step", "tokens", "loss", "grad_norm", "lr_muon", "lr_adamw", "passes", "skipped"),
+    *("tokens_per_second", "mfu", "peak_memory"),
+]
 _EVAL_SEED = 0
 
 
@@ -132,6 +136,7 @@ class Trainer:
             momentum=t.momentum,
             matrix_optimizer=self.layout.matrix_optimizer,
         )
+        self.flops, self.peak = ModelFlops(self.model), peak_flops(self.device)
         self.graphs: StepGraphs | None = None
         if t.cuda_graph:
             if not isinstance(self.model, SleepHybridModel):
@@ -197,10 +202,12 @@ class Trainer:
                 now = time.perf_counter()
                 self.seconds += now - mark
                 row["tokens_per_second"] = self._tokens(self.step - mark_step) / (now - mark)
+                row["mfu"] = row.pop("flops") / (now - mark) / (self.world.size * self.peak)
+                row["peak_memory"] = peak_memory(self.device)
                 mark, mark_step = now, self.step
                 log.train(row)
                 note = f"  {self.skipped} skipped" if self.skipped else ""
-                bar.update(self.step, row["loss"], row["tokens_per_second"], note)
+                bar.update(row, note)
                 if self.skipped_in_row >= t.max_skipped:
                     raise TrainingDiverged(
                         f"{self.label}: {self.skipped_in_row} steps in a row up to step {self.step} had a loss or "
@@ -322,6 +329,7 @@ class Trainer:
             "lr_adamw": rates["adamw"],
             "passes": passes or self.passes or math.nan,
             "skipped": self.skipped,
+            "flops": self.flops(batch.loss_mask, passes),
         }
 
     def _loss_and_gradients(self, batch: Batch) -> Tensor:
