@@ -55,6 +55,9 @@ def finetune(
     end_token: Annotated[
         bool | None, option("text: whether the tokenizer's end token follows every answer and text.", TASK)
     ] = None,
+    cache: Annotated[
+        Path | None, option("text: folder for the tokens of files larger than memory; needs --seq-len.", TASK)
+    ] = None,
     held_out: Annotated[
         float | None, option("Fraction of strings, or of lines without --eval-data, kept out of training.", TASK)
     ] = None,
@@ -80,6 +83,7 @@ def finetune(
         raise ValueError(f"until: expected an integer >= 1, got {until}")
     options = dict(t=t, strings=strings, bits=bits, boundary=boundary, held_out=held_out)
     options |= dict(data=data, eval_data=eval_data, seq_len=seq_len, overflow=overflow, end_token=end_token)
+    options["cache"] = cache
     built = _build_task(task, folder, options | named_values("task_option", task_option or []))
     settings = {"window": built.window, "passes": count_or_inf("passes", passes)} | sleep
     if insert is not None:

@@ -29,7 +29,7 @@ _VERSION = 1
 # What may change when a run is taken up again: none of it enters the mathematics of a step.
 _FREE_ON_RESUME = {
     *("device", "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "cuda_graph"),
-    *("stop_at", "patience", "parallel", "reshard", "replicas", "async_checkpoints", "recompute"),
+    *("stop_at", "patience", "cache", "parallel", "reshard", "replicas", "async_checkpoints", "recompute"),
 }
 _WARM_SEED = 1 << 32  # added to the seed: the two phases of fine-tuning go through the data in orders of their own
 
