@@ -29,7 +29,7 @@ _VERSION = 1
 # What may change when a run is taken up again: none of it enters the mathematics of a step.
 _FREE_ON_RESUME = {
     *("device", "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "cuda_graph"),
-    *("stop_at", "patience", "cache", "parallel", "reshard", "replicas", "async_checkpoints", "recompute"),
+    *("stop_at", "patience", "cache", "parallel", "reshard", "replicas", "async_checkpoints", "recompute", "profile"),
 }
 _WARM_SEED = 1 << 32  # added to the seed: the two phases of fine-tuning go through the data in orders of their own
 
@@ -77,6 +77,8 @@ class TrainConfig:
                           block, for each window and pass, which needs memory for one block alone.
     replicas              with fsdp: groups of processes that each have the whole model, shared out within the group;
                           one a node keeps the gathering inside nodes.
+    profile               first and last step of which torch.profiler leaves a trace in the run's folder profile, for
+                          TensorBoard or Perfetto; None: of none.
     async_checkpoints     go on training while a checkpoint is written, from a copy in the host's memory.
     cuda_graph            launch a step's forward and backward as one recorded graph, on CUDA alone; the losses are the
                           same. Batches of more than a few different loss masks go without, and so do endless passes.
@@ -112,8 +114,11 @@ class TrainConfig:
     reshard: str = "step"
     replicas: int = 1
     async_checkpoints: bool = False
+    profile: tuple[int, int] | None = None
 
     def __post_init__(self):
+        if isinstance(self.profile, list):
+            object.__setattr__(self, "profile", tuple(self.profile))
         check_counts(self, steps=1, batch_size=1, seed=0, max_skipped=1, eval_every=0, eval_samples=1)
         check_counts(self, checkpoint_every=0, keep_checkpoints=1)
         if self.seed >= 2**63:
@@ -145,6 +150,10 @@ class TrainConfig:
             raise ValueError(f"stop_at: expected a finite number or None, got {self.stop_at!r}")
         if self.patience is not None:
             check_count("patience", self.patience)
+        if self.profile is not None:
+            pair = isinstance(self.profile, tuple) and [type(x) for x in self.profile] == [int, int]
+            ordered = pair and 1 <= self.profile[0] <= self.profile[1]
+            expect(ordered, "profile", "(first, last) steps with 1 <= first <= last", self.profile)
         if self.micro_batch is not None:
             check_count("micro_batch", self.micro_batch)
             if self.cuda_graph:

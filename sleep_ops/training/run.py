@@ -22,8 +22,9 @@ from sleep_ops.tasks import Task, build_task
 from sleep_ops.training.checkpoint import Checkpoint, load_newest, model_tensors
 from sleep_ops.training.config import CONFIG_FILE, RunConfig, resolve_device
 
-METRICS_FILE, EVAL_FILE, CHECKPOINTS, BOARD = "metrics.csv", "eval.csv", "checkpoints", "tensorboard"
-OWN = (CHECKPOINTS, BOARD, METRICS_FILE, EVAL_FILE)  # what a run writes beside its configuration
+METRICS_FILE, EVAL_FILE = "metrics.csv", "eval.csv"
+CHECKPOINTS, BOARD, PROFILE = "checkpoints", "tensorboard", "profile"
+OWN = (CHECKPOINTS, BOARD, PROFILE, METRICS_FILE, EVAL_FILE)  # what a run writes beside its configuration
 
 
 def build_model(config: RunConfig, *, weights: bool = True, dtype: torch.dtype | None = None) -> nn.Module:
@@ -102,7 +103,7 @@ def newest_checkpoint(config: RunConfig, folder: Path, warn, *, extend: bool = F
     steps = RunConfig.load(folder).train.steps
     extended = extend and steps < config.train.steps
     (replace(config, train=replace(config.train, steps=steps)) if extended else config).check_resumable(folder)
-    for names, expected in (((CHECKPOINTS, BOARD), "a folder"), ((METRICS_FILE, EVAL_FILE), "a file")):
+    for names, expected in (((CHECKPOINTS, BOARD, PROFILE), "a folder"), ((METRICS_FILE, EVAL_FILE), "a file")):
         for path in (folder / name for name in names):
             if kind(path) not in ("", expected):
                 raise ValueError(f"{path}: expected {expected} in a run folder, got {kind(path)}")

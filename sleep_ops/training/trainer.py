@@ -34,11 +34,13 @@ from sleep_ops.training.graph import StepGraphs
 from sleep_ops.training.logs import ProgressBar, RunLog
 from sleep_ops.training.optim import build_optimizers, set_learning_rates
 from sleep_ops.training.parallel import Replicated, World, local_device
+from sleep_ops.training.profiling import Trace
 from sleep_ops.training.run import (
     BOARD,
     CHECKPOINTS,
     EVAL_FILE,
     METRICS_FILE,
+    PROFILE,
     autocast,
     build_model,
     check_vocabulary,
@@ -190,6 +192,7 @@ class Trainer:
             self._signals(),
             deterministic(self.device),
             ProgressBar(self.console, self.label, self.step, t.steps) as bar,
+            Trace(self.out / PROFILE, t.profile, self.device, self.world.rank) as trace,
             ThreadPoolExecutor(1, thread_name_prefix="data") as pool,
         ):
             self.world.on_main(lambda: stack.enter_context(locked(self.out)))
@@ -198,7 +201,8 @@ class Trainer:
             while not self._stopped() and self.step < last and not self.finished:
                 batch = coming.result()
                 coming = pool.submit(self._make_batch, self.step + 1)
-                row = self._train_step(batch.to(self.device))
+                with trace.step(self.step + 1):
+                    row = self._train_step(batch.to(self.device))
                 now = time.perf_counter()
                 self.seconds += now - mark
                 row["tokens_per_second"] = self._tokens(self.step - mark_step) / (now - mark)
