@@ -60,7 +60,7 @@ CASES = {
     "random-passes": (TASK, dict(passes=3, reinject=True), dict(passes_schedule="random")),
     "ragged": (Ragged(t=2, strings=2, bits=6), dict(eviction="sliding"), {}),
     "fast-weights": (TASK, {}, dict(trainable="fast_weights")),
-    "rounded": (TASK, dict(activation_checkpointing=True, recompute="block"), dict(param_dtype="bf16")),
+    "rounded": (TASK, dict(activation_checkpointing=True, recompute="block"), dict(param_dtype="bf16", micro_batch=2)),
 }
 
 

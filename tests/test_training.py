@@ -472,6 +472,20 @@ def test_parts_of_a_batch_add_up(size, tmp_path):
     assert runs[1].fit().finished
 
 
+def test_parts_of_a_batch_are_summed_in_float32(tmp_path):
+    """Rounded parameters' gradients too, whose sum over many parts would otherwise be further off than of one batch."""
+
+    def gradients(name, **train):
+        run = hybrid(tmp_path / name, batch_size=96, **train)
+        run._loss_and_gradients(run._make_batch(0))
+        assert {p.grad.dtype for p in run.parameters} == {torch.float32}
+        return torch.cat([p.grad.flatten() for p in run.parameters])
+
+    exact = gradients("exact")
+    whole, parts = (gradients(f"{n}", param_dtype="bf16", micro_batch=n) - exact for n in (None, 1))
+    assert parts.norm() <= whole.norm() < 0.05 * exact.norm()
+
+
 def test_the_loss_falls(tmp_path):
     trainer(tmp_path, config(steps=60, batch_size=64, lr_muon=2e-2, lr_adamw=1e-2, checkpoint_every=0)).fit()
     found = [loss for _, loss, *_ in losses(tmp_path)]

@@ -138,13 +138,13 @@ class Trainer:
             momentum=t.momentum,
             matrix_optimizer=self.layout.matrix_optimizer,
         )
-        self.flops, self.peak = ModelFlops(self.model), peak_flops(self.device)
         self.graphs: StepGraphs | None = None
         if t.cuda_graph:
             if not isinstance(self.model, SleepHybridModel):
                 got = f"True with a {type(self.model).__name__}"
                 raise ValueError(f"cuda_graph: expected False, or a SleepHybridModel to train, got {got}")
             self.graphs = StepGraphs(self.model, partial(autocast, t.precision, self.device))
+        self.flops, self.peak = ModelFlops(self.model), peak_flops(self.device)
         self.step, self.skipped, self.skipped_in_row, self.seconds = 0, 0, 0, 0.0
         self._saving: Saving | None = None
         self._told = False  # that rows differ
@@ -374,10 +374,14 @@ class Trainer:
         given: dict = {} if passes is None else {"passes": passes}
         if alike:
             given["all_logits"] = True
-        for part in batch.split(t.micro_batch or t.batch_size):
-            share = int(part.loss_mask.sum()) / total
-            if share == 0:
+        parts = [part for part in batch.split(t.micro_batch or t.batch_size) if part.loss_mask.any()]
+        for i in range(self.world.max([len(parts)])[0]):
+            if i and t.param_dtype != "float32":
+                self.layout.add_up()
+            if i >= len(parts):
                 continue
+            part = parts[i]
+            share = int(part.loss_mask.sum()) / total
             with autocast(t.precision, self.device):
                 out = self.model(part.input_ids, **part.arguments(), return_state=False, **given)
             loss = out.loss * share
