@@ -69,7 +69,7 @@ def adapted(folder, **options):
     return add_lora(load_model(folder, window=8, passes=2, **options), **LORA)
 
 
-@pytest.mark.parametrize("family", slow_unless(["qwen3_5", "llama", "jet_nemotron"], FAMILIES))
+@pytest.mark.parametrize("family", slow_unless(["qwen3_5", "llama"], FAMILIES))
 def test_adapters_begin_at_nothing_come_back_and_can_be_merged(family, folders, tmp_path):
     start = load_model(folders[family], window=8, passes=2, **FAMILIES[family]).eval()
     model, ids = adapted(folders[family], **FAMILIES[family]).eval(), tokens(2, 20)
@@ -94,7 +94,7 @@ def test_adapters_begin_at_nothing_come_back_and_can_be_merged(family, folders, 
     assert [name for name, _ in plain_again.named_parameters()] == [name for name, _ in start.named_parameters()]
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "llama"])
+@pytest.mark.parametrize("family", slow_unless(["llama"], ["qwen3_5", "llama"]))
 def test_peft_reads_the_adapter(family, folders, tmp_path):
     model, ids = drawn(adapted(folders[family], **FAMILIES[family])), tokens(2, 20)
     save_adapter(model, tmp_path, folders[family])
@@ -107,45 +107,6 @@ def test_peft_reads_the_adapter(family, folders, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(folders[family])
 
 
-@pytest.mark.parametrize("family", slow_unless(["llama"], FAMILIES))
-def test_both_phases_of_every_family(family, folders, tmp_path):
-    settings = tuned(folders[family], **FAMILIES[family])
-    assert finetune(settings, tmp_path, console=QUIET).finished
-    assert not (tmp_path / "warm/model").exists()
-    warm, full = adapter(tmp_path / "warm/adapter"), adapter(tmp_path / "adapter")
-    assert warm.keys() == full.keys()
-    moved = {name for name, x in warm.items() if name.endswith("lora_B.weight") and x.any()}
-    mixers = ("linear_attn", ".self_attn.") if family == "jet_nemotron" else ("linear_attn",)
-    assert all(any(part in name for part in mixers) for name in moved)
-    assert bool(moved) == (family not in ("llama", "ouro"))
-    assert all(x.any() for name, x in full.items() if name.endswith("lora_B.weight") and ".self_attn.o_proj." in name)
-    fast = {name for name in full if "fast_weights" in name and name.endswith("o_proj.weight")}
-    assert bool(fast) == (family in ("llama", "ouro")) and all(warm[name].any() for name in fast)
-    assert not any(torch.equal(full[name], warm[name]) for name in fast)
-    # The model is base and adapter together, in the checkpoint's own layout.
-    source, merged = load_model(folders[family], window=8, **FAMILIES[family]), load_model(tmp_path / "model")
-    assert merged.state_dict().keys() == source.state_dict().keys()
-    _, _, trained, step = load_run(tmp_path / "full", device="cpu")
-    ids = tokens(2, 20)
-    with torch.no_grad():
-        torch.testing.assert_close(merged.eval()(ids).logits, trained(ids).logits, rtol=1e-3, atol=1e-4)
-    assert step == 3
-
-
-def test_a_checkpoint_holds_what_learns_and_the_model_is_an_ordinary_folder(folders, tmp_path):
-    result = finetune(tuned(folders["llama"], insert=(1, 3)), tmp_path, console=QUIET)
-    assert result.finished
-    names = load_checkpoint(list_checkpoints(tmp_path / "full/checkpoints")[-1]).tensors
-    kept = {name.removeprefix("model.") for name in names if name.startswith("model.")}
-    assert kept and all("lora_" in name or "fast_weights" in name for name in kept)
-    states = {name.split(".", 1)[1].rpartition(".")[0] for name in names if name.startswith("optimizer.")}
-    assert states == kept
-    model = from_pretrained(tmp_path / "model")
-    assert not any("lora" in name for name in model.state_dict())
-    more = tuned(tmp_path / "model", warm_steps=0, train=replace(TRAIN, steps=1))
-    assert finetune(more, tmp_path / "more", console=QUIET).finished
-
-
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
     """A checkpoint in bfloat16, but for one tensor."""
@@ -156,31 +117,86 @@ def half(tmp_path_factory):
     return folder
 
 
-def test_the_base_is_held_in_bfloat16_and_written_as_it_was(half, tmp_path):
-    settings = tuned(half, insert=(1, 3), train=ROUNDED, lora_targets=("q_proj", "v_proj"))
-    full = settings.phases(tmp_path)[1].run
-    run = Trainer(replace(full, model=full.model | {"lora": {"rank": 4}}), tmp_path / "run", console=QUIET)
-    for name, p in run.model.named_parameters():
-        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
-    with run.layout.gathered():
-        assert {p.dtype for p in run.model.parameters()} == {torch.bfloat16}
-        frozen = [p.data_ptr() for p in run.model.parameters() if not p.requires_grad]
-    assert frozen == [p.data_ptr() for p in run.model.parameters() if not p.requires_grad]  # no second copy
-    run.fit(1)
-    assert {p.dtype for group in run.optimizers["adamw"].param_groups for p in group["params"]} == {torch.float32}
-    finetune(settings, tmp_path, console=QUIET)
-    before, after = load_file(half / "model.safetensors"), load_file(tmp_path / "model/model.safetensors")
-    changed = {name for name, x in before.items() if not torch.equal(x, after[name])}
-    assert changed and all(name.endswith(("q_proj.weight", "v_proj.weight")) for name in changed)
-    assert all(after[name].dtype == x.dtype for name, x in before.items())
-    assert before["model.norm.weight"].dtype == torch.float32
-
-
 @pytest.fixture(scope="module")
 def straight(half, tmp_path_factory):
     out = tmp_path_factory.mktemp("straight")
     finetune(tuned(half, insert=(1, 3), train=ROUNDED), out, console=QUIET)
     return out
+
+
+def test_the_base_is_held_in_bfloat16_alone(half, tmp_path):
+    full = tuned(half, insert=(1, 3), train=ROUNDED, warm_steps=0).phases(tmp_path)[0].run
+    run = Trainer(full, tmp_path / "run", console=QUIET)
+    for name, p in run.model.named_parameters():
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
+    frozen = {name: p.data_ptr() for name, p in run.model.named_parameters() if not p.requires_grad}
+    with run.layout.gathered():
+        assert {p.dtype for p in run.model.parameters()} == {torch.bfloat16}
+        assert frozen == {name: p.data_ptr() for name, p in run.model.named_parameters() if not p.requires_grad}
+    run.fit(1)
+    learnt = {p for optimizer in run.optimizers.values() for group in optimizer.param_groups for p in group["params"]}
+    assert learnt == {p for p in run.model.parameters() if p.requires_grad}
+    assert {p.dtype for p in learnt} == {torch.float32}
+    assert all(("lora_" in name) <= (p in run.optimizers["adamw"].state) for name, p in run.model.named_parameters())
+
+
+def test_a_checkpoint_of_the_run_holds_what_learns(straight):
+    names = load_checkpoint(list_checkpoints(straight / "full/checkpoints")[-1]).tensors
+    kept = {name.removeprefix("model.") for name in names if name.startswith("model.")}
+    assert kept and all("lora_" in name or "fast_weights" in name for name in kept)
+    states = {name.split(".", 1)[1].rpartition(".")[0] for name in names if name.startswith("optimizer.")}
+    assert states == kept
+
+
+def test_what_has_no_adapter_is_written_as_it_was(half, straight):
+    before, after = load_file(half / "model.safetensors"), load_file(straight / "model/model.safetensors")
+    changed = {name for name, x in before.items() if not torch.equal(x, after[name])}
+    assert changed and all("_proj" in name for name in changed)
+    assert all(after[name].dtype == x.dtype for name, x in before.items())
+    assert before["model.norm.weight"].dtype == torch.float32
+    assert {name for name in after if name not in before} == {name for name in after if "fast_weights" in name}
+
+
+def test_blocks_learn_first_then_adapters_too(straight):
+    check_phases(straight, "llama")
+
+
+def check_phases(out, family):
+    """What the two phases leave in their folders."""
+    assert not (out / "warm/model").exists()
+    warm, full = adapter(out / "warm/adapter"), adapter(out / "adapter")
+    assert warm.keys() == full.keys()
+    moved = {name for name, x in warm.items() if name.endswith("lora_B.weight") and x.any()}
+    mixers = ("linear_attn", ".self_attn.") if family == "jet_nemotron" else ("linear_attn",)
+    assert all(any(part in name for part in mixers) for name in moved)
+    assert bool(moved) == (family not in ("llama", "ouro"))
+    assert all(x.any() for name, x in full.items() if name.endswith("lora_B.weight") and ".self_attn.o_proj." in name)
+    fast = {name for name in full if "fast_weights" in name and name.endswith("o_proj.weight")}
+    assert bool(fast) == (family in ("llama", "ouro")) and all(warm[name].any() for name in fast)
+    assert not any(torch.equal(full[name], warm[name]) for name in fast)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_phases_of_every_family(family, folders, tmp_path):
+    assert finetune(tuned(folders[family], **FAMILIES[family]), tmp_path, console=QUIET).finished
+    check_phases(tmp_path, family)
+    # The model is base and adapter together, in the checkpoint's own layout.
+    source, merged = load_model(folders[family], window=8, **FAMILIES[family]), load_model(tmp_path / "model")
+    assert merged.state_dict().keys() == source.state_dict().keys()
+    _, _, trained, step = load_run(tmp_path / "full", device="cpu")
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(merged.eval()(ids).logits, trained(ids).logits, rtol=1e-3, atol=1e-4)
+    assert step == 3
+
+
+@pytest.mark.slow
+def test_the_model_is_an_ordinary_folder(half, straight, tmp_path):
+    model = from_pretrained(straight / "model")
+    assert not any("lora" in name for name in model.state_dict())
+    more = tuned(straight / "model", warm_steps=0, train=replace(TRAIN, steps=1))
+    assert finetune(more, tmp_path / "more", console=QUIET).finished
 
 
 @pytest.mark.parametrize("stop", slow_unless(["full"], [1, 2, 3, 4], ids=["warm", "border", "full", "late"]))
@@ -205,6 +221,7 @@ def test_other_adapters_are_another_run(half, straight):
     assert RunConfig.load(straight / "full").model["lora"]["start"] == str((straight / "warm/adapter").resolve())
 
 
+@pytest.mark.slow
 def test_fresh_deletes_the_adapter_too(half, straight, tmp_path):
     settings = tuned(half, insert=(1, 3), train=ROUNDED)
     finetune(replace(settings, lora=2), tmp_path, console=QUIET)

@@ -476,7 +476,7 @@ def test_parts_of_a_batch_are_summed_in_float32(tmp_path):
     """Rounded parameters' gradients too, whose sum over many parts would otherwise be further off than of one batch."""
 
     def gradients(name, **train):
-        run = hybrid(tmp_path / name, batch_size=96, **train)
+        run = hybrid(tmp_path / name, batch_size=32, **train)
         run._loss_and_gradients(run._make_batch(0))
         assert {p.grad.dtype for p in run.parameters} == {torch.float32}
         return torch.cat([p.grad.flatten() for p in run.parameters])
