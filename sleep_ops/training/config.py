@@ -203,7 +203,7 @@ class RunConfig:
     """task and model as their `to_dict()` gives them, and the recipe.
 
     model  of a `SleepHybridModel` to train from scratch; or {"folder": ..., ...}, the arguments of `load_model`, for a
-           checkpoint to go on from.
+           checkpoint to go on from, with those of `add_lora` under "lora" for one that stays as it is beside adapters.
     """
 
     task: dict

@@ -375,8 +375,9 @@ class Trainer:
         if alike:
             given["all_logits"] = True
         parts = [part for part in batch.split(t.micro_batch or t.batch_size) if part.loss_mask.any()]
-        for i in range(self.world.max([len(parts)])[0]):
-            if i and t.param_dtype != "float32":
+        rounded = t.param_dtype != "float32"  # gradients may then be summed between parts, by all processes together
+        for i in range(self.world.max([len(parts)])[0] if rounded else len(parts)):
+            if i and rounded:
                 self.layout.add_up()
             if i >= len(parts):
                 continue
