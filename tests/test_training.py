@@ -1,5 +1,6 @@
 """The trainer: optimisers, learning rates, checkpoints whole or refused, exact resume, bad steps, signals."""
 
+import gzip
 import json
 import math
 import signal
@@ -173,6 +174,9 @@ def test_learning_rate_schedule():
         ({"micro_batch": 2, "cuda_graph": True}, "micro_batch"),
         ({"keep_checkpoints": 0}, "keep_checkpoints"),
         ({"cuda_graph": 1}, "cuda_graph"),
+        ({"profile": (3, 2)}, "profile"),
+        ({"profile": (0, 2)}, "profile"),
+        ({"profile": 3}, "profile"),
     ],
     ids=str,
 )
@@ -499,6 +503,20 @@ def test_parts_of_a_batch_add_up(size, tmp_path):
     assert runs[1].fit().finished
 
 
+def test_parts_of_a_batch_are_summed_in_float32(tmp_path):
+    """Rounded parameters' gradients too, whose sum over many parts would otherwise be further off than of one batch."""
+
+    def gradients(name, **train):
+        run = hybrid(tmp_path / name, batch_size=32, **train)
+        run._loss_and_gradients(run._make_batch(0))
+        assert {p.grad.dtype for p in run.parameters} == {torch.float32}
+        return torch.cat([p.grad.flatten() for p in run.parameters])
+
+    exact = gradients("exact")
+    whole, parts = (gradients(f"{n}", param_dtype="bf16", micro_batch=n) - exact for n in (None, 1))
+    assert parts.norm() <= whole.norm() < 0.05 * exact.norm()
+
+
 def test_the_loss_falls(tmp_path):
     trainer(tmp_path, config(steps=60, batch_size=64, lr_muon=2e-2, lr_adamw=1e-2, checkpoint_every=0)).fit()
     found = [loss for _, loss, *_ in losses(tmp_path)]
@@ -564,6 +582,35 @@ def test_tied_parameters_are_rounded_together(tmp_path):
         assert model.lm_head.weight is model.embed.weight and model.embed.weight.dtype == torch.bfloat16
         assert len(rounded) == len(run.layout.parameters)
     assert model.lm_head.weight is model.embed.weight and model.embed.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("stop", [None, 3], ids=["whole", "stopped"])
+def test_some_steps_are_traced(stop, tmp_path):
+    run = trainer(tmp_path / "traced", config(steps=5, profile=(3, 4)))
+    run.fit(stop)
+    (file,) = (tmp_path / "traced/profile").iterdir()
+    assert file.name == f"steps-3-{stop or 4}.0.pt.trace.json.gz"
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    assert {x for x in names if x.startswith("ProfilerStep#")} == {
+        f"ProfilerStep#{n}" for n in range(3, (stop or 4) + 1)
+    }
+    assert "aten::addmm" in names
+    again = trainer(tmp_path / "traced", config(steps=5))  # to look is no part of what a run computes
+    again.fit()
+    trainer(tmp_path / "plain", config(steps=5)).fit()
+    assert losses(tmp_path / "traced") == losses(tmp_path / "plain")
+    trainer(tmp_path / "traced", config(steps=5), resume=False)
+    assert not (tmp_path / "traced/profile").exists()
+
+
+def test_an_error_in_the_first_traced_step_leaves_no_trace(tmp_path):
+    def fail(calls, loss):
+        raise RuntimeError("first")
+
+    with pytest.raises(RuntimeError, match="first"):
+        trainer(tmp_path, config(profile=(1, 2)), fail).fit()
+    assert not (tmp_path / "profile").exists()
 
 
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):

@@ -6,20 +6,24 @@ from torch.optim import AdamW, Muon, Optimizer
 from sleep_ops.training.muon import StackedMuon
 
 _HEAD_NAMES = ("lm_head", "head", "output_head", "unembed")
+_ADAPTER_NAMES = ("lora_A", "lora_B")
 
 
 def split_parameters(model: nn.Module) -> tuple[dict, dict]:
     """Name -> parameter of (Muon's, AdamW's) share of the trainable parameters.
 
     Muon gets the weights of nn.Linear modules, except an output head (a module called lm_head,
-    head, output_head or unembed, or one that shares its weight with an embedding). Embeddings,
-    heads, norms, convolutions, biases and free parameters (A_log, dt_bias) are AdamW's.
+    head, output_head or unembed, or one that shares its weight with an embedding) and the factors
+    of adapters. Embeddings, heads, adapters, norms, convolutions, biases and free parameters
+    (A_log, dt_bias) are AdamW's.
     """
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = {
         id(module.weight)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in _HEAD_NAMES
+        if isinstance(module, nn.Linear)
+        and name.rpartition(".")[2] not in _HEAD_NAMES
+        and not any(part in _ADAPTER_NAMES for part in name.split("."))
     } - embedded
     muon: dict[str, nn.Parameter] = {}
     adamw: dict[str, nn.Parameter] = {}
