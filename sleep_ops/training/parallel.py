@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.optim import Muon
 
 from sleep_ops.parameters import replaced
-
 from sleep_ops.training.muon import StackedMuon
 
 _PATIENCE = timedelta(hours=2)  # how long processes wait for the first one, which evaluates and saves
