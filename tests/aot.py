@@ -73,7 +73,7 @@ def _chunk_arguments(kernel: Any, dtype: str, absent: tuple[str, ...]) -> dict[s
         "packing": Packing(p("cu_seqlens", "i32"), p("chunk_offsets", "i64")),
         "cotangents": Cotangents(p("d_output"), p("d_state", "fp32" if kernel is chunk_reverse_kernel else dtype)),
         "gradients": Gradients(p("dq"), p("dk"), p("dv"), p("dG", G), p("dbeta", "fp32")),
-        "values": Values(*map(p, ("U_decayed", "dY", "ds", "dl")), p("dG", G), p("dG_queries", G), p("dbeta", "fp32")),
+        "values": Values(*map(p, ("U_decayed", "dY", "ds", "dKK")), p("dG", G)),
         **{name: p(name) for name in ("states", "d_states", "output")},
         **{name: p(name, "fp32") for name in ("initial_state", "final_state", "d_initial_state")},
         **{name: p(name, "fp32") for name in ("active", "d_active", "dg", "dbeta", "partial")},
@@ -98,7 +98,7 @@ def chunk_cases(
     config = chunk_config(K, V, 1 << 15, DTYPES[dtype], arch if chunk else None)
     config = config._replace(chunk=chunk or config.chunk)
     none = () if packed else ("cu_seqlens", "chunk_offsets")
-    widened = (*none, "q", "rq", "output", "initial_state", "d_output", "dq", "ds", "dG_queries")
+    widened = (*none, "q", "rq", "output", "initial_state", "d_output", "dq", "ds")
     label = f"{dtype}-K{K}-V{V}" + ("-packed" if packed else "") + (f"-C{chunk}" if chunk else "")
     name, kernel = "chunk_grad", chunk_grad_kernel
     if config.chunk == 64:
