@@ -67,7 +67,7 @@ def _chunk_arguments(kernel: Any, dtype: str, absent: tuple[str, ...]) -> dict[s
 
     G = "fp64" if dtype == "fp32" else "fp32"
     return {
-        "tokens": Tokens(p("q"), p("k"), p("v"), "i32", "i32", "i32"),
+        "tokens": Tokens(p("q"), p("k"), p("v"), *2 * [None if "cu_seqlens" in absent else "i32"], "i32"),
         "gates": Gates(*(p(name, "fp32") for name in ("g", "beta", "A_log", "dt_bias"))),
         "prepared": Prepared(p("G", G), p("beta", "fp32"), p("A"), p("rq", "fp32"), p("rk", "fp32")),
         "packing": Packing(p("cu_seqlens", "i32"), p("chunk_offsets", "i64")),
@@ -140,7 +140,7 @@ def single_chunk_cases(
     config = single_chunk_config(K, V, T, DTYPES[dtype])
     x, state = f"*{dtype}", "*fp32" if initial_state else None
     arguments = {
-        "tokens": Tokens(x, x, x, "i32", "i32", "i32"),
+        "tokens": Tokens(x, x, x, None, None, "i32"),
         "gates": Gates("*fp32", "*fp32", "*fp32", "*fp32", "i32", "i32"),
         "cotangents": Cotangents(x, "*fp32"),
         "gradients": Gradients(x, x, x, "*fp32", "*fp32"),
