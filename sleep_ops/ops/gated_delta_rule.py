@@ -12,7 +12,15 @@ from torch import Tensor
 
 from sleep_ops.checks import check_count
 from sleep_ops.ops.affine import NoFixedPoint, Transition, by_step, chain, replay
-from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, no_tokens, prepare_pass, run_pass
+from sleep_ops.ops.dispatch import (
+    choose_rule_impl,
+    full_precision,
+    is_single_chunk,
+    no_tokens,
+    prepare_pass,
+    replay_single_chunk,
+    run_pass,
+)
 from sleep_ops.ops.packed import longest_sequence
 from sleep_ops.ops.rule import RuleOptions, check_query, check_states, check_tokens
 from sleep_ops.ops.short_windows import is_short, replay_short
@@ -273,6 +281,8 @@ def _sleep(
             return None if q is None else output.to(v.dtype), state
 
         windows = Windows(k.shape[0], k.shape[1], window, cu_seqlens, k.device)
+        if windows.is_whole and passes != math.inf and is_single_chunk(k, v, impl, cu_seqlens):
+            return replay_single_chunk(*tokens, options, state, scale, int(passes), output_pass)
         q, k, v, g, beta = (None if x is None else windows.split(x) for x in tokens)
         one_pass = prepare_pass(
             k, v, g, beta, options, impl=impl, cu_seqlens=windows.cu_seqlens, longest=windows.longest
