@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sleep_ops.kernels import gated_norm, short_conv, single_chunk, step
+from sleep_ops.kernels import gated_norm, short_conv, single_chunk, single_chunk_replay, step
 from sleep_ops.kernels.arguments import Cotangents, Gates, Gradients, Packing, Prepared, Tokens, make_dims
 from sleep_ops.kernels.chunk_grad import chunk_grad_kernel
 from sleep_ops.kernels.chunk_grad_long import Values, chunk_grad_long_kernel
@@ -144,15 +144,23 @@ def single_chunk_cases(
         "gates": Gates("*fp32", "*fp32", "*fp32", "*fp32", "i32", "i32"),
         "cotangents": Cotangents(x, "*fp32"),
         "gradients": Gradients(x, x, x, "*fp32", "*fp32"),
+        "states": single_chunk_replay.States(state, "*fp32", state),
+        **{"passes": "i32", "doublings": "i32"},
         **{"initial_state": state, "d_initial_state": state, "final_state": "*fp32", "output": x, "partial": "*fp32"},
         **{"scale": "fp32", "T": "i32", "IS_DELTA": True, "BETA_SCALE": 1.0},
     }
     label = f"{dtype}-K{K}-V{V}-T{T}" + ("" if initial_state else "-fresh")
-    for name, launch in (("forward", config.forward), ("backward", config.backward)):
-        kernel = getattr(single_chunk, f"single_chunk_{name}_kernel")
+    replay = single_chunk_replay.replay_launches(K, V, DTYPES[dtype])
+    for kernel, launch in (
+        (single_chunk.single_chunk_forward_kernel, config.forward),
+        (single_chunk.single_chunk_backward_kernel, config.backward),
+        (single_chunk_replay.replay_forward_kernel, replay[0]),
+        (single_chunk_replay.replay_backward_kernel, replay[1]),
+    ):
         dims = make_dims(4, 4 * groups, K, V, config.chunk, launch.block_v, l2norm=True)
         given = arguments | {"dims": dims}
-        yield Case(f"single_chunk_{name}-{label}", kernel, given, launch.warps, launch.stages, archs)
+        name = kernel.__name__.removesuffix("_kernel")
+        yield Case(f"{name}-{label}", kernel, given, launch.warps, launch.stages, archs)
 
 
 def short_conv_cases(dtype: str, *, packed: bool = False):

@@ -29,6 +29,7 @@ ONE_PASS = ("chunk_prepare", "chunk_scan", "chunk_reverse", "gate_backward")
 WHOLE = (*ONE_PASS, "chunk_grad")
 LONG = (*ONE_PASS, "chunk_grad_long")
 SINGLE_CHUNK = ("single_chunk_forward", "single_chunk_backward")
+REPLAY = (*SINGLE_CHUNK, "replay_forward", "replay_backward")
 CONVOLUTION = tuple(f"short_conv_{name}" for name in ("forward", "z_backward", "x_backward", "state_backward"))
 NORM = ("gated_norm_forward", "gated_norm_backward")
 
@@ -84,6 +85,14 @@ SLEEPS = [
     Problem("packed", Case("packed", lengths=(50, 0, 30), dims=(64, 64), options=GATED), WHOLE),
     Problem("hebbian", Case("h", T=100, dims=(64, 64), heads=(1, 2), rule="hebbian", options=GATED), WHOLE),
     Problem("long-chunks", gated(260, 64, 64), LONG, CHUNKS_OF_64),
+    Problem("single-chunk-K64-V64", gated(24, 64, 64, B=2), REPLAY, quick=True),
+    Problem("single-chunk-K128-V128", gated(32, 128, 128), REPLAY),
+    Problem("single-chunk-K60-V100", gated(29, 60, 100, B=2), REPLAY),
+    Problem("single-chunk-K96-V256", gated(31, 96, 256), REPLAY),
+    Problem("single-chunk-K256-V256", gated(16, 256, 256, heads=(1, 1)), REPLAY),
+    Problem("single-chunk-short", gated(5, 64, 64, B=2), REPLAY),
+    Problem("single-chunk-fresh", gated(24, 64, 64, B=2, initial_state=False), REPLAY),
+    Problem("single-chunk-hebbian", Case("h", T=24, dims=(64, 64), heads=(1, 2), B=2, rule="hebbian"), REPLAY),
 ]
 
 
@@ -118,8 +127,8 @@ def test_one_pass(problem, arch, dtype):
 
 @pytest.mark.parametrize(("problem", "arch", "dtype"), params(SLEEPS))
 def test_sleep(problem, arch, dtype):
-    """Four passes over windows of 40 (of 150 with long chunks): the widened kernels."""
-    sleep = {"passes": 4, "window": 40 if problem.rows is CHUNKS_OF_32 else 150}
+    """Four passes over windows of 40 (of 150 with long chunks): the widened kernels. Six over one of a single chunk."""
+    sleep = {"passes": 6 if problem.kernels is REPLAY else 4, "window": 40 if problem.rows is CHUNKS_OF_32 else 150}
     with launch_table("LAUNCHES", problem.rows), on_gpu(arch) as emulator:
         check_two_times(
             run_triton(sleep_gated_delta_rule, **sleep),
