@@ -28,6 +28,7 @@ from sleep_ops.training.checkpoint import (
 from sleep_ops.training.config import resolve_device
 from sleep_ops.training.logs import CsvLog
 from sleep_ops.training.muon import StackedMuon
+from sleep_ops.training.offload import Offloaded
 from sleep_ops.training.optim import split_parameters
 
 QUIET = Console(quiet=True)
@@ -630,3 +631,17 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
         a, b = (load_checkpoint(folder / "checkpoints" / name).read() for folder in (tmp_path, tmp_path / "plain"))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert waited[0] == 2  # before the first one there was none to wait for
+
+
+def test_what_the_backward_needs_is_kept_by_the_host_but_not_parameters():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 3), torch.randn(4, 5, requires_grad=True)
+    kept = Offloaded(layer.parameters())
+    with kept:
+        y = layer(x).tanh()
+    saved = [kept._pack(t) for t in (x, y, layer.weight, layer.weight.mT)]
+    assert [isinstance(s, tuple) for s in saved] == [True, True, False, False]
+    assert saved[1][1] is not y and torch.equal(saved[1][1], y)
+    plain = torch.autograd.grad(layer(x).tanh().sum(), [x, layer.weight])
+    found = torch.autograd.grad(y.sum(), [x, layer.weight])
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))

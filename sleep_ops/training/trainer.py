@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 
 from sleep_ops.files import check_folder
 from sleep_ops.model.hybrid import SleepHybridModel
@@ -33,6 +32,7 @@ from sleep_ops.training.checkpoint import (
 from sleep_ops.training.config import RunConfig, resolve_device
 from sleep_ops.training.graph import StepGraphs
 from sleep_ops.training.logs import ProgressBar, RunLog
+from sleep_ops.training.offload import Offloaded
 from sleep_ops.training.optim import build_optimizers, set_learning_rates
 from sleep_ops.training.parallel import Replicated, World, local_device
 from sleep_ops.training.profiling import Trace
@@ -399,7 +399,7 @@ class Trainer:
                 continue
             part = parts[i]
             share = int(part.loss_mask.sum()) / total
-            offload = save_on_cpu(self.device.type == "cuda") if t.offload else nullcontext()
+            offload = Offloaded(self.model.parameters()) if t.offload else nullcontext()
             with autocast(t.precision, self.device), offload:
                 out = self.model(part.input_ids, **part.arguments(), return_logits=False, return_state=False, **given)
             loss = out.loss * share
