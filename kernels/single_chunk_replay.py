@@ -64,30 +64,28 @@ def identity(C: tl.constexpr):
 @triton.jit
 def product(b_x, b_y, dtype: tl.constexpr):
     """x y of tiles of float32 or of `dtype`, that of q, k and v: to 2^-22, and to 2^-16 with bfloat16."""
-    if dtype == tl.bfloat16:
+    if dtype != tl.bfloat16:
+        b_xy = block_product(b_x.to(tl.float32), b_y.to(tl.float32), dtype)
+    elif b_x.dtype == dtype:
+        b_y1, b_y2 = two_parts(b_y)
+        b_xy = tl.dot(b_x, b_y1, tl.dot(b_x, b_y2))  # x (y1 + y2)
+    elif b_y.dtype == dtype:
+        b_x1, b_x2 = two_parts(b_x)
+        b_xy = tl.dot(b_x1, b_y, tl.dot(b_x2, b_y))  # (x1 + x2) y
+    else:
         b_x1, b_x2 = two_parts(b_x)
         b_y1, b_y2 = two_parts(b_y)
-        b_xy = None  # x1 y1 + x1 y2 + x2 y1, the smallest first
-        if b_x2 is not None:
-            b_xy = tl.dot(b_x2, b_y1)
-        if b_y2 is not None:
-            b_xy = tl.dot(b_x1, b_y2, b_xy)
-        b_xy = tl.dot(b_x1, b_y1, b_xy)
-    else:
-        b_xy = block_product(b_x.to(tl.float32), b_y.to(tl.float32), dtype)
+        b_xy = tl.dot(b_x1, b_y1, tl.dot(b_x1, b_y2, tl.dot(b_x2, b_y1)))  # (x1 + x2) (y1 + y2) - x2 y2
     return b_xy
 
 
 @triton.jit
 def two_parts(b_x):
-    """Two tiles of bfloat16 whose sum is x to 2^-17; the second is None for one of bfloat16."""
-    if b_x.dtype == tl.bfloat16:
-        return b_x, None
-    else:
-        # Rounded as an integer: conversions that are not of two numbers at once are slow.
-        b_bits = (b_x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
-        b_x1 = b_bits.to(tl.float32, bitcast=True)
-        return b_x1.to(tl.bfloat16), (b_x - b_x1).to(tl.bfloat16)
+    """Two tiles of bfloat16 whose sum is one of float32, to 2^-17."""
+    # Rounded as an integer: conversions that are not of two numbers at once are slow.
+    b_bits = (b_x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
+    b_x1 = b_bits.to(tl.float32, bitcast=True)
+    return b_x1.to(tl.bfloat16), (b_x - b_x1).to(tl.bfloat16)
 
 
 @triton.jit
@@ -213,9 +211,8 @@ def replay_backward_kernel(
     With Y = e^G K S0, M_V = Sigma A and M_W = Gamma A:
 
         dV = beta M_V^T dZ        dX = M_W^T dZ        dS0 = c^N dS - K^T (beta e^G dX)
-        dA^T = diag(beta) (V dZ^T Sigma - Y dZ^T Gamma) - N H        N = diag(beta e^G) K K^T diag(e^{G_C - G})
-        dN = -(H A)^T        dL = strict_tril(-(A dA^T A)^T)        with dKK, dbeta and dG of N as of L in chunk_grad.py
-        dK = (e^{G_C - G} Z) dS^T - (beta e^G dX) S0^T + (dKK + dKK^T) K
+        dN = -(H A)^T        dL = strict_tril(-(A dA^T A)^T)        A dA^T = Q Sigma - R Gamma - A N H
+        dK = (e^{G_C - G} Z) dS^T - (beta e^G dX) S0^T + (dKK + dKK^T) K        with dKK of dL and dN as in chunk_grad
 
     Reads k and v of tokens, gates, and states: initial, None for zero, and the cotangent of the final one.
     Writes
@@ -258,7 +255,8 @@ def replay_backward_kernel(
                 b_Y = b_e[:, None] * product(b_k, b_S, dtype)  # K S0  [C, BV]
                 b_YdZ += product(b_Y, tl.trans(b_dZ), dtype)  # Y dZ^T  [C, C]
 
-        b_F = decay(G_C) * identity(dims.C)
+        b_c = decay(G_C) * identity(dims.C)
+        b_F = b_c
         b_Q = b_beta[:, None] * b_VdZ
         b_R = b_beta[:, None] * b_YdZ
         if IS_DELTA:
@@ -291,11 +289,11 @@ def replay_backward_kernel(
         b_dbeta = tl.full([dims.C], 0.0, G_DTYPE)
         b_SdS = tl.full([dims.BV], 0.0, G_DTYPE)
         if IS_DELTA:
-            b_dAT = product(b_VdZ, b_sigma, dtype)  # V dZ^T Sigma  [C, C]
+            # A dA^T = Q Sigma - R Gamma - A N H  [C, C]
+            b_AdAT = product(b_Q, b_sigma, dtype) + product(b_F - b_c, b_H, dtype)
             if HAS_W:
-                b_dAT -= product(b_YdZ, b_gamma, dtype)  # Y dZ^T Gamma  [C, C]
-            b_dAT = b_beta[:, None] * b_dAT - product(b_N, b_H, dtype)  # N H  [C, C]
-            b_dL = -tl.trans(product(product(b_A, b_dAT, dtype), b_A, dtype))  # A dA^T A  [C, C]
+                b_AdAT -= product(b_R, b_gamma, dtype)
+            b_dL = -tl.trans(product(b_AdAT, b_A, dtype))  # A dA^T A  [C, C]
             b_dl = b_dL * pair_decay(b_G, o_i[:, None] > o_i[None, :])
             b_dn = -tl.trans(product(b_H, b_A, dtype)) * b_ends  # H A  [C, C]
             b_dKK = b_dl + b_dn
@@ -349,18 +347,22 @@ def replay_backward_kernel(
     store_key_gradient(gradients.k, b_dk, tokens.k, tokens.stride_k, None, rows, dims)
 
 
-def replay_launch(K: int, V: int, dtype: torch.dtype) -> Launch:
-    """Of both kernels. The fewer warps, the more rarely tiles pass through shared memory: predicted, not measured."""
-    narrow = dtype == torch.float32 or K > 128
-    warps = 4 if dtype == torch.float32 else 1 if dtype == torch.bfloat16 and K <= 64 else 2
-    return Launch(min(16 if narrow else 32, block_size(V)), warps, 1)
+def replay_launches(K: int, V: int, dtype: torch.dtype) -> tuple[Launch, Launch]:
+    """Of the forward and the backward. As few warps as tiles fit into: predicted to be the fastest, not measured."""
+    if dtype == torch.float32:
+        block_v, warps = 16, (4, 4)
+    else:
+        block_v, warps = 32 if K <= 128 else 16, (1 if K <= 64 else 2, 2)
+    return tuple(Launch(min(block_v, block_size(V)), number, 1) for number in warps)
 
 
-def _settings(tokens: Tokens, passes: int, rule: str, use_qk_l2norm: bool, beta_scale: float, chunk: int):
-    """What both kernels are given after their tensors, and the options of their launch."""
+def _settings(
+    tokens: Tokens, passes: int, rule: str, use_qk_l2norm: bool, beta_scale: float, chunk: int, backward: bool
+) -> tuple[tuple, dict[str, int]]:
+    """What a kernel is given after its tensors, and the options of its launch."""
     T, H, K = tokens.k.shape[1:]
     HV, V = tokens.v.shape[2:]
-    launch = replay_launch(K, V, tokens.k.dtype)
+    launch = replay_launches(K, V, tokens.k.dtype)[backward]
     dims = make_dims(H, HV, K, V, chunk, launch.block_v, l2norm=use_qk_l2norm)
     return (passes, passes.bit_length() - 1, T, rule == "delta", beta_scale, dims), launch.options
 
@@ -379,7 +381,7 @@ def replay_forward(
     """State [B, HV, K, V] float32 after `passes` >= 1 passes over T <= chunk tokens; initial_state contiguous."""
     B, T, HV, V = tokens.v.shape
     final_state = torch.empty(B, HV, tokens.k.shape[3], V, dtype=torch.float32, device=tokens.v.device)
-    settings, options = _settings(tokens, passes, rule, use_qk_l2norm, beta_scale, chunk)
+    settings, options = _settings(tokens, passes, rule, use_qk_l2norm, beta_scale, chunk, backward=False)
     replay_forward_kernel[(B * HV,)](tokens, gates, initial_state, final_state, *settings, **options)
     return final_state
 
@@ -406,6 +408,6 @@ def replay_backward(
     partial = None if gates.A_log is None else torch.empty(B, 2, HV, dtype=torch.float32, device=dk.device)
     d_initial_state = None if initial_state is None else torch.empty_like(initial_state)
     states = States(initial_state, d_final_state, d_initial_state)
-    settings, options = _settings(tokens, passes, rule, use_qk_l2norm, beta_scale, chunk)
+    settings, options = _settings(tokens, passes, rule, use_qk_l2norm, beta_scale, chunk, backward=True)
     replay_backward_kernel[(B * H,)](tokens, gates, states, gradients, partial, *settings, **options)
     return gradients, parameter_gradients(partial, gates), d_initial_state

@@ -150,12 +150,12 @@ def single_chunk_cases(
         **{"scale": "fp32", "T": "i32", "IS_DELTA": True, "BETA_SCALE": 1.0},
     }
     label = f"{dtype}-K{K}-V{V}-T{T}" + ("" if initial_state else "-fresh")
-    replay = single_chunk_replay.replay_launch(K, V, DTYPES[dtype])
+    replay = single_chunk_replay.replay_launches(K, V, DTYPES[dtype])
     for kernel, launch in (
         (single_chunk.single_chunk_forward_kernel, config.forward),
         (single_chunk.single_chunk_backward_kernel, config.backward),
-        (single_chunk_replay.replay_forward_kernel, replay),
-        (single_chunk_replay.replay_backward_kernel, replay),
+        (single_chunk_replay.replay_forward_kernel, replay[0]),
+        (single_chunk_replay.replay_backward_kernel, replay[1]),
     ):
         dims = make_dims(4, 4 * groups, K, V, config.chunk, launch.block_v, l2norm=True)
         given = arguments | {"dims": dims}
