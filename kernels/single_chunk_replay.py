@@ -349,7 +349,7 @@ def replay_backward_kernel(
 
 def replay_launches(K: int, V: int, dtype: torch.dtype) -> tuple[Launch, Launch]:
     """Of the forward and the backward. As few warps as tiles fit into: predicted to be the fastest, not measured."""
-    if dtype == torch.float32:
+    if dtype != torch.bfloat16:
         block_v, warps = 16, (4, 4)
     else:
         block_v, warps = 32 if K <= 128 else 16, (1 if K <= 64 else 2, 2)
