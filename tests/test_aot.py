@@ -15,8 +15,10 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SPILL_BYTES = {"chunk_grad": 224, "chunk_grad_widened": 112, "chunk_scan": 72, "gated_norm_backward": 16}
 SPILL_BYTES |= {"chunk_reverse": 8, "chunk_states_widened": 8}
 SPILL_BYTES |= {"single_chunk_forward": 208, "single_chunk_backward": 680}
+SPILL_BYTES |= {"replay_forward": 256, "replay_backward": 3072}
 LARGE_SPILL_BYTES = {"chunk_grad": 152, "chunk_grad_widened": 104, "chunk_scan": 64, "chunk_scan_widened": 16}
 LARGE_SPILL_BYTES |= {"single_chunk_forward": 96, "single_chunk_backward": 520}
+LARGE_SPILL_BYTES |= {"replay_forward": 112, "replay_backward": 2736}
 # By architecture: the same of any kernel for chunks of 64.
 LONG_SPILL_BYTES = {80: 512, 90: 680, 100: 344}
 
@@ -26,7 +28,7 @@ def records(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     script = pathlib.Path(__file__).with_name("aot.py")
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 

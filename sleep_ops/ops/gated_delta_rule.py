@@ -153,8 +153,9 @@ def sleep_gated_delta_rule(
     about N u while that is much less than 1, and by u / (1 - |P|) where decay makes |P| < 1. Beyond that nothing is
     promised: the rounded P may have a norm above 1, and then errors grow exponentially (seen with bfloat16 and
     float16, beta = 2 and no decay, from N in the hundreds on). Long sleeps in 16 bits want some decay. Short windows
-    err by less in 16 bits. In float32 they err by several times more where nothing decays (in PyTorch: and beta = 2),
-    and where keys repeat too by ten times, the gradient of g by two hundred (4e-3 at N = 64).
+    err by less in 16 bits: in PyTorch by roundings of float32, in Triton by what the pass that puts out does. In
+    float32 they err by several times more where nothing decays (in PyTorch: and beta = 2), and where keys repeat too by
+    ten times, the gradient of g by two hundred (4e-3 at N = 64).
 
     With math.inf values err by u / (1 - |P|) too, but gradients of g and beta by its square: in float32 by 10 % where
     1 - |P| is 1e-3. On a CPU entries of maps below 1e-19 and of states below 1e-30 (float32) count as zero.

@@ -92,7 +92,6 @@ SLEEPS = [
     Problem("single-chunk-K256-V256", gated(16, 256, 256, heads=(1, 1)), REPLAY),
     Problem("single-chunk-short", gated(5, 64, 64, B=2), REPLAY),
     Problem("single-chunk-fresh", gated(24, 64, 64, B=2, initial_state=False), REPLAY),
-    Problem("single-chunk-no-decay", Case("z", T=24, dims=(64, 64), gate="zero", beta="two"), REPLAY),
     Problem("single-chunk-hebbian", Case("h", T=24, dims=(64, 64), heads=(1, 2), B=2, rule="hebbian"), REPLAY),
 ]
 
