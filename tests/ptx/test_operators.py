@@ -170,6 +170,22 @@ def test_float32(arch):
     check_silent(emulator, *WHOLE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [90, 80])
+def test_replay_in_float32(arch):
+    sleep = {"passes": 6}
+    with on_gpu(arch) as emulator:
+        check_two_times(
+            run_triton(sleep_gated_delta_rule, **sleep),
+            gated(13, 32, 32),
+            torch.float32,
+            "cpu",
+            specification=lambda *tensors, **options: sleep_gated_delta_rule_reference(*tensors, **sleep, **options),
+            plain=lambda *tensors, **options: sleep_gated_delta_rule(*tensors, impl="torch", **sleep, **options),
+        )
+    check_silent(emulator, *REPLAY)
+
+
 def drawn(shapes: dict[str, tuple], dtype: str) -> dict[str, torch.Tensor]:
     """Normal numbers in dtype, those of gates, states and norms in float32."""
     tensors = {}
