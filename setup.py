@@ -47,6 +47,7 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "hf": ["transformers>=5.7", "accelerate"],
+        "lora": ["transformers>=5.7", "accelerate", "peft"],
         "train": ["tensorboard"],
         "bench": ["pytest-benchmark", "pandas"],
         "test": [

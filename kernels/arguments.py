@@ -14,7 +14,10 @@ from sleep_ops.kernels.primitives import load_decay, load_key_tile, load_rows, l
 
 
 class Tokens(NamedTuple):
-    """q, k [B, T, H, K] and v [B, T, HV, V]: rows of contiguous heads, stride_* elements from one to the next."""
+    """q, k [B, T, H, K] and v [B, T, HV, V]: rows of contiguous heads.
+
+    stride_*: elements from one row to the next; None for contiguous rows of q or k, which saves kernels registers.
+    """
 
     q: Any = None
     k: Any = None
@@ -134,12 +137,23 @@ class Chunk(NamedTuple):
 
 
 @triton.jit
+def key_stride(stride, dims: tl.constexpr):
+    """stride_q or stride_k in elements."""
+    if stride is None:
+        elements = dims.H * dims.K
+    else:
+        elements = stride
+    return elements
+
+
+@triton.jit
 def load_heads(x, stride, chunk, dims: tl.constexpr):
     """Rows of q or k [C, BK], L2-normalised with USE_L2NORM."""
     o_i = tl.arange(0, dims.C)
     o_k = tl.arange(0, dims.BK)
-    p_x = x + chunk.start * stride + chunk.i_h * dims.K
-    return load_key_tile(p_x, o_i, o_k, stride, chunk.num_rows, dims.K, dims.USE_L2NORM)
+    elements = key_stride(stride, dims)
+    p_x = x + chunk.start * elements + chunk.i_h * dims.K
+    return load_key_tile(p_x, o_i, o_k, elements, chunk.num_rows, dims.K, dims.USE_L2NORM)
 
 
 @triton.jit

@@ -31,6 +31,7 @@ from sleep_ops.kernels.arguments import (
     Packing,
     Prepared,
     Tokens,
+    key_stride,
     load_columns,
     load_G,
     load_G_C,
@@ -221,8 +222,9 @@ def store_key_gradient(d, b_d, x, stride, r, chunk, dims: tl.constexpr):
     o_i = tl.arange(0, dims.C)
     o_k = tl.arange(0, dims.BK)
     if dims.USE_L2NORM or r is not None:
-        p_x = x + chunk.start * stride + chunk.i_h * dims.K
-        b_y = load_tile(p_x, o_i, o_k, stride, chunk.num_rows, dims.K).to(tl.float32)
+        elements = key_stride(stride, dims)
+        p_x = x + chunk.start * elements + chunk.i_h * dims.K
+        b_y = load_tile(p_x, o_i, o_k, elements, chunk.num_rows, dims.K).to(tl.float32)
         if r is None:
             b_r = inverse_norm(b_y)
             b_y *= b_r[:, None]

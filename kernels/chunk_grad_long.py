@@ -1,14 +1,15 @@
 """The gradients of chunk_grad for chunks of 64 tokens, whose sums are too many to be formed at once: in three stages.
 
 Notation of chunk_grad.py. A program takes one chunk and query/key head through all of them, so that what it reads more
-than once comes from nearer than the GPU's memory. Between stages stand, in k's dtype but for the parts of dG and dbeta:
+than once comes from nearer than the GPU's memory. Between stages stand, in k's dtype but for dG:
 
-    values     e^{G_C - G} U, dY, ds, dl, parts of dG and dbeta
-    queries    dQ = scale e^G dO S0^T + ds K, a part of dG
-    keys       dK = ds^T Q + (e^{G_C - G} U) dS1^T - e^G dY S0^T + (dKK + dKK^T) K, and the sums of the parts
+    values     e^{G_C - G} U, dY, ds, dKK, dbeta, and dG but for its part through Q S0
+    queries    dQ = scale e^G dO S0^T + ds K, the rest of dG
+    keys       dK = ds^T Q + (e^{G_C - G} U) dS1^T - e^G dY S0^T + (dKK + dKK^T) K
 
 Over the tiles of values the first one carries [C, C] sums, the others one of [C, K]. The terms of dG in QK and M are
-formed from ds and dl as rounded for the products with K and Q, so that rows still cancel columns.
+formed from ds and dKK as rounded for the products with K and Q, so that rows still cancel columns. <S0, dS1> is the
+trace of a product, so that no tile that a product reads is read into registers too.
 """
 
 from typing import Any, NamedTuple
@@ -52,31 +53,29 @@ from sleep_ops.kernels.primitives import (
 
 
 class Values(NamedTuple):
-    """What the stages hand on.
+    """What the first stage hands on.
 
     U_decayed: [rows, HV, width], e^{G_C - G} U.
     dY: [rows, HV, width].
     ds: [rows, HV, C], None without a cotangent of the output.
-    dl: [rows, HV, C], None for the Hebbian rule.
-    dG, dG_queries, dbeta: [rows, HV], parts of the cotangents of G, base 2, and of the active beta.
+    dKK: [rows, HV, C], None for the Hebbian rule.
+    dG: [rows, HV] (natural), but for what comes through Q S0: without a cotangent of the output the gradient itself.
     """
 
     U_decayed: Any
     dY: Any
     ds: Any
-    dl: Any
+    dKK: Any
     dG: Any
-    dG_queries: Any
-    dbeta: Any
 
 
 @triton.jit
-def values_head(tokens, prepared, states, cotangents, values, chunk, i_state, scale, dims: tl.constexpr):
-    """Of one value head what needs no sum of [C, K], stored in values; S0 and dS1 are states number i_state."""
-    d_output = cotangents.output
+def values_head(tokens, prepared, states, cotangents, values, gradients, chunk, i_state, scale, dims: tl.constexpr):
+    """Of one value head what needs no sum of [C, K]: values and dbeta; its S0 and dS1 are number i_state."""
     num_rows = chunk.num_rows
     o_i = tl.arange(0, dims.C)
     o_k = tl.arange(0, dims.BK)
+    o_c = tl.arange(0, dims.BV)
     b_G = load_G(prepared, chunk, dims)
     G_C = load_G_C(prepared, chunk, dims)
     b_beta = load_gate(prepared.beta, chunk, dims)
@@ -85,14 +84,15 @@ def values_head(tokens, prepared, states, cotangents, values, chunk, i_state, sc
     b_k = load_keys(tokens, chunk, dims)
     dtype = b_k.dtype
     G_DTYPE: tl.constexpr = prepared.G.dtype.element_ty
-    b_dG = tl.full([dims.C], 0.0, G_DTYPE)
     b_dbeta = tl.full([dims.C], 0.0, G_DTYPE)
-    dG_C = tl.full([], 0.0, G_DTYPE)
+    b_read = tl.full([dims.C], 0.0, G_DTYPE)
+    b_written = tl.full([dims.C], 0.0, G_DTYPE)
+    b_SdS = tl.full([dims.BV, dims.BV], 0.0, tl.float32)
     if prepared.A is not None:
         b_A = load_square(prepared.A, chunk, dims)
         b_AT = tl.trans(b_A)
         b_dL = tl.full([dims.C, dims.C], 0.0, tl.float32)
-    if d_output is not None:
+    if cotangents.output is not None:
         b_q = load_queries(tokens, chunk, dims)
         b_QKT = scale * pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
         b_QKT = (b_QKT * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")).to(dtype)  # QK^T  [C, C]
@@ -101,89 +101,79 @@ def values_head(tokens, prepared, states, cotangents, values, chunk, i_state, sc
     for i_v in range(0, dims.tiles):
         o_v, num_cols, column0, has_values = state_columns(i_v, dims)
         o_state = i_state * dims.K * dims.width + column0
+        b_S = load_tile(states + o_state, o_k, o_v, dims.width, dims.K, num_cols)
+        b_dS = load_tile(cotangents.state + o_state, o_k, o_v, dims.width, dims.K, num_cols)
+        b_SdS += tl.dot(tl.trans(b_S), b_dS, input_precision="ieee")  # S0^T dS1  [BV, BV]
         b_Y = load_values(tokens, chunk, o_v, tl.where(has_values, num_rows, 0), dims)
         if prepared.A is None:
             b_U = b_beta[:, None] * b_Y
         else:
-            b_S = load_tile(states + o_state, o_k, o_v, dims.width, dims.K, num_cols)
-            b_read = b_e[:, None] * tl.dot(b_k, b_S, input_precision="ieee")  # K S0  [C, BV]
-            b_Y -= b_read
+            b_kS = b_e[:, None] * tl.dot(b_k, b_S, input_precision="ieee")  # K S0  [C, BV]
+            b_Y -= b_kS
             b_U = tl.dot(b_A, (b_beta[:, None] * b_Y).to(dtype), input_precision="ieee")  # A (beta Y)  [C, BV]
-        store_columns(values.U_decayed + column0, b_end[:, None] * b_U, chunk, o_v, dims.width, num_cols, dims)
-        b_UT = tl.trans(b_U.to(dtype))
-
-        b_dS = load_tile(cotangents.state + o_state, o_k, o_v, dims.width, dims.K, num_cols)
         b_dU = b_end[:, None] * tl.dot(b_k, b_dS, input_precision="ieee")  # K dS1  [C, BV]
-        b_written = tl.sum((b_U * b_dU).to(G_DTYPE), 1)
-        b_written = tl.where(o_i < num_rows - 1, b_written, 0.0)  # as in chunk_grad.py
-        b_dG -= b_written
-        b_S = load_tile(states + o_state, o_k, o_v, dims.width, dims.K, num_cols)  # again: fewer registers
-        dG_C += tl.sum(b_written) + decay(G_C) * tl.sum((b_S.to(tl.float32) * b_dS).to(G_DTYPE))
-        if d_output is not None:
-            b_dO = load_columns(d_output, chunk, o_v, dims.V, dims.V, dims).to(dtype)
-            b_dQK += tl.dot(b_dO, b_UT, input_precision="ieee")  # dO U^T  [C, C]
+        b_written += tl.sum((b_U * b_dU).to(G_DTYPE), 1)
+        if cotangents.output is not None:
+            b_dO = load_columns(cotangents.output, chunk, o_v, dims.V, dims.V, dims)
             b_dU += tl.dot(b_QKT, b_dO, input_precision="ieee")  # QK^T dO  [C, BV]
         b_dX = b_dU
         if prepared.A is not None:
             b_dX = tl.dot(b_AT, b_dU.to(dtype), input_precision="ieee")  # A^T dU  [C, BV]
-            b_dL += tl.dot((-b_dX).to(dtype), b_UT, input_precision="ieee")  # -dX U^T  [C, C]
-            b_dG -= tl.sum((b_beta[:, None] * b_dX * b_read).to(G_DTYPE), 1)
+            b_read += tl.sum((b_dX * b_kS).to(G_DTYPE), 1)
         b_dbeta += tl.sum((b_dX * b_Y).to(G_DTYPE), 1)
+        store_columns(values.U_decayed + column0, b_end[:, None] * b_U, chunk, o_v, dims.width, num_cols, dims)
         store_columns(values.dY + column0, b_beta[:, None] * b_dX, chunk, o_v, dims.width, num_cols, dims)
+        b_UT = tl.trans(b_U.to(dtype))
+        if cotangents.output is not None:
+            b_dQK += tl.dot(b_dO, b_UT, input_precision="ieee")  # dO U^T  [C, C]
+        if prepared.A is not None:
+            b_dL += tl.dot((-b_dX).to(dtype), b_UT, input_precision="ieee")  # -dX U^T  [C, C]
 
-    if d_output is not None:
-        b_dQK *= scale * pair_decay(b_G, o_i[:, None] >= o_i[None, :])
-        store_square(values.ds, b_dQK, chunk, dims)
+    b_dP = tl.full([dims.C, dims.C], 0.0, G_DTYPE)
+    if cotangents.output is not None:
+        b_ds = (scale * b_dQK * pair_decay(b_G, o_i[:, None] >= o_i[None, :])).to(dtype)
+        store_square(values.ds, b_ds, chunk, dims)
+        b_dQKQK = (b_ds * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")).to(G_DTYPE)  # Q K^T  [C, C]
+        b_dP += tl.where(o_i[:, None] > o_i[None, :], b_dQKQK, 0.0)  # as in chunk_grad.py
     if prepared.A is not None:
-        b_dL *= pair_decay(b_G, o_i[:, None] > o_i[None, :])
-        store_square(values.dl, b_dL, chunk, dims)
-    b_dG += tl.where(o_i == num_rows - 1, dG_C, 0.0)
-    store_gate(values.dG, b_dG, chunk, dims)
-    store_gate(values.dbeta, b_dbeta, chunk, dims)
+        b_dl = b_dL * pair_decay(b_G, o_i[:, None] > o_i[None, :])
+        b_kk = tl.dot(b_k, tl.trans(b_k), input_precision="ieee")  # K K^T  [C, C]
+        b_dbeta += tl.sum((b_dl * b_kk).to(G_DTYPE), 1)
+        b_dKK = (b_beta[:, None] * b_dl).to(dtype)
+        store_square(values.dKK, b_dKK, chunk, dims)
+        b_dP += (b_dKK * b_kk).to(G_DTYPE)
+    SdS = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_SdS, 0.0).to(G_DTYPE))
+    b_written = tl.where(o_i < num_rows - 1, b_written, 0.0)  # as in chunk_grad.py
+    b_dG = tl.sum(b_dP, 1) - tl.sum(b_dP, 0) - b_beta * b_read - b_written
+    b_dG += tl.where(o_i == num_rows - 1, decay(G_C) * SdS + tl.sum(b_written), 0.0)
+    store_gate(values.dG, b_dG * LN2, chunk, dims)
+    store_gate(gradients.beta, b_dbeta, chunk, dims)
 
 
 @triton.jit
-def queries_head(b_dq, tokens, prepared, states, cotangents, values, chunk, i_state, scale, dims: tl.constexpr):
-    """dq [C, BK] with one value head's part added; its dG through QK and Q S0 is stored in values."""
-    o_i = tl.arange(0, dims.C)
+def queries_head(
+    b_dq, tokens, prepared, states, cotangents, values, gradients, chunk, i_state, scale, dims: tl.constexpr
+):
+    """dq [C, BK] with one value head's part added; its dG, which is complete now, is stored."""
     o_k = tl.arange(0, dims.BK)
     G_DTYPE: tl.constexpr = prepared.G.dtype.element_ty
-    p_S = states + i_state * dims.K * dims.V
-    b_e = scale * decay(load_G(prepared, chunk, dims))
-    b_q = load_queries(tokens, chunk, dims)
-    if G_DTYPE == tl.float64:  # as in chunk_grad.py
-        b_dq_others = b_dq
-        b_dq = tl.full([dims.C, dims.BK], 0.0, tl.float32)
-        b_dG = tl.full([dims.C], 0.0, G_DTYPE)
-    else:
-        b_dG = -tl.sum(b_q * b_dq, 1)
+    b_dqS = tl.full([dims.C, dims.BK], 0.0, tl.float32)
     for i_v in range(0, dims.tiles):
         o_v = i_v * dims.BV + tl.arange(0, dims.BV)
         b_dO = load_columns(cotangents.output, chunk, o_v, dims.V, dims.V, dims)
-        b_dqS = (b_e[:, None] * b_dO.to(tl.float32)).to(b_q.dtype)
-        b_S = load_tile(p_S, o_k, o_v, dims.V, dims.K, dims.V)
-        b_dq += tl.dot(b_dqS, tl.trans(b_S), input_precision="ieee")  # scale e^G dO S0^T  [C, BK]
-    b_q = load_queries(tokens, chunk, dims)
-    b_dG += tl.sum((b_q * b_dq).to(G_DTYPE), 1)
-
-    b_k = load_keys(tokens, chunk, dims)
+        b_S = load_tile(states + i_state * dims.K * dims.V, o_k, o_v, dims.V, dims.K, dims.V)
+        b_dqS += tl.dot(b_dO, tl.trans(b_S), input_precision="ieee")  # dO S0^T  [C, BK]
+    b_dqS *= scale * decay(load_G(prepared, chunk, dims))[:, None]
+    b_dG = tl.sum((load_queries(tokens, chunk, dims) * b_dqS).to(G_DTYPE), 1)
+    store_gate(gradients.g, load_gate(values.dG, chunk, dims) + b_dG * LN2, chunk, dims)
     b_ds = load_square(values.ds, chunk, dims)
-    b_dq += tl.dot(b_ds, b_k, input_precision="ieee")  # ds K  [C, BK]
-    if G_DTYPE == tl.float64:
-        b_dq += b_dq_others
-    b_dQKQK = (b_ds * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")).to(G_DTYPE)  # Q K^T  [C, C]
-    b_dQKQK = tl.where(o_i[:, None] > o_i[None, :], b_dQKQK, 0.0)  # as in chunk_grad.py
-    b_dG += tl.sum(b_dQKQK, 1) - tl.sum(b_dQKQK, 0)
-    store_gate(values.dG_queries, b_dG, chunk, dims)
-    return b_dq
+    return b_dq + b_dqS + tl.dot(b_ds, load_keys(tokens, chunk, dims), input_precision="ieee")  # ds K  [C, BK]
 
 
 @triton.jit
-def keys_head(b_dk, tokens, prepared, states, cotangents, values, gradients, chunk, i_state, dims: tl.constexpr):
-    """dk [C, BK] with one value head's part added; its dG (natural) and dbeta, which are complete now, are stored."""
-    o_i = tl.arange(0, dims.C)
+def keys_head(b_dk, tokens, prepared, states, cotangents, values, chunk, i_state, dims: tl.constexpr):
+    """dk [C, BK] with one value head's part added."""
     o_k = tl.arange(0, dims.BK)
-    G_DTYPE: tl.constexpr = prepared.G.dtype.element_ty
     b_e = decay(load_G(prepared, chunk, dims))
     for i_v in range(0, dims.tiles):
         o_v, num_cols, column0, _ = state_columns(i_v, dims)
@@ -191,35 +181,19 @@ def keys_head(b_dk, tokens, prepared, states, cotangents, values, gradients, chu
         b_U = load_columns(values.U_decayed + column0, chunk, o_v, dims.width, num_cols, dims)
         b_dS = load_tile(cotangents.state + o_state, o_k, o_v, dims.width, dims.K, num_cols)
         b_dk += tl.dot(b_U, tl.trans(b_dS), input_precision="ieee")  # (e^{G_C - G} U) dS1^T  [C, BK]
-        if values.dl is not None:
+        if values.dKK is not None:
             b_dY = load_columns(values.dY + column0, chunk, o_v, dims.width, num_cols, dims)
             b_dkS = (-b_e[:, None] * b_dY.to(tl.float32)).to(b_U.dtype)
             b_S = load_tile(states + o_state, o_k, o_v, dims.width, dims.K, num_cols)
             b_dk += tl.dot(b_dkS, tl.trans(b_S), input_precision="ieee")  # -e^G dY S0^T  [C, BK]
-
-    b_dG = load_gate(values.dG, chunk, dims)
-    b_dbeta = load_gate(values.dbeta, chunk, dims)
-    if values.ds is not None:
-        b_q = load_queries(tokens, chunk, dims)
-        b_ds = load_square(values.ds, chunk, dims)
-        b_dk += tl.dot(tl.trans(b_ds), b_q, input_precision="ieee")  # ds^T Q  [C, BK]
-        b_dG += load_gate(values.dG_queries, chunk, dims)
-    if values.dl is not None:
+    if values.dKK is not None:
         b_k = load_keys(tokens, chunk, dims)
-        b_beta = load_gate(prepared.beta, chunk, dims)
-        b_dl = load_square(values.dl, chunk, dims)
-        b_dLM = (b_dl * tl.dot(b_k, tl.trans(b_k), input_precision="ieee")).to(G_DTYPE)  # K K^T  [C, C]
-        b_dbeta += tl.sum(b_dLM, 1)
-        b_dLM *= b_beta[:, None]
-        b_dG += tl.sum(b_dLM, 1) - tl.sum(b_dLM, 0)
-        # Loaded again, transposed: fewer registers than turning the tile.
-        p_dl = values.dl + (chunk.start * dims.HV + chunk.i_hv) * dims.C
-        m_i = o_i < chunk.num_rows
-        b_dlT = tl.load(p_dl + o_i[None, :] * (dims.HV * dims.C) + o_i[:, None], mask=m_i[None, :], other=0.0)
-        b_dKK = b_beta[:, None] * b_dl.to(tl.float32) + b_beta[None, :] * b_dlT.to(tl.float32)  # dKK + dKK^T
-        b_dk += tl.dot(b_dKK.to(b_k.dtype), b_k, input_precision="ieee")  # (dKK + dKK^T) K  [C, BK]
-    store_gate(gradients.g, b_dG * LN2, chunk, dims)
-    store_gate(gradients.beta, b_dbeta, chunk, dims)
+        b_dKK = load_square(values.dKK, chunk, dims)
+        b_dk += tl.dot(b_dKK, b_k, input_precision="ieee")  # dKK K  [C, BK]
+        b_dk += tl.dot(tl.trans(b_dKK), b_k, input_precision="ieee")  # dKK^T K  [C, BK]
+    if values.ds is not None:
+        b_ds = load_square(values.ds, chunk, dims)
+        b_dk += tl.dot(tl.trans(b_ds), load_queries(tokens, chunk, dims), input_precision="ieee")  # ds^T Q  [C, BK]
     return b_dk
 
 
@@ -245,19 +219,21 @@ def chunk_grad_long_kernel(
 
     for i_hv in range(first, last):
         chunk = Chunk(start, num_rows, i_h, i_hv)
-        values_head(tokens, prepared, states, cotangents, values, chunk, state0 + i_hv, scale, dims)
+        values_head(tokens, prepared, states, cotangents, values, gradients, chunk, state0 + i_hv, scale, dims)
     tl.debug_barrier()
     if cotangents.output is not None:
         b_dq = tl.full([dims.C, dims.BK], 0.0, tl.float32)
         for i_hv in range(first, last):
             chunk = Chunk(start, num_rows, i_h, i_hv)
-            b_dq = queries_head(b_dq, tokens, prepared, states, cotangents, values, chunk, state0 + i_hv, scale, dims)
+            b_dq = queries_head(
+                b_dq, tokens, prepared, states, cotangents, values, gradients, chunk, state0 + i_hv, scale, dims
+            )
         store_key_gradient(gradients.q, b_dq, tokens.q, tokens.stride_q, prepared.rq, rows, dims)
         tl.debug_barrier()
     b_dk = tl.full([dims.C, dims.BK], 0.0, tl.float32)
     for i_hv in range(first, last):
         chunk = Chunk(start, num_rows, i_h, i_hv)
-        b_dk = keys_head(b_dk, tokens, prepared, states, cotangents, values, gradients, chunk, state0 + i_hv, dims)
+        b_dk = keys_head(b_dk, tokens, prepared, states, cotangents, values, chunk, state0 + i_hv, dims)
     store_key_gradient(gradients.k, b_dk, tokens.k, tokens.stride_k, prepared.rk, rows, dims)
 
 
@@ -277,15 +253,15 @@ def chunk_grad_long(
     HV, V = tokens.v.shape[2:]
     dtype, device = tokens.k.dtype, tokens.k.device
     U_decayed, dY = (torch.empty(B, T, HV, states.shape[3], dtype=dtype, device=device) for _ in range(2))
-    ds, dl = (
+    ds, dKK = (
         None if missing else torch.empty(B, T, HV, config.chunk, dtype=dtype, device=device)
         for missing in (cotangents.output is None, prepared.A is None)
     )
-    dG_values, dG_queries, dG = (torch.empty_like(prepared.G) for _ in range(3))
-    dbeta_values, dbeta = (torch.empty_like(prepared.beta) for _ in range(2))
-    values = Values(U_decayed, dY, ds, dl, dG_values, dG_queries, dbeta_values)
+    dG = torch.empty_like(prepared.G)
+    values = Values(U_decayed, dY, ds, dKK, dG if ds is None else torch.empty_like(dG))
     dk = torch.empty(B, T, H, K, dtype=dtype, device=device)
-    gradients = Gradients(None if cotangents.output is None else torch.empty_like(dk), dk, None, dG, dbeta)
+    dq = None if cotangents.output is None else torch.empty_like(dk)
+    gradients = Gradients(dq, dk, None, dG, torch.empty_like(prepared.beta))
     dims = make_dims(H, HV, K, V, config.chunk, config.grad.block_v, widened)
     length = (T, packing.num_seqs)
     chunk_grad_long_kernel[(states.shape[0], H)](

@@ -49,8 +49,18 @@ NORM_ROWS = 32
 
 @triton.jit
 def block_product(b_x, b_y, dtype: tl.constexpr):
-    """x y of two blocks of float32  [BLOCK, BLOCK]."""
-    return tl.dot(b_x, b_y, input_precision="ieee" if dtype == tl.float32 else "tf32x3")
+    """x y of two blocks of float32  [BLOCK, BLOCK], of tensor cores where the inverse is stored in 16 bits.
+
+    As sums of three products of parts, whose errors are about 2^-21 of the factors, and 2^-16 for bfloat16. So beside
+    the rounding of an inverse they are nothing, save that of keys which repeat without decay at beta = 2.
+    """
+    if dtype == tl.float32:
+        precision: tl.constexpr = "ieee"
+    elif dtype == tl.bfloat16:
+        precision: tl.constexpr = "bf16x3"
+    else:
+        precision: tl.constexpr = "tf32x3"
+    return tl.dot(b_x, b_y, input_precision=precision)  # x y  [BLOCK, BLOCK]
 
 
 @triton.jit
@@ -193,7 +203,7 @@ def chunk_prepare_kernel(
         k, where A is wanted.
     Writes
         G and the active beta,
-        A = L^{-1}, by float32 arithmetic; None for the Hebbian rule.
+        A = L^{-1}, by the arithmetic of block_product; None for the Hebbian rule.
 
     Grid (chunks, HV). Mirrors `log_decay`, `write_strength` and `l2_normalise` of sleep_ops/reference.py.
     """

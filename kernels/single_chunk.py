@@ -100,6 +100,31 @@ def single_chunk_forward_kernel(
         store_tile(final_state + o_state, b_S1, o_k, o_v, dims.V, dims.K, dims.V)
 
 
+@triton.jit
+def store_gate_gradients(
+    gradients, partial, b_dG, b_dbeta, gates, b_beta, i_b, chunk, BETA_SCALE: tl.constexpr, dims: tl.constexpr
+):
+    """Store the gradients of g and beta of sequence i_b, and its part of those of A_log and dt_bias, from dG and dbeta.
+
+    dG (natural) and dbeta are of what activate_gates gives  [C].
+    """
+    b_dg = tl.cumsum(b_dG, 0, reverse=True)
+    b_x = load_gate_input(gates.g, gates.stride_g, chunk, dims)
+    if gates.A_log is None:
+        b_dg = decay_gradient(b_dg, b_x)
+    else:
+        b_rate = tl.exp(tl.load(gates.A_log + chunk.i_hv).to(tl.float32))
+        b_x += tl.load(gates.dt_bias + chunk.i_hv).to(tl.float32)
+        b_dg, b_drate = log_decay_gradient(b_dg, b_x, b_rate)
+        p_partial = partial + i_b.to(tl.int64) * 2 * dims.HV + chunk.i_hv
+        tl.store(p_partial, tl.sum(b_drate))
+        tl.store(p_partial + dims.HV, tl.sum(b_dg))
+    if BETA_SCALE > 0:
+        b_dbeta *= b_beta * (1.0 - b_beta / BETA_SCALE)
+    store_gate(gradients.g, b_dg, chunk, dims)
+    store_gate(gradients.beta, b_dbeta, chunk, dims)
+
+
 @triton.jit(do_not_specialize=["T"])
 def single_chunk_backward_kernel(
     tokens,
@@ -159,21 +184,7 @@ def single_chunk_backward_kernel(
             dims,
         )
 
-        b_dg = tl.cumsum(b_dg, 0, reverse=True)
-        b_x = load_gate_input(gates.g, gates.stride_g, chunk, dims)
-        if gates.A_log is None:
-            b_dg = decay_gradient(b_dg, b_x)
-        else:
-            b_rate = tl.exp(tl.load(gates.A_log + i_hv).to(tl.float32))
-            b_x += tl.load(gates.dt_bias + i_hv).to(tl.float32)
-            b_dg, b_drate = log_decay_gradient(b_dg, b_x, b_rate)
-            p_partial = partial + i_b.to(tl.int64) * 2 * dims.HV + i_hv
-            tl.store(p_partial, tl.sum(b_drate))
-            tl.store(p_partial + dims.HV, tl.sum(b_dg))
-        if BETA_SCALE > 0:
-            b_dbeta *= b_beta * (1.0 - b_beta / BETA_SCALE)
-        store_gate(gradients.g, b_dg, chunk, dims)
-        store_gate(gradients.beta, b_dbeta, chunk, dims)
+        store_gate_gradients(gradients, partial, b_dg, b_dbeta, gates, b_beta, i_b, chunk, BETA_SCALE, dims)
 
     rows = Chunk(start, T, i_h, None)
     store_key_gradient(gradients.k, b_dk, tokens.k, tokens.stride_k, None, rows, dims)
@@ -184,6 +195,14 @@ def single_chunk_backward_kernel(
 def _dims(tokens: Tokens, use_qk_l2norm: bool, chunk: int, launch: Launch) -> Dims:
     (H, K), (HV, V) = tokens.k.shape[2:], tokens.v.shape[2:]
     return make_dims(H, HV, K, V, chunk, launch.block_v, l2norm=use_qk_l2norm)
+
+
+def parameter_gradients(partial: Tensor | None, gates: Gates) -> tuple[Tensor | None, Tensor | None]:
+    """Of A_log and dt_bias, from every sequence's part [B, 2, HV]; None without them."""
+    if partial is None:
+        return None, None
+    sums = zip(partial.unbind(1), (gates.A_log, gates.dt_bias), strict=True)
+    return tuple(x.sum(0).to(parameter.dtype) for x, parameter in sums)
 
 
 def single_chunk_forward(
@@ -245,7 +264,4 @@ def single_chunk_backward(
         _dims(tokens, use_qk_l2norm, config.chunk, config.backward),
         **config.backward.options,
     )
-    if partial is None:
-        return gradients, (None, None), d_initial_state
-    sums = zip(partial.unbind(1), (gates.A_log, gates.dt_bias), strict=True)
-    return gradients, tuple(x.sum(0).to(parameter.dtype) for x, parameter in sums), d_initial_state
+    return gradients, parameter_gradients(partial, gates), d_initial_state

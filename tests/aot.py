@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sleep_ops.kernels import gated_norm, short_conv, single_chunk, step
+from sleep_ops.kernels import gated_norm, short_conv, single_chunk, single_chunk_replay, step
 from sleep_ops.kernels.arguments import Cotangents, Gates, Gradients, Packing, Prepared, Tokens, make_dims
 from sleep_ops.kernels.chunk_grad import chunk_grad_kernel
 from sleep_ops.kernels.chunk_grad_long import Values, chunk_grad_long_kernel
@@ -67,13 +67,13 @@ def _chunk_arguments(kernel: Any, dtype: str, absent: tuple[str, ...]) -> dict[s
 
     G = "fp64" if dtype == "fp32" else "fp32"
     return {
-        "tokens": Tokens(p("q"), p("k"), p("v"), "i32", "i32", "i32"),
+        "tokens": Tokens(p("q"), p("k"), p("v"), *2 * [None if "cu_seqlens" in absent else "i32"], "i32"),
         "gates": Gates(*(p(name, "fp32") for name in ("g", "beta", "A_log", "dt_bias"))),
         "prepared": Prepared(p("G", G), p("beta", "fp32"), p("A"), p("rq", "fp32"), p("rk", "fp32")),
         "packing": Packing(p("cu_seqlens", "i32"), p("chunk_offsets", "i64")),
         "cotangents": Cotangents(p("d_output"), p("d_state", "fp32" if kernel is chunk_reverse_kernel else dtype)),
         "gradients": Gradients(p("dq"), p("dk"), p("dv"), p("dG", G), p("dbeta", "fp32")),
-        "values": Values(*map(p, ("U_decayed", "dY", "ds", "dl")), p("dG", G), p("dG_queries", G), p("dbeta", "fp32")),
+        "values": Values(*map(p, ("U_decayed", "dY", "ds", "dKK")), p("dG", G)),
         **{name: p(name) for name in ("states", "d_states", "output")},
         **{name: p(name, "fp32") for name in ("initial_state", "final_state", "d_initial_state")},
         **{name: p(name, "fp32") for name in ("active", "d_active", "dg", "dbeta", "partial")},
@@ -98,7 +98,7 @@ def chunk_cases(
     config = chunk_config(K, V, 1 << 15, DTYPES[dtype], arch if chunk else None)
     config = config._replace(chunk=chunk or config.chunk)
     none = () if packed else ("cu_seqlens", "chunk_offsets")
-    widened = (*none, "q", "rq", "output", "initial_state", "d_output", "dq", "ds", "dG_queries")
+    widened = (*none, "q", "rq", "output", "initial_state", "d_output", "dq", "ds")
     label = f"{dtype}-K{K}-V{V}" + ("-packed" if packed else "") + (f"-C{chunk}" if chunk else "")
     name, kernel = "chunk_grad", chunk_grad_kernel
     if config.chunk == 64:
@@ -140,19 +140,27 @@ def single_chunk_cases(
     config = single_chunk_config(K, V, T, DTYPES[dtype])
     x, state = f"*{dtype}", "*fp32" if initial_state else None
     arguments = {
-        "tokens": Tokens(x, x, x, "i32", "i32", "i32"),
+        "tokens": Tokens(x, x, x, None, None, "i32"),
         "gates": Gates("*fp32", "*fp32", "*fp32", "*fp32", "i32", "i32"),
         "cotangents": Cotangents(x, "*fp32"),
         "gradients": Gradients(x, x, x, "*fp32", "*fp32"),
+        "states": single_chunk_replay.States(state, "*fp32", state),
+        **{"passes": "i32", "doublings": "i32"},
         **{"initial_state": state, "d_initial_state": state, "final_state": "*fp32", "output": x, "partial": "*fp32"},
         **{"scale": "fp32", "T": "i32", "IS_DELTA": True, "BETA_SCALE": 1.0},
     }
     label = f"{dtype}-K{K}-V{V}-T{T}" + ("" if initial_state else "-fresh")
-    for name, launch in (("forward", config.forward), ("backward", config.backward)):
-        kernel = getattr(single_chunk, f"single_chunk_{name}_kernel")
+    replay = single_chunk_replay.replay_launches(K, V, DTYPES[dtype])
+    for kernel, launch in (
+        (single_chunk.single_chunk_forward_kernel, config.forward),
+        (single_chunk.single_chunk_backward_kernel, config.backward),
+        (single_chunk_replay.replay_forward_kernel, replay[0]),
+        (single_chunk_replay.replay_backward_kernel, replay[1]),
+    ):
         dims = make_dims(4, 4 * groups, K, V, config.chunk, launch.block_v, l2norm=True)
         given = arguments | {"dims": dims}
-        yield Case(f"single_chunk_{name}-{label}", kernel, given, launch.warps, launch.stages, archs)
+        name = kernel.__name__.removesuffix("_kernel")
+        yield Case(f"{name}-{label}", kernel, given, launch.warps, launch.stages, archs)
 
 
 def short_conv_cases(dtype: str, *, packed: bool = False):

@@ -32,7 +32,7 @@ from sleep_ops import cli
 from sleep_ops.tasks import TASKS
 
 ENTRIES = ("recall", "data", "train", "eval", "plot", "sweep", "bench", "finetune", "refused")
-TIMES = ("seconds", "tokens_per_second", "ms", "time", "memory")  # in the names of columns that differ from run to run
+TIMES = ("seconds", "tokens_per_second", "mfu", "ms", "time", "memory")  # in columns that differ from run to run
 COUNTS = (["1", "2", "3"], ["0", "-1", "x", "1.5", "", "nan", "1e3"])
 DEVICES = (["cpu"], ["abacus", "cuda", "cuda:99", "", "cpu:x", "cuda:-1"])
 SEEDS = (["0", "7", "4294967296"], ["-1", "x", "1.5"])

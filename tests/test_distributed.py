@@ -62,7 +62,11 @@ CASES = {
     "ragged": (Ragged(t=2, strings=2, bits=6), dict(eviction="sliding"), {}),
     "fast-weights": (TASK, {}, dict(trainable="fast_weights")),
     "at-once": (Rule110(t=2, strings=2, bits=11), dict(sleep_kind="replay", passes=3, windows_at_once=True), {}),
-    "rounded": (TASK, dict(activation_checkpointing=True, recompute="block"), dict(param_dtype="bf16", offload=True)),
+    "rounded": (
+        TASK,
+        dict(activation_checkpointing=True, recompute="block"),
+        dict(param_dtype="bf16", offload=True, micro_batch=2),
+    ),
 }
 
 

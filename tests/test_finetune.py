@@ -129,9 +129,9 @@ def straight(folders, tmp_path_factory):
     return out
 
 
-def agree(a, b):
+def agree(a, b, *models):
     assert losses(a) == losses(b)
-    for name in ("warm/model", "model"):
+    for name in models or ("warm/model", "model"):
         assert same(weights(a / name), weights(b / name))
         assert read_config(a / name) == read_config(b / name)
 

@@ -146,7 +146,7 @@ def test_no_launcher_of_a_kernel_waits(kind):
     plan = model.plan(Call(ids, labels=labels, loss_mask=mask, **LOSS_ALONE))
     with Uncapturable(inside_operators=True) as seen:
         model.run(plan).loss.backward()
-    rule = "single_chunk" if kind == "refine" else "chunk_scan"  # the latter for transitions
+    rule = "single_chunk" if kind == "refine" else "single_chunk_replay"
     assert {rule, f"{rule}_backward", "short_conv_backward", "gated_norm_backward"} <= seen.operators
 
 

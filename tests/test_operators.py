@@ -67,12 +67,16 @@ OPERATORS = {
     "long-chunks": rule(gated_delta_rule, Case("", lengths=(0, 33, 1), dims=(20, 16), options=NEGATIVE)),
     "short": rule(gated_delta_rule, Case("", T=13, dims=(20, 40), **GROUPED)),
     "short-hebbian": rule(gated_delta_rule, Case("", T=13, B=2, rule="hebbian", initial_state=False)),
+    "short-sleep": rule(sleep_gated_delta_rule, Case("", T=13, dims=(20, 40), **GROUPED), passes=3),
     "sleep": rule(sleep_gated_delta_rule, Case("", T=13, **GROUPED), passes=3, window=8, output_pass="first"),
     "packed-sleep": rule(sleep_gated_delta_rule, Case("", lengths=(7, 0, 15), **GROUPED), passes=5, window=12),
     "state": rule(delta_rule_state, Case("", T=13, heads=(2, 4), options=NEGATIVE), but=["q"]),
     "state-from-nothing": rule(delta_rule_state, Case("", T=13, rule="hebbian", initial_state=False), but=["q"]),
     "long-chunks-state": rule(delta_rule_state, Case("", lengths=(0, 33, 1), options=NEGATIVE), but=["q"]),
     "slept-state": rule(delta_rule_state, Case("", T=20, **GROUPED), but=["q"], passes=2),
+    "short-slept-state": rule(
+        delta_rule_state, Case("", T=13, B=2, rule="hebbian", initial_state=False), but=["q"], passes=6
+    ),
     "transition": rule(segment_transition, Case("", T=20, **GROUPED), but=["q", "initial_state"]),
     "step": step(Case("", T=1, B=2, heads=(2, 6), dims=(20, 36), options=NEGATIVE)),
     "plain-step": step(Case("", T=1, B=2, rule="hebbian")),

@@ -1,14 +1,18 @@
 """Your own text: examples, labels, order, what does not fit, damaged lines, evaluation."""
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_adapter_loading import word_tokenizer
 
 from sleep_ops import HybridConfig, SleepHybridModel
 from sleep_ops.tasks import IGNORE_INDEX, Text, build_task
+from sleep_ops.tasks.examples import Examples
 
 WORDS = tuple("abcdefghij")
 UNK, END = 0, 1
@@ -119,6 +123,8 @@ def test_what_cannot_be_is_refused(tokenizer, tmp_path):
         ({"overflow": "wrap"}, "overflow: expected"),
         ({"held_out": 1.0}, "held_out: expected"),
         ({"end_token": "no"}, "end_token: expected"),
+        ({"cache": data, "seq_len": 3}, "cache: expected a folder"),
+        ({"cache": str(tmp_path / "cache")}, "seq_len: expected an integer >= 1 with cache"),
         ({"data": str(tmp_path / "nowhere")}, "data: expected a file"),
         ({"data": empty}, "data: expected at least one line"),
         ({"data": one}, "data: expected lines for training"),
@@ -184,6 +190,71 @@ def test_evaluation_of_a_model_that_sleeps(tokenizer, tmp_path):
     assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert found["per_label"] == pytest.approx((logits.argmax(-1) == labels)[marked].float().mean().item())
     assert task.evaluate(model, samples=8, passes=1)["loss"] != pytest.approx(found["loss"], rel=1e-6)
+
+
+LINES = [*(pair("abcdefgh"[i:], WORDS[i], op=i) for i in range(8)), pair("ab", "cd", op=2)]
+STORED = {
+    "held-out": dict(held_out=0.3),
+    "eval-data": dict(level="op"),
+    "texts": dict(seq_len=3),
+    "cut": dict(seq_len=4, overflow="cut", end_token=False),
+}
+
+
+@pytest.mark.parametrize("options", STORED.values(), ids=STORED)
+def test_tokens_in_files_give_the_same_batches(options, tokenizer, tmp_path):
+    lines = [{"text": " ".join(WORDS[i:])} for i in range(6)] if options == STORED["texts"] else LINES
+    options = dict(seq_len=12) | options
+    data, asked = write(tmp_path / "data", *lines), write(tmp_path / "asked", *lines[:4])
+    options |= {"eval_data": asked} if "level" in options else {}
+    memory, cache = Text(data, tokenizer, **options), str(tmp_path / "cache")
+    made = Text(data, tokenizer, cache=cache, **options)
+    again = build_task(made.to_dict())
+    for task in (made, again):
+        assert task.to_dict() == memory.to_dict() | {"cache": cache}
+        assert (task.vocab_size, task.metric, task.chance()) == (memory.vocab_size, memory.metric, memory.chance())
+        assert task._levels == memory._levels
+        for split in ("train", "eval"):
+            assert isinstance(task.splits[split].tokens, np.memmap)
+            for step in range(5):
+                for a, b in zip(*(x.batch(3, step, 4, split=split)[:3] for x in (task, memory)), strict=True):
+                    assert torch.equal(a, b)
+
+
+def test_tokens_in_files_are_made_once(tokenizer, tmp_path, monkeypatch):
+    data, options = write(tmp_path / "data", *LINES), dict(seq_len=12, cache=str(tmp_path / "cache"))
+    Text(data, tokenizer, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Text, "_tokenised", lambda *_: pytest.fail("read the file again"))
+        patch.setattr(Examples, "hash_into", lambda *_: pytest.fail("read the tokens again"))
+        settings = Text(data, tokenizer, **options).to_dict()
+    with pytest.raises(ValueError, match="data: expected the tokens of digest"):
+        build_task(settings | {"held_out": 0.5})
+    write(tmp_path / "data", *LINES, pair("a", "b"))
+    assert len(Text(data, tokenizer, **options).splits["train"].answers) == len(LINES)
+    with pytest.raises(ValueError, match="data: expected the tokens of digest"):
+        build_task(settings)
+
+
+def test_nothing_half_made_is_read(tokenizer, tmp_path):
+    data, options = write(tmp_path / "data", *LINES, "no JSON"), dict(seq_len=12, cache=str(tmp_path / "cache"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="data, line 10: expected JSON"):
+            Text(data, tokenizer, **options)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+@pytest.mark.slow
+def test_processes_wait_for_the_one_that_makes_the_files(tokenizer, tmp_path):
+    data, options = write(tmp_path / "data", *LINES * 500), dict(seq_len=12, cache=str(tmp_path / "cache"))
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        digests = {pool.submit(_digest, data, tokenizer, options) for _ in range(4)}
+        assert len({x.result() for x in digests}) == 1
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
+
+
+def _digest(data, tokenizer, options):
+    return Text(data, tokenizer, **options).digest
 
 
 def test_accuracy_is_reported_by_level(tokenizer, tmp_path):

@@ -1,5 +1,6 @@
 """The trainer: optimisers, learning rates, checkpoints whole or refused, exact resume, bad steps, signals."""
 
+import gzip
 import json
 import math
 import signal
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from judge import close, identical
 from rich.console import Console
 from torch import nn
 
@@ -25,6 +27,8 @@ from sleep_ops.training.checkpoint import (
 )
 from sleep_ops.training.config import resolve_device
 from sleep_ops.training.logs import CsvLog
+from sleep_ops.training.muon import StackedMuon
+from sleep_ops.training.offload import Offloaded
 from sleep_ops.training.optim import split_parameters
 
 QUIET = Console(quiet=True)
@@ -126,6 +130,23 @@ def test_recipe_of_the_optimisers():
     assert sorted(everything) == sorted(id(p) for p in model.parameters())
 
 
+def test_matrices_orthogonalised_together_take_the_same_step():
+    """As PyTorch's Muon but for bfloat16's rounding: shapes alike or alone, tall, wide, too large for a stack."""
+    torch.manual_seed(0)
+    shapes = [(16, 16)] * 5 + [(2, 16)] * 2 + [(40, 16)] * 3 + [(16, 40)] + [(300, 500)] * 2
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    options = dict(lr=0.01, weight_decay=0.1, adjust_lr_fn=None)
+    optimizers = StackedMuon(ours, **options), torch.optim.Muon(theirs, **options)
+    for step in range(3):
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            a.grad = None if i == step else torch.randn(a.shape)
+            b.grad = None if i == step else a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    close(ours, theirs, rtol=0, atol=1e-4)
+    identical(*(optimizer.state_dict()["state"] for optimizer in optimizers))
+
+
 def test_learning_rate_schedule():
     c = TrainConfig(steps=100, warmup=0.1, decay=0.2)
     factors = [c.learning_rate_factor(i) for i in range(100)]
@@ -154,6 +175,9 @@ def test_learning_rate_schedule():
         ({"micro_batch": 2, "cuda_graph": True}, "micro_batch"),
         ({"keep_checkpoints": 0}, "keep_checkpoints"),
         ({"cuda_graph": 1}, "cuda_graph"),
+        ({"profile": (3, 2)}, "profile"),
+        ({"profile": (0, 2)}, "profile"),
+        ({"profile": 3}, "profile"),
     ],
     ids=str,
 )
@@ -480,6 +504,20 @@ def test_parts_of_a_batch_add_up(size, tmp_path):
     assert runs[1].fit().finished
 
 
+def test_parts_of_a_batch_are_summed_in_float32(tmp_path):
+    """Rounded parameters' gradients too, whose sum over many parts would otherwise be further off than of one batch."""
+
+    def gradients(name, **train):
+        run = hybrid(tmp_path / name, batch_size=32, **train)
+        run._loss_and_gradients(run._make_batch(0))
+        assert {p.grad.dtype for p in run.parameters} == {torch.float32}
+        return torch.cat([p.grad.flatten() for p in run.parameters])
+
+    exact = gradients("exact")
+    whole, parts = (gradients(f"{n}", param_dtype="bf16", micro_batch=n) - exact for n in (None, 1))
+    assert parts.norm() <= whole.norm() < 0.05 * exact.norm()
+
+
 def test_the_loss_falls(tmp_path):
     trainer(tmp_path, config(steps=60, batch_size=64, lr_muon=2e-2, lr_adamw=1e-2, checkpoint_every=0)).fit()
     found = [loss for _, loss, *_ in losses(tmp_path)]
@@ -547,6 +585,35 @@ def test_tied_parameters_are_rounded_together(tmp_path):
     assert model.lm_head.weight is model.embed.weight and model.embed.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("stop", [None, 3], ids=["whole", "stopped"])
+def test_some_steps_are_traced(stop, tmp_path):
+    run = trainer(tmp_path / "traced", config(steps=5, profile=(3, 4)))
+    run.fit(stop)
+    (file,) = (tmp_path / "traced/profile").iterdir()
+    assert file.name == f"steps-3-{stop or 4}.0.pt.trace.json.gz"
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    assert {x for x in names if x.startswith("ProfilerStep#")} == {
+        f"ProfilerStep#{n}" for n in range(3, (stop or 4) + 1)
+    }
+    assert "aten::addmm" in names
+    again = trainer(tmp_path / "traced", config(steps=5))  # to look is no part of what a run computes
+    again.fit()
+    trainer(tmp_path / "plain", config(steps=5)).fit()
+    assert losses(tmp_path / "traced") == losses(tmp_path / "plain")
+    trainer(tmp_path / "traced", config(steps=5), resume=False)
+    assert not (tmp_path / "traced/profile").exists()
+
+
+def test_an_error_in_the_first_traced_step_leaves_no_trace(tmp_path):
+    def fail(calls, loss):
+        raise RuntimeError("first")
+
+    with pytest.raises(RuntimeError, match="first"):
+        trainer(tmp_path, config(profile=(1, 2)), fail).fit()
+    assert not (tmp_path / "profile").exists()
+
+
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
     settings = config(checkpoint_every=2, keep_checkpoints=9)
     ahead = replace(settings, train=replace(settings.train, async_checkpoints=True))
@@ -564,3 +631,17 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
         a, b = (load_checkpoint(folder / "checkpoints" / name).read() for folder in (tmp_path, tmp_path / "plain"))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert waited[0] == 2  # before the first one there was none to wait for
+
+
+def test_what_the_backward_needs_is_kept_by_the_host_but_not_parameters():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 3), torch.randn(4, 5, requires_grad=True)
+    kept = Offloaded(layer.parameters())
+    with kept:
+        y = layer(x).tanh()
+    saved = [kept._pack(t) for t in (x, y, layer.weight, layer.weight.mT)]
+    assert [isinstance(s, tuple) for s in saved] == [True, True, False, False]
+    assert saved[1][1] is not y and torch.equal(saved[1][1], y)
+    plain = torch.autograd.grad(layer(x).tanh().sum(), [x, layer.weight])
+    found = torch.autograd.grad(y.sum(), [x, layer.weight])
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))

@@ -1,6 +1,8 @@
 """The one-launch kernels for short windows: the 2x rule, what they read and keep, and which calls take them."""
 
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from judge import identical, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sleep_ops.kernels.configs import single_chunk_config
+from sleep_ops.ops.chunk_torch import TorchPass
 from sleep_ops.ops.chunk_triton import TritonPass, as_tokens
 from sleep_ops.ops.gated_delta_rule import delta_rule_state, gated_delta_rule, sleep_gated_delta_rule
 from sleep_ops.ops.rule import RuleOptions
 from sleep_ops.ops.single_chunk import _gates, single_chunk_pass
+from sleep_ops.reference import gated_delta_rule_reference
 
 WINDOWS = [
     *(Case(f"T{T}", T=T, B=2, heads=(2, 4)) for T in (1, 15, 16, 17, 24, 32)),
@@ -44,6 +48,36 @@ def cut(case: Case, dtype: torch.dtype) -> Case:
 @pytest.mark.parametrize("case", slow_unless(QUICK, WINDOWS + OTHERS))
 def test_two_times_rule(case, dtype, device):
     check_two_times(window, cut(case, dtype), dtype, device)
+
+
+def replayed(one_pass, passes: int, output_pass: str):
+    """So many passes by a function with the signature of `gated_delta_rule_reference`."""
+
+    def function(*, initial_state=None, **arguments):
+        outputs = []
+        for _ in range(passes):
+            output, initial_state = one_pass(initial_state=initial_state, **arguments)
+            outputs.append(output)
+        return outputs[0 if output_pass == "first" else -1], initial_state
+
+    return function
+
+
+REPLAYED = ["rule110", "K100-V60", "hebbian-no-states", "no-initial-state", "no-final-cotangent", "grouped-gated"]
+REPLAYED += ["gate-extreme", "gate-zero", "keys-zero-normalised", "strided", "T1"]
+
+
+@pytest.mark.parametrize("passes", slow_unless(["2", "7"], [2, 3, 7, 8, 64]))
+@pytest.mark.parametrize("output_pass", slow_unless(["last"], ["first", "last"]))
+@pytest.mark.parametrize("case", slow_unless(REPLAYED[:6], [x for x in WINDOWS + OTHERS if x.id in REPLAYED]))
+def test_two_times_rule_of_replay(case, output_pass, passes, dtype, device):
+    specification, plain = (
+        replayed(one_pass, passes, output_pass) for one_pass in (gated_delta_rule_reference, single_pass(TorchPass))
+    )
+    function = partial(sleep_gated_delta_rule, passes=passes, output_pass=output_pass, impl="triton")
+    if case.gate == "zero":
+        case = replace(case, amplification=passes)
+    check_two_times(function, cut(case, dtype), dtype, device, specification=specification, plain=plain)
 
 
 @pytest.mark.parametrize(
@@ -100,22 +134,27 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("operator", ["pass", "state", "sleep"])
-def test_short_passes_are_one_call_each_way(operator, device):
+def test_short_passes_are_one_call_each_way(operator, passes, device):
+    """Replays one more, for the pass that puts out."""
     tensors, options = arguments(Case("short", T=13, heads=(1, 2), options=GATED), torch.float32, device)
+    options |= {"impl": "triton"} | ({} if operator == "pass" else {"passes": passes})
     with Calls() as calls:
         if operator == "state":
             del tensors["q"]
-            result = delta_rule_state(**tensors, impl="triton", **options)
+            result = delta_rule_state(**tensors, **options)
         elif operator == "sleep":
-            result = sleep_gated_delta_rule(**tensors, passes=1, window=20, impl="triton", **options).output
+            result = sleep_gated_delta_rule(**tensors, window=20, **options).output
         else:
-            result = gated_delta_rule(**tensors, impl="triton", **options).output
+            result = gated_delta_rule(**tensors, **options).output
         torch.autograd.grad(result.sum(), list(tensors.values()))
-    assert calls.names == ["single_chunk", "single_chunk_backward"]
+    replays = ["single_chunk_replay"] * ("passes" in options and passes > 1)
+    forwards = [*replays, *["single_chunk"] * (operator != "state" or not replays)]
+    assert calls.names == [*forwards, *(f"{name}_backward" for name in reversed(forwards))]
 
 
-def test_longer_packed_and_sleeping_passes_take_the_chunk_kernels(device):
+def test_what_is_longer_packed_or_in_several_windows_takes_the_chunk_kernels(device):
     case = Case("short", T=13, heads=(1, 2), initial_state=False, options=GATED)
     tensors, options = arguments(case, torch.float32, device)
     long, _ = arguments(replace(case, T=17), torch.float32, device)
@@ -123,8 +162,10 @@ def test_longer_packed_and_sleeping_passes_take_the_chunk_kernels(device):
     with Calls() as calls:
         gated_delta_rule(**long, **options)
         gated_delta_rule(**tensors, **options | {"cu_seqlens": torch.tensor([0, 5, 13], device=device)})
-        sleep_gated_delta_rule(**tensors, passes=3, **options)
-    assert "chunk_scan" in calls.names and "single_chunk" not in calls.names
+        sleep_gated_delta_rule(**long, passes=3, **options)
+        sleep_gated_delta_rule(**tensors, passes=3, window=7, **options)
+        sleep_gated_delta_rule(**tensors, passes=math.inf, **options)
+    assert "chunk_scan" in calls.names and not any(name.startswith("single_chunk") for name in calls.names)
 
 
 def test_which_windows_and_how():

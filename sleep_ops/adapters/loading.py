@@ -93,6 +93,11 @@ def load_model(
     return model_class(config_class.from_checkpoint(read_config(folder), **given)).to(dtype)
 
 
+def underlying(module: nn.Module) -> nn.Module:
+    """The model itself, whose parameters have the checkpoint's names."""
+    return module.model if isinstance(module, SleepingTransformer) else module
+
+
 def save_model(module: nn.Module, folder: str | os.PathLike, source: str | os.PathLike | None = None) -> None:
     """Writes what `load_model` made, in the family's own layout.
 
@@ -102,7 +107,7 @@ def save_model(module: nn.Module, folder: str | os.PathLike, source: str | os.Pa
     source: the folder that the model is from. Its tokenizer files are copied along, if it has any,
         and parameters are written in the dtypes that they have there, new ones in the commonest.
     """
-    folder, model = Path(folder), module.model if isinstance(module, SleepingTransformer) else module
+    folder, model = Path(folder), underlying(module)
     folder.mkdir(parents=True, exist_ok=True)
     if source is None:
         model.save_pretrained(folder)

@@ -70,7 +70,8 @@ class KernelsSettings:
 class TrainSettings:
     """Of `bench train`.
 
-    presets        "rule110", "depo", "1.4b", "tiny"; the first three on CUDA, tiny on the CPU by default.
+    presets        "rule110", "depo", "1.4b", "demo" (a CPU's), "tiny"; the first three on CUDA, tiny on the CPU by
+                   default.
     passes         values of N.
     windows        values of L for all presets, each preset's own by default; those no shorter than its text are left
                    out.

@@ -54,6 +54,7 @@ PRESETS = {
         {"vocab_size": 49152, "hidden_size": 2048, "layers": ("attn", "gdn") * 12, "num_heads": 16}
         | {"intermediate_size": 5632, "tie_embeddings": True},
     ),
+    "demo": Preset(128, 26, 2, (12,), {"vocab_size": 3, "hidden_size": 64, "layers": ("attn", "gdn") * 2}),
     "tiny": Preset(8, 40, 4, (12,), {"vocab_size": 3, "hidden_size": 32, "layers": ("attn", "gdn")}),
 }
 DEFAULTS = {"cuda": ("rule110", "depo", "1.4b"), "cpu": ("tiny",)}

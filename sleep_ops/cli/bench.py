@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sleep_ops.bench.settings import KernelsSettings, LaunchesSettings, PassesSettings, TrainSettings, TuneSettings
+from sleep_ops.cli.memory import keep_freed_memory
 from sleep_ops.cli.options import Fields, command, option
 
 Seconds = Annotated[float | None, option("Stop after so long, with the rows that there are by then.")]
@@ -82,6 +83,7 @@ def time_training(settings: dict, out: Path, seconds: float | None = None) -> No
     from sleep_ops.bench.plot import plot_training
     from sleep_ops.bench.training import TrainBenchmark
 
+    keep_freed_memory()
     console = Console()
     rows = _measure(console, TrainBenchmark(**settings), out / "train.csv", seconds)
     plot_training(rows, out / "train.png")

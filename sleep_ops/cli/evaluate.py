@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from sleep_ops.cli.common import print_evaluations
+from sleep_ops.cli.memory import keep_freed_memory
 from sleep_ops.cli.options import Device, Fields, Resume, Seed, command, count_or_inf, integers, option
 from sleep_ops.experiments.settings import RecallSettings
 
@@ -68,6 +69,7 @@ def demo(
     console = Console()
     from sleep_ops.experiments.demo import choose_scale, run_demo
 
+    keep_freed_memory()
     chosen = None if passes is None else integers("passes", passes)
     scale = choose_scale(device, seed, chosen, steps)
     kind = scale.train.device.partition(":")[0]

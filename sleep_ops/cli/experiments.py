@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sleep_ops.cli.common import named_values, run_console
+from sleep_ops.cli.memory import keep_freed_memory
 from sleep_ops.cli.options import Device, Resume, Seed, command, option
 
 FigureName = Annotated[str | None, typer.Argument(help="fig2a, fig2b, ...; without one, they are listed.")]
@@ -42,6 +43,7 @@ def sweep(
     if figure is None:
         _list_figures(console)
         return
+    keep_freed_memory()
     chosen = load_figure(figure, preset).narrowed(named_values("grid", grid or []))
     place = out or Path("runs") / f"{figure}-{preset}"
     changes = {"train.seed": seed, "train.device": device} | named_values("set", set or [])

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sleep_ops.cli.common import named_values, print_evaluations, run_console
+from sleep_ops.cli.memory import keep_freed_memory
 from sleep_ops.cli.options import (
     MODEL,
     RECIPE,
@@ -26,6 +27,7 @@ from sleep_ops.model.config import SleepSettings
 from sleep_ops.training.config import FinetuneConfig, TrainConfig
 
 _SLEEP = all_but(SleepSettings, "passes", "backprop_passes", "attention_backend", "impl")
+_LORA = ("lora", "lora_alpha", "lora_targets")
 _RECIPE = all_but(TrainConfig, "trainable", "cuda_graph")
 
 
@@ -37,7 +39,7 @@ def finetune(
     task: Annotated[str, option("A task's name, or text: your own data.", TASK)],
     passes: Annotated[str, option("Passes per sleep, N; inf is for replay.", MODEL)],
     sleep: Annotated[dict, Fields(SleepSettings, _SLEEP, given=True, panel=MODEL)],
-    warm: Annotated[dict, Fields(FinetuneConfig, ("warm_steps",), panel=RECIPE)],
+    phases: Annotated[dict, Fields(FinetuneConfig, ("warm_steps", *_LORA), panel=RECIPE)],
     recipe: Annotated[dict, Fields(FinetuneConfig.train, _RECIPE, panel=RECIPE)],
     t: Annotated[int | None, option("rule110: steps of the automaton.", TASK)] = None,
     strings: Annotated[int | None, option("rule110: strings per sequence.", TASK)] = None,
@@ -54,6 +56,9 @@ def finetune(
     end_token: Annotated[
         bool | None, option("text: whether the tokenizer's end token follows every answer and text.", TASK)
     ] = None,
+    cache: Annotated[
+        Path | None, option("text: folder for the tokens of files larger than memory; needs --seq-len.", TASK)
+    ] = None,
     held_out: Annotated[
         float | None, option("Fraction of strings, or of lines without --eval-data, kept out of training.", TASK)
     ] = None,
@@ -67,22 +72,25 @@ def finetune(
     resume: Resume = True,
     until: Until = None,
 ) -> None:
-    """Teach an existing checkpoint to sleep: OUT/model in the end, in the checkpoint's own layout and dtypes.
+    """Teach an existing checkpoint to sleep: OUT/model in the end, in the checkpoint's own layout and dtypes; with
+    --lora OUT/adapter too, which is small.
 
     Stopped, the same command goes on. Settings of sleep that are not given are as the folder remembers them, but for
     the window of a task that has one.
     """
     from sleep_ops.training.finetune import finetune as run
 
+    keep_freed_memory()
     if until is not None and until < 1:
         raise ValueError(f"until: expected an integer >= 1, got {until}")
     options = dict(t=t, strings=strings, bits=bits, boundary=boundary, held_out=held_out)
     options |= dict(data=data, eval_data=eval_data, seq_len=seq_len, overflow=overflow, end_token=end_token)
+    options["cache"] = cache
     built = _build_task(task, folder, options | named_values("task_option", task_option or []))
     settings = {"window": built.window, "passes": count_or_inf("passes", passes)} | sleep
     if insert is not None:
         settings["insert"] = integers("insert", insert)
-    config = FinetuneConfig(str(folder), built.to_dict(), settings, replace(FinetuneConfig.train, **recipe), **warm)
+    config = FinetuneConfig(str(folder), built.to_dict(), settings, replace(FinetuneConfig.train, **recipe), **phases)
     console = run_console()
     result = run(config, out, resume=resume, until=until, task=built, console=console)
     if result is None:

@@ -39,7 +39,7 @@ _NAMES = {
 # Fields of a recipe that are about the run.
 _OF_RUN = {
     *("seed", "device", "cuda_graph", "parallel", "split", "reshard", "replicas"),
-    *("checkpoint_every", "keep_checkpoints", "async_checkpoints", "eval_every", "eval_samples"),
+    *("checkpoint_every", "keep_checkpoints", "async_checkpoints", "eval_every", "eval_samples", "profile"),
 }
 # For dataclasses that say nothing of these.
 _HELP = {"seed": "Random seed.", "device": '"auto" (CUDA where there is one), "cpu", "cuda" or "cuda:i".'}
@@ -78,11 +78,17 @@ def count_or_inf(name: str, text: str) -> int | float:
 
 
 def block_range(name: str, text: str) -> tuple[int, int] | str:
+    return text if text == "all" else _range(name, text, "all or FIRST:LAST (blocks, both included)")
+
+
+def step_range(name: str, text: str) -> tuple[int, int]:
+    return _range(name, text, "FIRST:LAST (steps, both included)")
+
+
+def _range(name: str, text: str, expected: str) -> tuple[int, int]:
     first, colon, last = text.partition(":")
-    if text == "all":
-        return text
     if not (colon and first.isdecimal() and last.isdecimal()):
-        raise ValueError(f"{name}: expected all or FIRST:LAST (blocks, both included), got {text!r}")
+        raise ValueError(f"{name}: expected {expected}, got {text!r}")
     return int(first), int(last)
 
 
@@ -92,6 +98,7 @@ _WRITTEN: dict[Any, tuple[str, Callable]] = {
     tuple[float, ...]: ("X,X,...", numbers),
     tuple[str, ...]: ("A,B,...", lambda name, text: tuple(text.split(","))),
     int | float: ("N|inf", count_or_inf),
+    tuple[int, int]: ("FIRST:LAST", step_range),
     tuple[int, int] | str: ("all|FIRST:LAST", block_range),
     "layers": ("BLOCK-BLOCK-...", lambda name, text: tuple(text.split("-"))),
 }

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sleep_ops.cli.common import print_evaluations, run_console
+from sleep_ops.cli.memory import keep_freed_memory
 from sleep_ops.cli.options import MODEL, RECIPE, RUN, TASK, Fields, Resume, Until, all_but, command, option
 from sleep_ops.model.config import HybridConfig
 from sleep_ops.training.config import TrainConfig
@@ -63,6 +64,7 @@ def _train(
     from sleep_ops.tasks import build_task
     from sleep_ops.training import Trainer
 
+    keep_freed_memory()
     std = given["model"].get("initializer_range")
     if std is not None and not 0 < std < 10:
         raise ValueError(f"init_std: expected a number in (0, 10), got {std}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sleep_ops import ragged
+from sleep_ops.layers.basic import Linear, project
 from sleep_ops.ops.attention import causal_attention, visible_keys
 from sleep_ops.ragged import Lengths
 
@@ -100,9 +101,11 @@ def narrower(a: int | None, b: int | None) -> int | None:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x `[B, T, H, D]` over the halves of D, same dtype back."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    a, b = x.to(dtype).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # Over halves autograd would fill up and add four more tensors; over heads a CPU would go in steps of their size.
+    both = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    cos, sin = (x.expand(*x.shape[:-2], *wide.shape[-2:]).contiguous() for x in both)
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -134,10 +137,10 @@ class Attention(nn.Module):
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_dim = head_dim or hidden_size // num_heads
         self.rope_theta, self.sliding_window, self.backend = rope_theta, sliding_window, backend
-        self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=False)
+        self.q_proj = Linear(hidden_size, self.num_heads * self.head_dim, bias=qkv_bias)
+        self.k_proj = Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.v_proj = Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.o_proj = Linear(self.num_heads * self.head_dim, hidden_size, bias=False)
 
     def init_state(self, batch_size: int) -> AttentionState:
         """An empty cache."""
@@ -153,16 +156,18 @@ class Attention(nn.Module):
         Without `output` nothing attends, and the first is None.
         """
         rotary = context.rotary(self.head_dim, self.rope_theta)
-        q = rotate(self._heads(self.q_proj(x)), *rotary) if output else None
-        k, v = rotate(self._heads(self.k_proj(x)), *rotary), self._heads(self.v_proj(x))
+        queries = [self.q_proj] if output else []
+        projected = [self._heads(y) for y in project(x, *queries, self.k_proj, self.v_proj)]
+        k, v = rotate(projected[-2], *rotary), projected[-1]
         if state.keys.dtype != k.dtype:  # an empty cache made before autocast chose the dtype
             state = AttentionState(state.keys.to(k.dtype), state.values.to(v.dtype))
         state = AttentionState(
             ragged.append(state.keys, context.cache_lengths, k, context.lengths),
             ragged.append(state.values, context.cache_lengths, v, context.lengths),
         )
-        if q is None:
+        if not output:
             return None, state
+        q = rotate(projected[0], *rotary)
         window = narrower(context.window, self.sliding_window)
         mask = context.mask(window)
         y = causal_attention(q, state.keys, state.values, window=window, mask=mask, backend=self.backend)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sleep_ops.layers.attention import Attention, AttentionState, SpanContext
+from sleep_ops.layers.basic import Linear, RMSNorm
 from sleep_ops.layers.mixer import GDNMixer, GDNState, ReplayInputs
 from sleep_ops.layers.sharded import joined
 
@@ -17,9 +18,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -36,11 +37,11 @@ class Block(nn.Module):
 
     def __init__(self, mixer: Attention | GDNMixer, hidden_size: int, intermediate_size: int | None, norm_eps: float):
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.mixer_norm = RMSNorm(hidden_size, norm_eps)
         self.mixer: nn.Module = mixer
         self.mlp = None
         if intermediate_size is not None:
-            self.mlp_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+            self.mlp_norm = RMSNorm(hidden_size, norm_eps)
             self.mlp = SwiGLU(hidden_size, intermediate_size)
         self.fast_weights = isinstance(mixer, GDNMixer)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sleep_ops.checks import IMPLS, RULES, check_choice, check_count, check_flags
+from sleep_ops.layers.basic import Linear, project
 from sleep_ops.layers.mixer import GDNMixer, ReplayInputs
 from sleep_ops.ops.gated_norm import gated_rms_norm
 from sleep_ops.ops.short_conv import next_conv_state, short_convolution
@@ -101,13 +102,13 @@ class SleepGDNLayer(GDNMixer):
         self.rule, self.impl, self.allow_neg_eigval = rule, impl, allow_neg_eigval
         self.key_channels, self.value_channels = num_heads * head_dim, num_v_heads * head_v_dim
 
-        self.q_proj = nn.Linear(hidden_size, self.key_channels, bias=False)
-        self.k_proj = nn.Linear(hidden_size, self.key_channels, bias=False)
-        self.v_proj = nn.Linear(hidden_size, self.value_channels, bias=False)
-        self.a_proj = nn.Linear(hidden_size, num_v_heads, bias=False)
-        self.b_proj = nn.Linear(hidden_size, num_v_heads, bias=False)
-        self.g_proj = nn.Linear(hidden_size, self.value_channels, bias=False)
-        self.o_proj = nn.Linear(self.value_channels, hidden_size, bias=False)
+        self.q_proj = Linear(hidden_size, self.key_channels, bias=False)
+        self.k_proj = Linear(hidden_size, self.key_channels, bias=False)
+        self.v_proj = Linear(hidden_size, self.value_channels, bias=False)
+        self.a_proj = Linear(hidden_size, num_v_heads, bias=False)
+        self.b_proj = Linear(hidden_size, num_v_heads, bias=False)
+        self.g_proj = Linear(hidden_size, self.value_channels, bias=False)
+        self.o_proj = Linear(self.value_channels, hidden_size, bias=False)
         plain = "torch" if impl == "reference" else impl
         self._build_convolutions(plain)
         self.o_norm = GatedRMSNorm(head_v_dim, norm_eps, plain)
@@ -144,28 +145,31 @@ class SleepGDNLayer(GDNMixer):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _project(self, x, conv_state, lengths, cu_seqlens):
-        q_state, k_state, v_state = self._split_state(conv_state)
-        writes, k_state, v_state = self._writes(x, k_state, v_state, lengths, cu_seqlens)
-        q, q_state = self.q_conv1d(self.q_proj(x), q_state, lengths, cu_seqlens)
+        q_state, *states = self._split_state(conv_state)
+        q, gate, *writes = project(x, self.q_proj, self.g_proj, self.k_proj, self.v_proj, self.a_proj, self.b_proj)
+        writes, *states = self._writes(*writes, *states, lengths, cu_seqlens)
+        q, q_state = self.q_conv1d(q, q_state, lengths, cu_seqlens)
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        return q, writes, torch.cat([q_state, k_state, v_state], dim=-1), self._gate(x)
+        gate = gate.unflatten(-1, (self.num_v_heads, self.head_v_dim))
+        return q, writes, torch.cat([q_state, *states], dim=-1), gate
 
     def _project_writes(self, x, conv_state, lengths, cu_seqlens):
         """Queries only for the convolution's state."""
-        q_state, k_state, v_state = self._split_state(conv_state)
-        writes, k_state, v_state = self._writes(x, k_state, v_state, lengths, cu_seqlens)
+        q_state, *states = self._split_state(conv_state)
+        writes = project(x, self.k_proj, self.v_proj, self.a_proj, self.b_proj)
+        writes, *states = self._writes(*writes, *states, lengths, cu_seqlens)
         if lengths is None and cu_seqlens is None:
             x = x[:, max(x.shape[1] - self.conv_size + 1, 0) :]
         q_state = next_conv_state(self.q_proj(x), self.conv_size, q_state, lengths, cu_seqlens)
-        return writes, torch.cat([q_state, k_state, v_state], dim=-1)
+        return writes, torch.cat([q_state, *states], dim=-1)
 
-    def _writes(self, x, k_state, v_state, lengths, cu_seqlens):
-        """What x writes, and the new convolution states of k and v."""
-        k, k_state = self.k_conv1d(self.k_proj(x), k_state, lengths, cu_seqlens)
-        v, v_state = self.v_conv1d(self.v_proj(x), v_state, lengths, cu_seqlens)
+    def _writes(self, k, v, a, b, k_state, v_state, lengths, cu_seqlens):
+        """What is written of the projections k, v, a and b, and the new convolution states of k and v."""
+        k, k_state = self.k_conv1d(k, k_state, lengths, cu_seqlens)
+        v, v_state = self.v_conv1d(v, v_state, lengths, cu_seqlens)
         k = k.unflatten(-1, (self.num_heads, self.head_dim))
         v = v.unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        return ReplayInputs(k, v, self.a_proj(x), self.b_proj(x)), k_state, v_state
+        return ReplayInputs(k, v, a, b), k_state, v_state
 
     def _split_state(self, conv_state):
         if conv_state is None:

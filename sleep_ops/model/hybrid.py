@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sleep_ops.layers.attention import Attention
+from sleep_ops.layers.basic import Linear, RMSNorm
 from sleep_ops.layers.block import Block
 from sleep_ops.layers.gdn import SleepGDNLayer
 from sleep_ops.layers.jet import DynamicConvolution, JetBlock
@@ -22,8 +23,8 @@ class SleepHybridModel(SleepingModel, nn.Module):
         self.config = config
         self.embed: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(_mixer(config, kind), *_widths(config)) for kind in config.layers)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.loop_gate:
             self.loop_gate = nn.Parameter(torch.zeros(config.hidden_size))
         self._initialise()

@@ -32,9 +32,15 @@ def _config(k: Tensor, head_v_dim: int, longest: int) -> ChunkConfig:
 
 def as_tokens(q: Tensor | None, k: Tensor, v: Tensor) -> Tokens:
     """As the kernels read them, in place where they can."""
-    (k, stride_k), (v, stride_v) = as_rows(k), as_rows(v)
-    q, stride_q = (None, None) if q is None else as_rows(q)
+    (k, stride_k), (v, stride_v) = _key_rows(k), as_rows(v)
+    q, stride_q = (None, None) if q is None else _key_rows(q)
     return Tokens(q, k, v, stride_q, stride_k, stride_v)
+
+
+def _key_rows(x: Tensor) -> tuple[Tensor, int | None]:
+    """`as_rows` of q or k, with None for the stride of contiguous ones."""
+    x, stride = as_rows(x)
+    return x, None if stride == x.shape[2] * x.shape[3] else stride
 
 
 def _num_chunks(k: Tensor, cu_seqlens: Tensor | None, chunk: int) -> int:
@@ -112,7 +118,7 @@ def chunk_prepare(
     longest: tokens of the longest sequence, which with the head dims decides the chunk's length.
     """
     config = _config(k, head_v_dim, longest)
-    k, stride_k = as_rows(k)
+    k, stride_k = _key_rows(k)
     prepared = prepare_kernels.chunk_prepare(
         Tokens(k=k, stride_k=stride_k),
         Gates(g.contiguous(), beta.contiguous(), A_log, dt_bias),

@@ -144,11 +144,44 @@ def run_pass(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """What `prepare_pass(...).run(q, state, scale)` gives; for Triton in one launch where the sequences are short."""
-    if impl == "triton" and cu_seqlens is None:
-        from sleep_ops.kernels.configs import architecture, single_chunk_config
+    if is_single_chunk(k, v, impl, cu_seqlens):
+        from sleep_ops.ops.single_chunk import single_chunk_pass
 
-        if single_chunk_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)) is not None:
-            from sleep_ops.ops.single_chunk import single_chunk_pass
-
-            return single_chunk_pass(q, k, v, g, beta, options, scale=scale, initial_state=state)
+        return single_chunk_pass(q, k, v, g, beta, options, scale=scale, initial_state=state)
     return prepare_pass(k, v, g, beta, options, impl=impl, cu_seqlens=cu_seqlens).run(q, state, scale)
+
+
+def is_single_chunk(k: Tensor, v: Tensor, impl: str, cu_seqlens: Tensor | None) -> bool:
+    """Whether these sequences are short enough for the kernels that do everything in one launch."""
+    if impl != "triton" or cu_seqlens is not None:
+        return False
+    from sleep_ops.kernels.configs import architecture, single_chunk_config
+
+    return single_chunk_config(k.shape[3], v.shape[3], k.shape[1], k.dtype, architecture(k.device)) is not None
+
+
+def replay_single_chunk(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    options: RuleOptions,
+    state: Tensor | None,
+    scale: float,
+    passes: int,
+    output_pass: str,
+) -> tuple[Tensor | None, Tensor]:
+    """`passes` >= 2 passes over sequences that are `is_single_chunk`: outputs of the first or last one, final state.
+
+    One launch for the pass that puts out, and one for all the others.
+    """
+    from sleep_ops.ops.single_chunk import single_chunk_pass, single_chunk_passes
+
+    if q is None:
+        return None, single_chunk_passes(k, v, g, beta, options, passes, state)
+    if output_pass == "first":
+        output, state = single_chunk_pass(q, k, v, g, beta, options, scale=scale, initial_state=state)
+        return output, single_chunk_passes(k, v, g, beta, options, passes - 1, state)
+    state = single_chunk_passes(k, v, g, beta, options, passes - 1, state)
+    return single_chunk_pass(q, k, v, g, beta, options, scale=scale, initial_state=state)

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from sleep_ops.checks import check_count
 from sleep_ops.ops.affine import NoFixedPoint, Transition, by_step, chain, replay
-from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, no_tokens, prepare_pass, run_pass
+from sleep_ops.ops.dispatch import (
+    choose_rule_impl,
+    full_precision,
+    is_single_chunk,
+    no_tokens,
+    prepare_pass,
+    replay_single_chunk,
+    run_pass,
+)
 from sleep_ops.ops.packed import longest_sequence
 from sleep_ops.ops.rule import RuleOptions, check_query, check_states, check_tokens
 from sleep_ops.ops.short_windows import is_short, replay_short
@@ -136,16 +144,19 @@ def sleep_gated_delta_rule(
     [K, K + V] per window, and as many maps held in the backward: every window is swept once as a map S -> P S + R, all
     windows at once, and once for outputs from the state its last (or first) pass starts from. Two passes over a single
     window run one after the other, which is less to sweep; with impl="reference" all do. For the backward the tensors
-    of one pass are kept, and P and R of each window. In PyTorch, windows of at most 96 tokens and 3/4 K cost products
-    of T x T instead, T tokens being a window's, of which the backward keeps some 5 log2 N (`short_windows.py`).
+    of one pass are kept, and P and R of each window. Short windows cost products of T x T instead, T tokens being a
+    window's: in PyTorch windows of at most 96 tokens and 3/4 K, of which the backward keeps some 5 log2 N
+    (`short_windows.py`); in Triton batched sequences of one window that one chunk holds (`single_chunk_config` of
+    kernels/configs.py), with one launch for the pass that puts out, one for all the others, and only the inputs kept.
 
     Errors: one pass errs by some roundings u of its products, relative to the state: about 2^-9 with bfloat16 inputs,
     2^-12 with float16, 2^-22 with float32, several times that for windows of a thousand tokens. N passes err by at most
     about N u while that is much less than 1, and by u / (1 - |P|) where decay makes |P| < 1. Beyond that nothing is
     promised: the rounded P may have a norm above 1, and then errors grow exponentially (seen with bfloat16 and
-    float16, beta = 2 and no decay, from N in the hundreds on). Long sleeps in 16 bits want some decay. Short windows in
-    PyTorch err by less in 16 bits. In float32 they err by several times more where beta = 2 and nothing decays, and
-    where keys repeat too by ten times, the gradient of g by two hundred (4e-3 at N = 64).
+    float16, beta = 2 and no decay, from N in the hundreds on). Long sleeps in 16 bits want some decay. Short windows
+    err by less in 16 bits: in PyTorch by roundings of float32, in Triton by what the pass that puts out does. In
+    float32 they err by several times more where nothing decays (in PyTorch: and beta = 2), and where keys repeat too by
+    ten times, the gradient of g by two hundred (4e-3 at N = 64).
 
     With math.inf values err by u / (1 - |P|) too, but gradients of g and beta by its square: in float32 by 10 % where
     1 - |P| is 1e-3. On a CPU entries of maps below 1e-19 and of states below 1e-30 (float32) count as zero.
@@ -287,6 +298,8 @@ def _sleep(
             return None if q is None else output.to(v.dtype), state
 
         windows = Windows(k.shape[0], k.shape[1], window, cu_seqlens, k.device)
+        if group is None and windows.is_whole and passes != math.inf and is_single_chunk(k, v, impl, cu_seqlens):
+            return replay_single_chunk(*tokens, options, state, scale, int(passes), output_pass)
         q, k, v, g, beta = (None if x is None else windows.split(x) for x in tokens)
         one_pass = prepare_pass(
             k, v, g, beta, options, impl=impl, cu_seqlens=windows.cu_seqlens, longest=windows.longest

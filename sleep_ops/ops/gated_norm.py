@@ -7,6 +7,7 @@ from torch import Tensor
 from sleep_ops.checks import check_choice
 from sleep_ops.ops.dispatch import choose_impl
 from sleep_ops.ops.launching import differentiable
+from sleep_ops.ops.rms_norm import rms_norm
 from sleep_ops.validation import KERNEL_IMPLS, check_eps, check_no_tangents, check_tensor
 
 
@@ -39,7 +40,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, impl:
 
 def _gated_norm_torch(x, gate, weight, eps):
     dtype = torch.promote_types(x.dtype, torch.float32)
-    normed = F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps)
+    normed = rms_norm(x.to(dtype), weight.to(dtype), eps)
     return (normed * F.silu(gate.to(dtype))).to(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Sequences of one chunk as a differentiable PyTorch operator: one launch forwards, one launch backwards."""
+"""Passes over sequences of one chunk as differentiable PyTorch operators: one launch forwards, one launch backwards."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,7 @@ from torch import Tensor
 from sleep_ops.kernels.arguments import Cotangents, Gates
 from sleep_ops.kernels.configs import SingleChunkConfig, architecture, single_chunk_config
 from sleep_ops.kernels.single_chunk import single_chunk_backward, single_chunk_forward
+from sleep_ops.kernels.single_chunk_replay import replay_backward, replay_forward
 from sleep_ops.ops.chunk_triton import as_tokens
 from sleep_ops.ops.launching import as_rows, contiguous, differentiable
 from sleep_ops.ops.rule import RuleOptions
@@ -99,3 +100,65 @@ def single_chunk_pass(
     flags = (options.rule, options.use_qk_l2norm, options.beta_scale)
     output, final_state = single_chunk(q, k, v, g, beta, options.A_log, options.dt_bias, initial_state, scale, *flags)
     return None if q is None else output, final_state
+
+
+def _replay_backward(
+    d_final_state, k, v, g, beta, A_log, dt_bias, initial_state, passes, rule, use_qk_l2norm, beta_scale
+):
+    gradients, parameters, d_initial_state = replay_backward(
+        as_tokens(None, k, v),
+        _gates(g, beta, A_log, dt_bias),
+        *contiguous(initial_state, d_final_state),
+        passes,
+        rule=rule,
+        use_qk_l2norm=use_qk_l2norm,
+        beta_scale=beta_scale,
+        chunk=_config(k, v).chunk,
+    )
+    return *gradients[1:], *parameters, d_initial_state
+
+
+@differentiable(
+    "sleep_gated_delta_rule",
+    outputs="final_state",
+    gradients="k v g beta A_log dt_bias initial_state",
+    shapes=lambda *arguments: _shapes(None, *arguments)[1],
+    backward=_replay_backward,
+)
+def single_chunk_replay(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    passes: int,
+    rule: str,
+    use_qk_l2norm: bool,
+    beta_scale: float,
+) -> Tensor:
+    """final_state [B, HV, K, V] float32."""
+    return replay_forward(
+        as_tokens(None, k, v),
+        _gates(g, beta, A_log, dt_bias),
+        *contiguous(initial_state),
+        passes,
+        rule=rule,
+        use_qk_l2norm=use_qk_l2norm,
+        beta_scale=beta_scale,
+        chunk=_config(k, v).chunk,
+    )
+
+
+def single_chunk_passes(
+    k: Tensor, v: Tensor, g: Tensor, beta: Tensor, options: RuleOptions, passes: int, initial_state: Tensor | None
+) -> Tensor:
+    """State [B, HV, K, V] after `passes` >= 1 passes over sequences that `single_chunk_pass` takes, in one launch.
+
+    Only the inputs are kept for the backward, and time grows with log2 of the passes alone.
+    """
+    if passes == 1:
+        return single_chunk_pass(None, k, v, g, beta, options, scale=1.0, initial_state=initial_state)[1]
+    flags = (options.rule, options.use_qk_l2norm, options.beta_scale)
+    return single_chunk_replay(k, v, g, beta, options.A_log, options.dt_bias, initial_state, passes, *flags)

@@ -10,47 +10,37 @@ are those a model has to generate after the prompt; a space between the two belo
 
 import hashlib
 import json
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
+from rich import progress
 from torch import nn
 
 from sleep_ops.checks import check_choice, check_count, check_flags, expect
+from sleep_ops.files import check_folder, write_atomically
 from sleep_ops.streams import shuffled
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
 from sleep_ops.tasks.common import as_batch
-from sleep_ops.tokenizer import load_tokenizer
+from sleep_ops.tasks.examples import Example, Examples, file_key, gathered, stored
+from sleep_ops.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 OVERFLOWS = ("error", "cut")
-_SETTINGS = ("data", "tokenizer", "eval_data", "held_out", "seq_len", "overflow", "end_token", "level", "digest")
+_SETTINGS = (
+    *("data", "tokenizer", "eval_data", "held_out", "seq_len", "overflow", "end_token", "level"),
+    *("cache", "digest"),
+)
 _LINES_AT_ONCE = 1000
 _HELD_OUT_KEY, _ORDER_KEY, _EVAL_KEY = 1 << 63, 0, 1 << 62  # streams of random numbers that never meet
-
-
-class Examples(NamedTuple):
-    """Token sequences one after another: tokens int32 [total]; starts int64 [n + 1]; answers int64 [n], where in its
-    sequence each example's first predicted token is; levels int64 [n], of difficulty, -1 where none is given."""
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    answers: np.ndarray
-    levels: np.ndarray
-
-    def given(self) -> list[bytes]:
-        """Every example's tokens to predict."""
-        spans = zip(self.starts[:-1] + self.answers, self.starts[1:], strict=True)
-        return [self.tokens[a:b].tobytes() for a, b in spans]
-
-    def take(self, which: np.ndarray) -> "Examples":
-        """The examples of these numbers."""
-        parts = [self.tokens[self.starts[i] : self.starts[i + 1]] for i in which]
-        return _joined([(part, self.answers[i], self.levels[i]) for part, i in zip(parts, which, strict=True)])
+_order = lru_cache(maxsize=2)(shuffled)  # of an epoch, and of the next one, which a batch may reach into
 
 
 @dataclass(frozen=True)
@@ -66,6 +56,9 @@ class Text:
                      examples.
     end_token        whether the tokenizer's end token follows every answer and text, as one more token to predict.
     level            a field of the lines, an integer >= 0, by which evaluation is reported too: their difficulty.
+    cache            a folder to keep the tokens in, and to read them from as they are needed, for data larger than
+                     memory: made once for a file, a tokenizer and a seq_len, which has to be given. The batches are
+                     the same. None: tokens are kept in memory.
     digest           of all tokens; given, as in the settings of a run that is taken up again, it is compared.
 
     Raises ValueError naming the file and the line for one that isn't such an object, or too long; ImportError naming
@@ -80,6 +73,7 @@ class Text:
     overflow: str = "error"
     end_token: bool = True
     level: str | None = None
+    cache: str | None = None
     digest: str | None = None
     splits: dict[str, Examples] = field(init=False, repr=False, compare=False)
 
@@ -91,6 +85,9 @@ class Text:
             check_count("seq_len", self.seq_len)
         check_choice("overflow", self.overflow, OVERFLOWS)
         check_flags(end_token=self.end_token)
+        if self.cache is not None:
+            check_folder("cache", Path(self.cache))
+            expect(self.seq_len is not None, "seq_len", "an integer >= 1 with cache", None)
         fraction = type(self.held_out) in (int, float) and 0 < self.held_out < 1
         expect(fraction, "held_out", "a fraction between 0 and 1", self.held_out)
         tokenizer = load_tokenizer(self.tokenizer)
@@ -107,20 +104,17 @@ class Text:
             order = shuffled(0, _HELD_OUT_KEY, count)
             train, asked = train.take(np.sort(order[kept:])), train.take(np.sort(order[:kept]))
         object.__setattr__(self, "splits", {"train": train, "eval": asked})
-        digest = hashlib.sha256()
-        for array in (*train, *asked):
-            digest.update(array.tobytes())
-        digest = digest.hexdigest()[:16]
+        digest = self._digest()
         expect(self.digest in (None, digest), "data", f"the tokens of digest {self.digest}, as before", digest)
         object.__setattr__(self, "digest", digest)
         if self.seq_len is None:
-            longest = max(int(np.diff(examples.starts).max()) for examples in (train, asked))
+            longest = max(int((examples.ends - examples.starts).max()) for examples in (train, asked))
             object.__setattr__(self, "seq_len", longest - 1)
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id in use."""
-        return 1 + max(int(examples.tokens.max()) for examples in self.splits.values())
+        return 1 + max(examples.top for examples in self.splits.values())
 
     @property
     def metric(self) -> str:
@@ -146,7 +140,7 @@ class Text:
         input_ids = np.zeros((size, self.seq_len), dtype=np.int64)
         labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
         for row, i in enumerate(self._chosen(seed, step, size, split)):
-            tokens, answer = examples.tokens[examples.starts[i] : examples.starts[i + 1]], examples.answers[i]
+            tokens, answer = examples.sequence(i), examples.answers[i]
             input_ids[row, : len(tokens) - 1] = tokens[:-1]
             labels[row, answer - 1 : len(tokens) - 1] = tokens[answer:]
         return as_batch(input_ids, labels, device)
@@ -155,7 +149,7 @@ class Text:
         """The examples of a batch, by number."""
         count, key = len(self.splits[split].answers), _ORDER_KEY if split == "train" else _EVAL_KEY
         epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), count)
-        orders = {epoch: shuffled(seed, key | int(epoch), count) for epoch in np.unique(epochs)}
+        orders = {epoch: _order(seed, key | int(epoch), count) for epoch in np.unique(epochs)}
         return np.array([orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
 
     @torch.no_grad()
@@ -212,7 +206,7 @@ class Text:
 
     def chance(self, samples: int = 16384) -> dict[str, float]:
         """What is reached without reading the prompts: majority, by always giving training's commonest answer."""
-        found = {split: examples.given()[:samples] for split, examples in self.splits.items()}
+        found = {split: examples.given(samples) for split, examples in self.splits.items()}
         ((commonest, _),) = Counter(found["train"]).most_common(1)
         return {"majority": found["eval"].count(commonest) / len(found["eval"])}
 
@@ -228,7 +222,36 @@ class Text:
 
     def _read(self, path: str, tokenizer) -> Examples:
         """All examples of a file."""
-        lines, found = _records(path), []
+        if self.cache is None:
+            return gathered(self._tokenised(path, tokenizer))
+        return stored(Path(self.cache), self._key(path), lambda: self._tokenised(path, tokenizer))
+
+    def _key(self, path: str) -> str:
+        """The name in `cache` of what is made of a file."""
+        expect(Path(path).is_file(), "data", "a file of JSON lines", str(path))
+        vocabulary = sorted({x for pattern in TOKENIZER_FILES for x in Path(self.tokenizer).glob(pattern)})
+        settings = self.seq_len, self.overflow, self.end_token, self.level
+        return file_key(Path(path), *(x.read_bytes() for x in vocabulary), settings)
+
+    def _digest(self) -> str:
+        """Of all tokens, as 16 hexadecimal digits."""
+        place = None
+        if self.cache is not None:
+            paths = [self.data, *([] if self.eval_data is None else [self.eval_data])]
+            place = Path(self.cache) / f"{file_key(*map(self._key, paths), self.held_out)}.digest"
+            if place.is_file():
+                return place.read_text()
+        digest = hashlib.sha256()
+        for examples in self.splits.values():
+            examples.hash_into(digest)
+        found = digest.hexdigest()[:16]
+        if place is not None:
+            write_atomically(place, found.encode())
+        return found
+
+    def _tokenised(self, path: str, tokenizer) -> Iterator[Example]:
+        """The examples of a file, one after another."""
+        none, lines = True, _records(path, shown=self.cache is not None)
         while part := list(islice(lines, _LINES_AT_ONCE)):
             firsts = [r.get("prompt", r.get("text")) for _, r in part]
             seconds = [r.get("answer", "") for _, r in part]
@@ -242,10 +265,10 @@ class Text:
                 if self.level is not None:
                     fits = type(level) is int and level >= 0
                     expect(fits, f"{where}: {self.level}", "an integer >= 0, as for `level`", level)
-                examples = self._examples(where, "text" in record, first, second + end)
-                found += [(tokens, answer, level) for tokens, answer in examples]
-        expect(bool(found), "data", "at least one line", f"none in {path}")
-        return _joined(found)
+                for tokens, answer in self._examples(where, "text" in record, first, second + end):
+                    yield tokens, answer, level
+                    none = False
+        expect(not none, "data", "at least one line", f"none in {path}")
 
     def _examples(self, where: str, running: bool, first: list[int], second: list[int]) -> Iterator[tuple]:
         """(tokens, place of the first one to predict) of a line; `second` is an answer, or the end of a text."""
@@ -268,10 +291,11 @@ class Text:
         yield np.array(first + second, dtype=np.int32), len(first)
 
 
-def _records(path: str) -> Iterator[tuple[str, dict]]:
-    """("file, line n", object) of every line that is not blank."""
+def _records(path: str, *, shown: bool) -> Iterator[tuple[str, dict]]:
+    """("file, line n", object) of every line that is not blank; shown: with a progress bar, in a terminal."""
     expect(Path(path).is_file(), "data", "a file of JSON lines", str(path))
-    with Path(path).open("rb") as file:
+    hidden = not (shown and sys.stdout.isatty() and os.environ.get("RANK", "0") == "0")
+    with progress.open(path, "rb", description=f"tokens of {Path(path).name}", disable=hidden) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -285,12 +309,6 @@ def _records(path: str) -> Iterator[tuple[str, dict]]:
             expected = '{"prompt": string, "answer": string} or {"text": string}'
             expect(fits, where, expected, line.decode().strip()[:80])
             yield where, record
-
-
-def _joined(found: list[tuple[np.ndarray, int, int]]) -> Examples:
-    tokens, answers, levels = zip(*found, strict=True)
-    starts = np.cumsum([0, *map(len, tokens)])
-    return Examples(np.concatenate(tokens), starts, np.array(answers, np.int64), np.array(levels, np.int64))
 
 
 def _mean(values: list[bool], levels: list[int], level: int) -> float:

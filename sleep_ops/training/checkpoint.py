@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-00000600`:
 
     shard-00001-*.safetensors, ...   what each process kept, by torch.distributed.checkpoint:
-                                     model.NAME            parameters and buffers
+                                     model.NAME            parameters and buffers, but for a base's under LoRA
                                      optimizer.NAME.KEY    states of the optimisers
                                      rng.RANK.DEVICE       random generators
     state.json                       plain values: the position in the data, counts
@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sleep_ops.adapters.lora import is_base
 from sleep_ops.files import remove, whole_folder
 from sleep_ops.training.parallel import World
 
@@ -191,9 +192,10 @@ def load_newest(folder: Path, warn: Callable[[str], object]) -> Checkpoint | Non
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters and buffers under their names in a checkpoint, tied ones once."""
-    once, names = dict(model.named_parameters()), dict(model.named_parameters(remove_duplicate=False))
-    return {MODEL + name: x for name, x in model.state_dict().items() if name in once or name not in names}
+    """A model's parameters and buffers under their names in a checkpoint, tied ones once, a LoRA run's base not."""
+    names = dict(model.named_parameters(remove_duplicate=False))
+    kept = {name for name, p in model.named_parameters() if not is_base(p)}
+    return {MODEL + name: x for name, x in model.state_dict().items() if name in kept or name not in names}
 
 
 def optimizer_tensors(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:

@@ -25,12 +25,13 @@ SPLIT = ("batch", "sequence")
 PARAM_DTYPES = ("float32", "bf16")
 RESHARD = ("step", "call")
 CONFIG_FILE = "config.json"
-MODEL_FOLDER = "model"
+MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
 _VERSION = 1
 # What may change when a run is taken up again: none of it enters the mathematics of a step.
 _FREE_ON_RESUME = {
     *("device", "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "cuda_graph"),
-    *("stop_at", "patience", "parallel", "split", "reshard", "replicas", "async_checkpoints", "recompute", "offload"),
+    *("stop_at", "patience", "cache", "parallel", "split", "reshard", "replicas", "async_checkpoints"),
+    *("recompute", "offload", "profile"),
 }
 _WARM_SEED = 1 << 32  # added to the seed: the two phases of fine-tuning go through the data in orders of their own
 
@@ -81,6 +82,8 @@ class TrainConfig:
     replicas              with fsdp: groups of processes that each have the whole model, shared out within the group;
                           one a node keeps the gathering inside nodes.
     offload               keep what the backward needs in the host's memory; little, with activation checkpointing.
+    profile               first and last step of which torch.profiler leaves a trace in the run's folder profile, for
+                          TensorBoard or Perfetto; None: of none.
     async_checkpoints     go on training while a checkpoint is written, from a copy in the host's memory.
     cuda_graph            launch a step's forward and backward as one recorded graph, on CUDA alone; the losses are the
                           same. Batches of more than a few different loss masks go without, and so do endless passes.
@@ -118,8 +121,11 @@ class TrainConfig:
     replicas: int = 1
     offload: bool = False
     async_checkpoints: bool = False
+    profile: tuple[int, int] | None = None
 
     def __post_init__(self):
+        if isinstance(self.profile, list):
+            object.__setattr__(self, "profile", tuple(self.profile))
         check_counts(self, steps=1, batch_size=1, seed=0, max_skipped=1, eval_every=0, eval_samples=1)
         check_counts(self, checkpoint_every=0, keep_checkpoints=1)
         if self.seed >= 2**63:
@@ -152,6 +158,10 @@ class TrainConfig:
             raise ValueError(f"stop_at: expected a finite number or None, got {self.stop_at!r}")
         if self.patience is not None:
             check_count("patience", self.patience)
+        if self.profile is not None:
+            pair = isinstance(self.profile, tuple) and [type(x) for x in self.profile] == [int, int]
+            ordered = pair and 1 <= self.profile[0] <= self.profile[1]
+            expect(ordered, "profile", "(first, last) steps with 1 <= first <= last", self.profile)
         if self.micro_batch is not None:
             check_count("micro_batch", self.micro_batch)
             if self.cuda_graph:
@@ -201,7 +211,7 @@ class RunConfig:
     """task and model as their `to_dict()` gives them, and the recipe.
 
     model  of a `SleepHybridModel` to train from scratch; or {"folder": ..., ...}, the arguments of `load_model`, for a
-           checkpoint to go on from.
+           checkpoint to go on from, with those of `add_lora` under "lora" for one that stays as it is beside adapters.
     """
 
     task: dict
@@ -276,27 +286,44 @@ RECIPE = TrainConfig(steps=1000, batch_size=256, lr_muon=1e-3)  # the paper's of
 
 @dataclass(frozen=True)
 class Phase:
-    """One run: its folder, where the model goes in the end, and its configuration."""
+    """One run.
+
+    out       its folder.
+    run       its configuration.
+    model     where the model goes in the end; None for a LoRA run's first phase, which leaves an adapter alone.
+    adapter   where a LoRA run's adapter goes; None for other runs.
+    """
 
     name: str
     out: Path
-    export: Path
     run: RunConfig
+    model: Path | None = None
+    adapter: Path | None = None
+
+    @property
+    def exports(self) -> list[Path]:
+        """The folders that are written once the run is finished, in this order."""
+        return [path for path in (self.adapter, self.model) if path is not None]
 
     @property
     def done(self) -> bool:
-        return self.export.exists()
+        return self.exports[-1].exists()
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
     """What to fine-tune, on what, and how.
 
-    folder      the checkpoint.
-    task        as a task's `to_dict()` gives it.
-    settings    of sleep, as `load_model` takes them, and `insert`; eviction is that of the second phase.
-    train       the recipe of the second phase, and of the first but for its steps.
-    warm_steps  steps of the first phase, in which only the fast weights learn, with hard eviction; 0 leaves it out.
+    folder        the checkpoint.
+    task          as a task's `to_dict()` gives it.
+    settings      of sleep, as `load_model` takes them, and `insert`; eviction is that of the second phase.
+    train         the recipe of the second phase, and of the first but for its steps.
+    warm_steps    steps of the first phase, in which only the fast weights learn, with hard eviction; 0 leaves it out.
+    lora          rank of low-rank adapters; they and inserted blocks learn then, with AdamW's and Muon's rates, and all
+                  else stays as it is, held in the dtype of param_dtype alone. None: everything learns.
+    lora_alpha    adapters are scaled by this over their rank; None: 2 rank.
+    lora_targets  the linear modules of layers that get adapters, by the last parts of their names, as q_proj,v_proj;
+                  None: all of them.
     """
 
     folder: str
@@ -304,13 +331,35 @@ class FinetuneConfig:
     settings: dict
     train: TrainConfig = RECIPE
     warm_steps: int = 0
+    lora: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] | None = None
 
     def __post_init__(self):
         check_counts(self, warm_steps=0)
+        self._check_lora()
         if self.train.trainable != "all":
             raise ValueError(f"trainable: expected 'all' (see warm_steps), got {self.train.trainable!r}")
         # Checked now: those of the second phase would otherwise be found wanting after the first.
         SleepSettings.from_dict({"window": 1} | {k: v for k, v in self._given().items() if k != "insert"})
+
+    def _check_lora(self) -> None:
+        if self.lora is not None:
+            check_count("lora", self.lora)
+        for name in ("lora_alpha", "lora_targets"):
+            value = getattr(self, name)
+            expect(value is None or self.lora is not None, name, "None without lora", value)
+        scales = self.lora_alpha is None or 0 < self.lora_alpha < math.inf
+        expect(scales, "lora_alpha", "a number > 0", self.lora_alpha)
+        named = self.lora_targets is None or (len(self.lora_targets) > 0 and all(self.lora_targets))
+        expect(named, "lora_targets", "names of modules, as ('q_proj', 'v_proj')", self.lora_targets)
+
+    def _lora(self) -> dict:
+        """What a run's model is given for LoRA, beside the settings of sleep."""
+        if self.lora is None:
+            return {}
+        given = {"rank": self.lora, "alpha": self.lora_alpha, "targets": self.lora_targets}
+        return {"lora": {name: value for name, value in given.items() if value is not None}}
 
     def _given(self) -> dict:
         given = {name: value for name, value in self.settings.items() if value is not None}
@@ -321,15 +370,20 @@ class FinetuneConfig:
         from sleep_ops.adapters.loading import remembered
 
         source, out = str(Path(self.folder).resolve()), Path(out)
-        settings, found = self._given(), []
+        settings, lora, found = self._given(), self._lora(), []
         if self.warm_steps:
             seed = self.train.seed + _WARM_SEED
             train = replace(self.train, steps=self.warm_steps, trainable="fast_weights", seed=seed)
-            model = {"folder": source, **settings, "eviction": "hard"}
-            found.append(Phase("warm", out / "warm", out / "warm" / MODEL_FOLDER, RunConfig(self.task, model, train)))
-            source = str(found[0].export.resolve())
-            settings.pop("insert", None)  # they are there now
-            # That folder remembers the first phase's eviction.
-            settings.setdefault("eviction", remembered(self.folder, "eviction") or "hard")
-        run = RunConfig(self.task, {"folder": source, **settings}, self.train)
-        return [*found, Phase("full", out / "full", out / MODEL_FOLDER, run)]
+            run = RunConfig(self.task, {"folder": source, **settings, "eviction": "hard"} | lora, train)
+            end = {"adapter": out / "warm" / ADAPTER_FOLDER} if lora else {"model": out / "warm" / MODEL_FOLDER}
+            found.append(Phase("warm", out / "warm", run, **end))
+            (left,) = (str(path.resolve()) for path in found[0].exports)
+            if lora:
+                lora = {"lora": lora["lora"] | {"start": left}}
+            else:
+                source = left
+                settings.pop("insert", None)  # they are there now
+                # That folder remembers the first phase's eviction.
+                settings.setdefault("eviction", remembered(self.folder, "eviction") or "hard")
+        run = RunConfig(self.task, {"folder": source, **settings} | lora, self.train)
+        return [*found, Phase("full", out / "full", run, out / MODEL_FOLDER, out / ADAPTER_FOLDER if lora else None)]

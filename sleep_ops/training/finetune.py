@@ -3,6 +3,9 @@
     OUT/warm      only the fast weights learn, with hard eviction; ends by writing OUT/warm/model
     OUT/full      all weights learn, with the eviction that is wanted, from there; ends by writing OUT/model
 
+With LoRA the weights stay as they are, beside adapters that learn (of the mixers alone, in the first
+phase); OUT/warm/adapter and OUT/adapter have those by themselves, and OUT/model has them added.
+
 Source: Lee et al., arXiv 2605.26099, experiments with Jet-Nemotron and Ouro (one epoch of the first phase for the
 sliding window of Ouro).
 """
@@ -13,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sleep_ops.adapters.loading import model_type, save_model
+from sleep_ops.adapters.lora import merge_lora, save_adapter
 from sleep_ops.files import check_folder, whole_folder
 from sleep_ops.tasks import Task, build_task
 from sleep_ops.training.config import CONFIG_FILE, FinetuneConfig, Phase, resolve_device
@@ -47,17 +51,18 @@ def finetune(
         check_folder("out", Path(out))
         for phase in phases:
             begun, source = (phase.out / CONFIG_FILE).exists(), Path(config.folder).resolve()
-            if phase.export.resolve() == source or (phase.done and not begun):
-                expected = "expected a folder to write the model to, got one that has another model"
-                raise ValueError(f"{phase.export}: {expected}")
+            for path in phase.exports:
+                if path.resolve() == source or (path.exists() and not begun):
+                    expected = "expected a folder to write the model to, got one that has another model"
+                    raise ValueError(f"{path}: {expected}")
             if resume and begun:
                 phase.run.check_resumable(phase.out)
         if not resume:
             model = build_model(phases[0].run)
             check_vocabulary(model, task)  # nothing is deleted for settings that can't be
             for phase in reversed(phases):  # a model goes before the run that made it, a run before what it began with
-                if phase.done:
-                    shutil.rmtree(phase.export)
+                for path in filter(Path.exists, reversed(phase.exports)):
+                    shutil.rmtree(path)
                 if phase.out.exists():
                     clear_run(phase.out)
         return [phase.done for phase in phases]
@@ -86,9 +91,14 @@ def _run(trainer: Trainer, phase: Phase, source: str, until: int | None) -> Trai
         model = trainer.whole_model()
 
         def export() -> None:
-            with whole_folder(phase.export) as folder:
-                save_model(model, folder, source)
+            if phase.adapter is not None:
+                with whole_folder(phase.adapter) as folder:
+                    save_adapter(model, folder, source)
+            if phase.model is not None:
+                with whole_folder(phase.model) as folder:
+                    save_model(model if phase.adapter is None else merge_lora(model), folder, source)
 
         trainer.world.on_main(export)
-        trainer.console.print(f"wrote {phase.export}", soft_wrap=True)
+        for path in phase.exports:
+            trainer.console.print(f"wrote {path}", soft_wrap=True)
     return result

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import time
 from pathlib import Path
 
@@ -78,7 +79,7 @@ class RunLog:
     def train(self, row: dict) -> None:
         if self._active:
             self._metrics.write(row)
-            self._scalars("train", {key: row[key] for key in ("loss", "grad_norm", "lr_muon")}, row["step"])
+            self._scalars("train", {key: row[key] for key in _SHOWN}, row["step"])
 
     def evaluation(self, step: int, tokens: int, found: dict[str, float]) -> None:
         if self._active:
@@ -101,11 +102,12 @@ class RunLog:
                 self._board.add_scalar(f"{group}/{key}", value, step)
 
 
+_SHOWN = ("loss", "grad_norm", "lr_muon", "tokens_per_second", "mfu", "peak_memory")  # in TensorBoard
 _TOLD_EVERY = 15.0  # seconds between plain lines
 
 
 class ProgressBar:
-    """Loss, tokens per second and time left; plain lines where the output is not a terminal."""
+    """Loss, speed, memory and time left; plain lines where the output is not a terminal."""
 
     def __init__(self, console: Console, label: str, step: int, steps: int):
         self._console, self._label, self._steps = console, label, steps
@@ -128,8 +130,14 @@ class ProgressBar:
     def __exit__(self, *_):
         self._bar.stop()
 
-    def update(self, step: int, loss: float, tokens_per_second: float, note: str = "") -> None:
-        figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s{note}"
+    def update(self, row: dict, note: str = "") -> None:
+        """row: of the metrics, after a step. Figures that are not known (NaN) are left out."""
+        step, figures = row["step"], f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+        if not math.isnan(row["mfu"]):
+            figures += f"  {row['mfu']:.1%} MFU"
+        if not math.isnan(row["peak_memory"]):
+            figures += f"  {row['peak_memory'] / 2**30:.1f} GiB"
+        figures += note
         self._bar.update(self._task, completed=step, figures=figures)
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._told > _TOLD_EVERY or step == self._steps):

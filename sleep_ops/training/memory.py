@@ -84,7 +84,7 @@ class LiveBytes(TorchDispatchMode):
             return NotImplemented  # its parts' operations come by
         out = self.compute(func, args, kwargs or {})
         kind = self.kind
-        if func is torch.ops.aten._to_copy.default and self._kind_of(args[0]) in _WEIGHTS:
+        if func is torch.ops.aten._to_copy.default and self.is_weight(args[0]):
             kind = "gathered"
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and self._is_there(x):
@@ -98,9 +98,10 @@ class LiveBytes(TorchDispatchMode):
     def _is_there(self, x: Tensor) -> bool:
         return x.fake_mode is self.fakes if isinstance(x, FakeTensor) else not x.is_meta
 
-    def _kind_of(self, x: Tensor) -> str | None:
+    def is_weight(self, x: Tensor) -> bool:
+        """Whether it is a parameter, gathered or not, or looks at one."""
         found = self._known.get(x.untyped_storage()._cdata)
-        return None if found is None else found[1]
+        return found is not None and found[1] in _WEIGHTS
 
     def _see(self, x: Tensor, kind: str, again: bool = False) -> None:
         storage = x.untyped_storage()

@@ -3,21 +3,27 @@
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from sleep_ops.training.muon import StackedMuon
+
 _HEAD_NAMES = ("lm_head", "head", "output_head", "unembed")
+_ADAPTER_NAMES = ("lora_A", "lora_B")
 
 
 def split_parameters(model: nn.Module) -> tuple[dict, dict]:
     """Name -> parameter of (Muon's, AdamW's) share of the trainable parameters.
 
     Muon gets the weights of nn.Linear modules, except an output head (a module called lm_head,
-    head, output_head or unembed, or one that shares its weight with an embedding). Embeddings,
-    heads, norms, convolutions, biases and free parameters (A_log, dt_bias) are AdamW's.
+    head, output_head or unembed, or one that shares its weight with an embedding) and the factors
+    of adapters. Embeddings, heads, adapters, norms, convolutions, biases and free parameters
+    (A_log, dt_bias) are AdamW's.
     """
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = {
         id(module.weight)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in _HEAD_NAMES
+        if isinstance(module, nn.Linear)
+        and name.rpartition(".")[2] not in _HEAD_NAMES
+        and not any(part in _ADAPTER_NAMES for part in name.split("."))
     } - embedded
     muon: dict[str, nn.Parameter] = {}
     adamw: dict[str, nn.Parameter] = {}
@@ -34,14 +40,14 @@ def build_optimizers(
     lr_adamw: float,
     weight_decay: float = 1e-4,
     momentum: float = 0.95,
-    matrix_optimizer: type[Muon] = Muon,
+    matrix_optimizer: type[Muon] = StackedMuon,
 ) -> dict[str, Optimizer]:
     """{"muon": ..., "adamw": ...}, each only where it has parameters.
 
     Weight decay applies to the weights of nn.Linear and nn.Embedding modules, unless they are
     marked `_no_weight_decay = True`, and to nothing else.
 
-    matrix_optimizer: Muon, or one for matrices kept in other ways.
+    matrix_optimizer: Muon, in this process or for matrices kept in other ways.
     """
     weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Muon
 
 from sleep_ops.parameters import replaced
+from sleep_ops.training.muon import StackedMuon
 
 _PATIENCE = timedelta(hours=2)  # how long processes wait for the first one, which evaluates and saves
 _BUCKET = 1 << 24  # elements in one sum of gradients
@@ -107,11 +108,12 @@ class Replicated:
         they are. None for neither.
     """
 
-    matrix_optimizer = Muon
+    matrix_optimizer: type[Muon] = StackedMuon
 
     def __init__(self, model: nn.Module, world: World, device: torch.device, dtype: torch.dtype | None = None):
         self.model, self.world, self.dtype = model.to(device), world, dtype
         self.parameters = list(model.parameters())
+        self._computing: list[nn.Parameter] = []  # what forward and backward compute with, in a step
 
     @contextmanager
     def gathered(self) -> Iterator[list[nn.Parameter]]:
@@ -128,37 +130,44 @@ class Replicated:
 
         alike: the processes will call the same blocks in the same order, backward too.
         """
-        with self.gathered() as parameters:
+        with self.gathered() as self._computing:
             yield
-        self._take(parameters)
+        self.add_up()
+        self._computing = []
+        self._sum()
 
-    def _take(self, parameters: list[nn.Parameter]) -> None:
-        """Sum the gradients of these into those of the optimisers' parameters.
+    def add_up(self) -> None:
+        """Between parts of a batch: adds gradients of rounded parameters to sums in the parameters' own dtype.
 
-        What no process has a gradient of stays without, as in one process.
+        Every process has to call it equally often.
         """
-        found = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
-        known = self.world.max([x is not None for x in found])
-        for i, p in enumerate(parameters):
-            if known[i] and found[i] is None:
-                found[i] = torch.zeros_like(p)
-        self._sum(found)
-
-    def _sum(self, gradients: list[Tensor | None]) -> None:
-        pairs = [(p, i) for i, p in enumerate(self.parameters) if gradients[i] is not None]
-        if self.world.size == 1:
-            for p, i in pairs:
-                p.grad, gradients[i] = gradients[i].to(p.dtype), None
+        if self.dtype is None:  # those of the parts are summed where they are
             return
+        for p, computing in zip(self.parameters, self._computing, strict=True):
+            if computing.grad is not None:
+                gradient, computing.grad = computing.grad.to(p.dtype), None
+                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+
+    def _gradients(self, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+        """Of these, zeros where another process alone has one; what none has stays without, as in one process."""
+        known = self.world.max([p.grad is not None for p in parameters])
+        return [
+            torch.zeros_like(p) if has and p.grad is None else p.grad for p, has in zip(parameters, known, strict=True)
+        ]
+
+    def _sum(self) -> None:
+        if self.world.size == 1:
+            return
+        gradients = self._gradients(self.parameters)
+        pairs = [(p, i) for i, p in enumerate(self.parameters) if gradients[i] is not None]
         for bucket in _buckets(pairs):
-            total = self.world.sum(torch.cat([gradients[i].flatten().to(p.dtype) for p, i in bucket]))
+            total = self.world.sum(torch.cat([gradients[i].flatten() for _, i in bucket]))
             for (p, i), part in zip(bucket, total.split([p.numel() for p, _ in bucket]), strict=True):
                 p.grad, gradients[i] = part.view_as(p).clone(), None
 
-    def weights(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+    def assembled(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same tensors, parts put together, in the first process; maybe none in the others."""
+        return tensors
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Clip the gradients to a global norm, and return what it was."""

@@ -119,7 +119,8 @@ class Rehearsal(Trainer):
         self.device, self.world = torch.device("cpu"), _First(0, processes)
         self.console, self.graphs, self.step = Console(quiet=True), None, 0
         self.skipped = self.skipped_in_row = 0
-        self._told = False
+        self._told, self.count = False, count
+        self.flops = lambda *_: 0  # those that are counted are others: all that are done
         with torch.device("meta"):
             model = _faked(build(), count.fakes)
         model.to = lambda device: model  # where it is already
@@ -189,7 +190,7 @@ class _Away:
     @classmethod
     def send(cls, run: Rehearsal, x: Tensor) -> "Tensor | _Away":
         recomputed = torch._C._current_graph_task_id() != -1  # in the backward nothing is sent away any more
-        return x if recomputed else cls(run, x)
+        return x if recomputed or run.count.is_weight(x) else cls(run, x)
 
     @staticmethod
     def fetch(kept: "Tensor | _Away") -> Tensor:
@@ -223,7 +224,7 @@ def watched(run: Trainer, count: LiveBytes) -> Iterator[None]:
 
     def within(phase: str, kind: str, function: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if count.phase != phase:
+            if phase not in ("", count.phase):
                 count.begin(phase)
             with count.making(kind):
                 return function(*args, **kwargs)
@@ -233,6 +234,7 @@ def watched(run: Trainer, count: LiveBytes) -> Iterator[None]:
     whole = layout.gathered
     layout.gathered, layout._sum = gathered, within("sums", "gradients", layout._sum)
     layout.clip = within("updates", "updates", layout.clip)
+    layout.add_up = within("", "gradients", layout.add_up)
     if hasattr(layout, "whole"):  # gathered around calls
         gradients_of(layout.whole)
         count.mark("gathered", layout.whole)
@@ -248,7 +250,7 @@ def watched(run: Trainer, count: LiveBytes) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        del layout.gathered, layout._sum, layout.clip
+        del layout.gathered, layout._sum, layout.clip, layout.add_up
         for optimizer in optimizers:
             del optimizer.step
 

@@ -14,44 +14,56 @@ import torch
 from torch import nn
 
 from sleep_ops.adapters.loading import load_model
+from sleep_ops.adapters.lora import add_lora, inserted_blocks
 from sleep_ops.files import kind, remove
-from sleep_ops.layers.block import Block
 from sleep_ops.layers.mixer import GDNMixer
 from sleep_ops.model.hybrid import HybridConfig, SleepHybridModel
 from sleep_ops.tasks import Task, build_task
 from sleep_ops.training.checkpoint import Checkpoint, load_newest, model_tensors
 from sleep_ops.training.config import CONFIG_FILE, RunConfig, resolve_device
 
-METRICS_FILE, EVAL_FILE, CHECKPOINTS, BOARD = "metrics.csv", "eval.csv", "checkpoints", "tensorboard"
-OWN = (CHECKPOINTS, BOARD, METRICS_FILE, EVAL_FILE)  # what a run writes beside its configuration
+METRICS_FILE, EVAL_FILE = "metrics.csv", "eval.csv"
+CHECKPOINTS, BOARD, PROFILE = "checkpoints", "tensorboard", "profile"
+OWN = (CHECKPOINTS, BOARD, PROFILE, METRICS_FILE, EVAL_FILE)  # what a run writes beside its configuration
 
 
-def build_model(config: RunConfig, *, weights: bool = True, device: str = "cpu") -> nn.Module:
+def build_model(
+    config: RunConfig, *, weights: bool = True, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> nn.Module:
     """The model a run begins with; new weights are drawn from the run's seed.
 
-    weights: False leaves those of a checkpoint folder unread, for a model whose own are about to be
-        loaded.
+    weights: False leaves those unread that a checkpoint of the run has, for a model whose own are
+        about to be loaded.
+    dtype: of a LoRA run's base; None for the one it is trained in. All else is float32.
     device: "cpu", or "meta" for a model without values, which needs no memory.
     """
     torch.manual_seed(config.train.seed)
     with torch.device(device):
-        if "folder" in config.model:
-            return load_model(**config.model, weights=weights and device != "meta")
-        return SleepHybridModel(HybridConfig.from_dict(config.model))
+        if "folder" not in config.model:
+            return SleepHybridModel(HybridConfig.from_dict(config.model))
+        settings, real = dict(config.model), device != "meta"
+        lora = settings.pop("lora", None)
+        if lora is None:
+            return load_model(**settings, weights=weights and real)
+        if dtype is None:
+            dtype = torch.bfloat16 if config.train.param_dtype == "bf16" else torch.float32
+        base = load_model(**settings, dtype=dtype, weights=real)
+        return add_lora(base, **(lora if weights and real else lora | {"start": None}))
 
 
 def select_parameters(model: nn.Module, trainable: str) -> list[nn.Parameter]:
-    """The parameters to train; the others stop requiring gradients. See `TrainConfig.trainable`.
+    """The parameters to train, of those that require gradients; the others stop. See `TrainConfig.trainable`.
 
     Raises ValueError for a model without fast weights where only those are wanted.
     """
     if trainable == "fast_weights":
-        owners = [m for m in model.modules() if isinstance(m, GDNMixer) or (isinstance(m, Block) and m.mlp is None)]
-        if not owners:
-            raise ValueError(f"trainable: expected 'all' for a model without fast weights, got {trainable!r}")
-        model.requires_grad_(False)
-        for owner in owners:
-            owner.requires_grad_(True)
+        owners: list[nn.Module] = [*(m for m in model.modules() if isinstance(m, GDNMixer)), *inserted_blocks(model)]
+        chosen = {p for owner in owners for p in owner.parameters() if p.requires_grad}
+        if not chosen:
+            without = "adapters on its fast weights" if owners else "fast weights"
+            raise ValueError(f"trainable: expected 'all' for a model without {without}, got {trainable!r}")
+        for p in model.parameters():
+            p.requires_grad_(p in chosen)
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -72,7 +84,7 @@ def load_run(folder: Path, *, device: str = "auto", warn=print) -> tuple[RunConf
     checkpoint = load_newest(folder / CHECKPOINTS, warn)
     if checkpoint is None:
         raise ValueError(f"{folder}: expected a trained run, but it has no checkpoint yet")
-    model = build_model(config, weights=False)
+    model = build_model(config, weights=False, dtype=torch.float32)
     checkpoint.fill(model_tensors(model))
     return config, build_task(config.task), model.to(resolve_device(device)).eval(), checkpoint.step
 
@@ -96,7 +108,7 @@ def newest_checkpoint(config: RunConfig, folder: Path, warn, *, extend: bool = F
     steps = RunConfig.load(folder).train.steps
     extended = extend and steps < config.train.steps
     (replace(config, train=replace(config.train, steps=steps)) if extended else config).check_resumable(folder)
-    for names, expected in (((CHECKPOINTS, BOARD), "a folder"), ((METRICS_FILE, EVAL_FILE), "a file")):
+    for names, expected in (((CHECKPOINTS, BOARD, PROFILE), "a folder"), ((METRICS_FILE, EVAL_FILE), "a file")):
         for path in (folder / name for name in names):
             if kind(path) not in ("", expected):
                 raise ValueError(f"{path}: expected {expected} in a run folder, got {kind(path)}")

@@ -153,9 +153,10 @@ class Sharded(Replicated):
     def gradients(self, alike: bool = False) -> Iterator[None]:
         if self.reshard == "call" and alike:
             self._hooked(True)
+            self._computing = self.whole
             yield
             self._hooked(False)
-            self._take(self.whole)
+            self.add_up()
         else:
             with super().gradients():
                 yield
@@ -166,19 +167,26 @@ class Sharded(Replicated):
         self.model.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
         self.model.set_reshard_after_backward(wanted)  # type: ignore[operator]
 
-    def _sum(self, gradients: list[Tensor | None]) -> None:
+    def add_up(self) -> None:
+        """Over the processes too: what is whole has to make room for the next part's."""
+        gradients = self._gradients(self._computing)
+        for computing in self._computing:
+            computing.grad = None
         for i, p in enumerate(self.parameters):
             gradient, gradients[i] = gradients[i], None
             if gradient is not None:
                 mesh, whole = p.device_mesh, gradient.to(p.dtype)
                 summed = DTensor.from_local(whole, mesh, [Partial("sum")] * mesh.ndim, run_check=False)
                 parts = [*summed.placements[:-1], p.placements[-1]]
-                p.grad = summed.redistribute(placements=parts).redistribute(placements=p.placements)
+                part = summed.redistribute(placements=parts).redistribute(placements=p.placements)
+                p.grad = part if p.grad is None else p.grad.add_(part)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The model's state dict, whole and on the CPU, in the first process; empty in the others."""
+    def _sum(self) -> None:
+        """They are summed."""
+
+    def assembled(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found = {}
-        for name, x in self.model.state_dict().items():
+        for name, x in tensors.items():
             x = x.full_tensor() if isinstance(x, DTensor) else x
             if self.world.main:
                 found[name] = x.cpu()

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 
 from sleep_ops.files import check_folder
 from sleep_ops.model.hybrid import SleepHybridModel
@@ -33,13 +32,16 @@ from sleep_ops.training.checkpoint import (
 from sleep_ops.training.config import RunConfig, resolve_device
 from sleep_ops.training.graph import StepGraphs
 from sleep_ops.training.logs import ProgressBar, RunLog
+from sleep_ops.training.offload import Offloaded
 from sleep_ops.training.optim import build_optimizers, set_learning_rates
 from sleep_ops.training.parallel import Replicated, World, local_device
+from sleep_ops.training.profiling import Trace
 from sleep_ops.training.run import (
     BOARD,
     CHECKPOINTS,
     EVAL_FILE,
     METRICS_FILE,
+    PROFILE,
     autocast,
     build_model,
     check_vocabulary,
@@ -49,8 +51,12 @@ from sleep_ops.training.run import (
     newest_checkpoint,
     select_parameters,
 )
+from sleep_ops.training.usage import ModelFlops, peak_flops, peak_memory
 
-_COLUMNS = ["step", "tokens", "loss", "grad_norm", "lr_muon", "lr_adamw", "passes", "skipped", "tokens_per_second"]
+_COLUMNS = [
+    *("step", "tokens", "loss", "grad_norm", "lr_muon", "lr_adamw", "passes", "skipped"),
+    *("tokens_per_second", "mfu", "peak_memory"),
+]
 _EVAL_SEED = 0
 
 
@@ -142,6 +148,7 @@ class Trainer:
                 got = f"True with a {type(self.model).__name__}"
                 raise ValueError(f"cuda_graph: expected False, or a SleepHybridModel to train, got {got}")
             self.graphs = StepGraphs(self.model, partial(autocast, t.precision, self.device))
+        self.flops, self.peak = ModelFlops(self.model), peak_flops(self.device)
         self.step, self.skipped, self.skipped_in_row, self.seconds = 0, 0, 0, 0.0
         self._saving: Saving | None = None
         self._told = False  # that rows differ
@@ -189,6 +196,7 @@ class Trainer:
             self._signals(),
             deterministic(self.device),
             ProgressBar(self.console, self.label, self.step, t.steps) as bar,
+            Trace(self.out / PROFILE, t.profile, self.device, self.world.rank) as trace,
             ThreadPoolExecutor(1, thread_name_prefix="data") as pool,
         ):
             self.world.on_main(lambda: stack.enter_context(locked(self.out)))
@@ -197,14 +205,17 @@ class Trainer:
             while not self._stopped() and self.step < last and not self.finished:
                 batch = coming.result()
                 coming = pool.submit(self._make_batch, self.step + 1)
-                row = self._train_step(batch.to(self.device))
+                with trace.step(self.step + 1):
+                    row = self._train_step(batch.to(self.device))
                 now = time.perf_counter()
                 self.seconds += now - mark
                 row["tokens_per_second"] = self._tokens(self.step - mark_step) / (now - mark)
+                row["mfu"] = row.pop("flops") / (now - mark) / (self.world.size * self.peak)
+                row["peak_memory"] = peak_memory(self.device)
                 mark, mark_step = now, self.step
                 log.train(row)
                 note = f"  {self.skipped} skipped" if self.skipped else ""
-                bar.update(self.step, row["loss"], row["tokens_per_second"], note)
+                bar.update(row, note)
                 if self.skipped_in_row >= t.max_skipped:
                     raise TrainingDiverged(
                         f"{self.label}: {self.skipped_in_row} steps in a row up to step {self.step} had a loss or "
@@ -282,15 +293,16 @@ class Trainer:
     def whole_model(self) -> nn.Module | None:
         """The model with all its parameters, in the first process; on the CPU if they were shared out.
 
-        Every process has to call it.
+        Of a LoRA run too, whose base is then float32. Every process has to call it.
         """
-        if type(self.layout) is Replicated:
+        if type(self.layout) is Replicated and "lora" not in self.config.model:
             return self.model if self.world.main else None
-        weights = self.layout.weights()
+        weights = self.layout.assembled(model_tensors(self.model))
         if not self.world.main:
             return None
-        model = build_model(self.config, weights=False)
-        model.load_state_dict(weights)
+        model = build_model(self.config, weights=False, dtype=torch.float32)
+        for name, x in model_tensors(model).items():
+            x.copy_(weights[name])
         return model
 
     def _train_step(self, batch: Batch) -> dict:
@@ -325,6 +337,7 @@ class Trainer:
             "lr_adamw": rates["adamw"],
             "passes": passes or self.passes or math.nan,
             "skipped": self.skipped,
+            "flops": self.flops(batch.loss_mask, passes),
         }
 
     def _loss_and_gradients(self, batch: Batch) -> Tensor:
@@ -376,11 +389,17 @@ class Trainer:
             given["group"] = torch.distributed.group.WORLD
         elif alike:
             given["all_logits"] = True
-        for part in batch.split(t.micro_batch or t.batch_size):
-            share = int(part.loss_mask.sum()) / total
-            if share == 0 and not self._by_columns:
+        parts = batch.split(t.micro_batch or t.batch_size)
+        parts = [part for part in parts if self._by_columns or part.loss_mask.any()]
+        rounded = t.param_dtype != "float32"  # gradients may then be summed between parts, by all processes together
+        for i in range(self.world.max([len(parts)])[0] if rounded else len(parts)):
+            if i and rounded:
+                self.layout.add_up()
+            if i >= len(parts):
                 continue
-            offload = save_on_cpu(self.device.type == "cuda") if t.offload else nullcontext()
+            part = parts[i]
+            share = int(part.loss_mask.sum()) / total
+            offload = Offloaded(self.model.parameters()) if t.offload else nullcontext()
             with autocast(t.precision, self.device), offload:
                 out = self.model(part.input_ids, **part.arguments(), return_logits=False, return_state=False, **given)
             loss = out.loss * share

@@ -24,11 +24,12 @@ from sleep_ops.reference import sleep_gated_delta_rule_reference
 SM90 = ("16-bit", None, None, "sm90")
 CHUNKS_OF_32 = {SM90: LAUNCHES["16-bit", None, None, None]}
 CHUNKS_OF_64 = {("16-bit", None, None, None): (64, (16, 1, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1))}  # sm_90 has its own
-FEW_PROGRAMS = {SM90: (64, (16, 1, 1), (32, 4, 3), (32, 4, 3), (64, 4, 1))}  # by sweep_launch of kernels/configs.py
+FEW_PROGRAMS = {SM90: (64, (16, 1, 1), (32, 4, 3), (32, 4, 3), (32, 4, 3))}  # by sweep_launch of kernels/configs.py
 ONE_PASS = ("chunk_prepare", "chunk_scan", "chunk_reverse", "gate_backward")
 WHOLE = (*ONE_PASS, "chunk_grad")
 LONG = (*ONE_PASS, "chunk_grad_long")
 SINGLE_CHUNK = ("single_chunk_forward", "single_chunk_backward")
+REPLAY = (*SINGLE_CHUNK, "replay_forward", "replay_backward")
 CONVOLUTION = tuple(f"short_conv_{name}" for name in ("forward", "z_backward", "x_backward", "state_backward"))
 NORM = ("gated_norm_forward", "gated_norm_backward")
 
@@ -54,14 +55,14 @@ PASSES = [
     Problem("K96-V256", gated(133, 96, 256), WHOLE),
     Problem("K256-V256", gated(69, 256, 256, heads=(1, 1)), WHOLE),
     Problem("packed", Case("packed", lengths=(40, 0, 133, 1, 27), dims=(64, 64), options=NEGATIVE), WHOLE),
-    Problem("plain", Case("plain", T=133, dims=(64, 64), heads=(2, 2), B=2, initial_state=False), WHOLE),
+    Problem("plain", Case("plain", T=133, dims=(64, 64), heads=(2, 2), B=2, initial_state=False, strided=True), WHOLE),
     Problem("hebbian", Case("h", T=133, dims=(64, 64), heads=(1, 2), rule="hebbian", options=GATED), WHOLE),
     Problem("long-chunks-K64-V64", gated(260, 64, 64), LONG, CHUNKS_OF_64, quick=True),
     Problem("long-chunks-K128-V128", gated(260, 128, 128, heads=(1, 1)), LONG, CHUNKS_OF_64),
     Problem("long-chunks-K60-V100", gated(260, 60, 100), LONG, CHUNKS_OF_64),
     Problem("long-chunks-K96-V256", gated(260, 96, 256), LONG, CHUNKS_OF_64),
     Problem("long-chunks-few-programs", gated(325, 128, 128, heads=(1, 1)), LONG, CHUNKS_OF_64 | FEW_PROGRAMS),
-    Problem("long-chunks-packed", Case("packed", lengths=(70, 0, 1, 260), dims=(64, 64)), LONG, CHUNKS_OF_64),
+    Problem("long-chunks-packed", Case("p", lengths=(70, 0, 1, 260), dims=(64, 64), strided=True), LONG, CHUNKS_OF_64),
     Problem(
         "long-chunks-hebbian",
         Case("h", T=260, dims=(64, 64), heads=(1, 2), rule="hebbian", options=GATED),
@@ -74,7 +75,7 @@ PASSES = [
     Problem("single-chunk-K96-V256", gated(31, 96, 256), SINGLE_CHUNK),
     Problem("single-chunk-K256-V256", gated(16, 256, 256, heads=(1, 1)), SINGLE_CHUNK),
     Problem("single-chunk-short", gated(5, 64, 64, B=2), SINGLE_CHUNK),
-    Problem("single-chunk-fresh", gated(24, 64, 64, B=2, initial_state=False), SINGLE_CHUNK),
+    Problem("single-chunk-fresh", gated(24, 64, 64, B=2, initial_state=False, strided=True), SINGLE_CHUNK),
     Problem("single-chunk-hebbian", Case("h", T=24, dims=(64, 64), heads=(1, 2), B=2, rule="hebbian"), SINGLE_CHUNK),
 ]
 SLEEPS = [
@@ -84,6 +85,14 @@ SLEEPS = [
     Problem("packed", Case("packed", lengths=(50, 0, 30), dims=(64, 64), options=GATED), WHOLE),
     Problem("hebbian", Case("h", T=100, dims=(64, 64), heads=(1, 2), rule="hebbian", options=GATED), WHOLE),
     Problem("long-chunks", gated(260, 64, 64), LONG, CHUNKS_OF_64),
+    Problem("single-chunk-K64-V64", gated(24, 64, 64, B=2), REPLAY, quick=True),
+    Problem("single-chunk-K128-V128", gated(32, 128, 128), REPLAY),
+    Problem("single-chunk-K60-V100", gated(29, 60, 100, B=2), REPLAY),
+    Problem("single-chunk-K96-V256", gated(31, 96, 256), REPLAY),
+    Problem("single-chunk-K256-V256", gated(16, 256, 256, heads=(1, 1)), REPLAY),
+    Problem("single-chunk-short", gated(5, 64, 64, B=2), REPLAY),
+    Problem("single-chunk-fresh", gated(24, 64, 64, B=2, initial_state=False), REPLAY),
+    Problem("single-chunk-hebbian", Case("h", T=24, dims=(64, 64), heads=(1, 2), B=2, rule="hebbian"), REPLAY),
 ]
 
 
@@ -118,8 +127,8 @@ def test_one_pass(problem, arch, dtype):
 
 @pytest.mark.parametrize(("problem", "arch", "dtype"), params(SLEEPS))
 def test_sleep(problem, arch, dtype):
-    """Four passes over windows of 40 (of 150 with long chunks): the widened kernels."""
-    sleep = {"passes": 4, "window": 40 if problem.rows is CHUNKS_OF_32 else 150}
+    """Four passes over windows of 40 (of 150 with long chunks): the widened kernels. Six over one of a single chunk."""
+    sleep = {"passes": 6 if problem.kernels is REPLAY else 4, "window": 40 if problem.rows is CHUNKS_OF_32 else 150}
     with launch_table("LAUNCHES", problem.rows), on_gpu(arch) as emulator:
         check_two_times(
             run_triton(sleep_gated_delta_rule, **sleep),
@@ -159,6 +168,22 @@ def test_float32(arch):
     with on_gpu(arch) as emulator:
         check_two_times(run_triton(gated_delta_rule), gated(70, 32, 32), torch.float32, "cpu")
     check_silent(emulator, *WHOLE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [90, 80])
+def test_replay_in_float32(arch):
+    sleep = {"passes": 6}
+    with on_gpu(arch) as emulator:
+        check_two_times(
+            run_triton(sleep_gated_delta_rule, **sleep),
+            gated(13, 32, 32),
+            torch.float32,
+            "cpu",
+            specification=lambda *tensors, **options: sleep_gated_delta_rule_reference(*tensors, **sleep, **options),
+            plain=lambda *tensors, **options: sleep_gated_delta_rule(*tensors, impl="torch", **sleep, **options),
+        )
+    check_silent(emulator, *REPLAY)
 
 
 def drawn(shapes: dict[str, tuple], dtype: str) -> dict[str, torch.Tensor]:

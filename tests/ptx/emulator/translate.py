@@ -25,6 +25,7 @@ UNARY = {
     "cos": "np.cos({a})",
     "tanh": "np.tanh({a})",
 }
+UNDEFINED = 0x5AA5C33C5AA5C33C  # of a register that nothing writes: LLVM's undefined bits, which must not count
 BINARY = {"add": "{a} + {b}", "sub": "{a} - {b}", "and": "{a} & {b}", "or": "{a} | {b}", "xor": "{a} ^ {b}"}
 
 
@@ -36,6 +37,7 @@ class Translator(MemoryInstructions):
         self.constants: list[Any] = []
         self.numbers: dict[tuple[str, Any], int] = {}
         self.labels = {b.label: b.index for b in program.blocks if b.label}
+        self.written = {register for b in program.blocks for ins in b.instructions for register in ins.results()}
         for block in program.blocks:
             lines = ["def block(m, R):"]
             end = block.index + 1 if block.index + 1 < len(program.blocks) else -1
@@ -76,6 +78,8 @@ class Translator(MemoryInstructions):
             return f"m.special({operand.value!r})"
         if operand.kind != "register":
             raise Unsupported(f"operand {operand}")
+        if operand.value not in self.written:
+            return self.number(UNDEFINED, type_)
         width, dtype = self.program.widths[operand.value], np.dtype(TYPES[type_])
         name = f"R[{operand.value}]"
         if (type_ == "pred") != (width == 0):

@@ -1,0 +1,127 @@
+"""Token sequences one after another, in memory or in files that are read where they are needed.
+
+A folder of `stored` has
+
+    tokens.bin                                        int32, as many as there are
+    starts.npy, ends.npy, answers.npy, levels.npy     int64, one for each example
+    top.txt                                           the largest token
+"""
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from sleep_ops.files import whole_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+Example: TypeAlias = tuple[np.ndarray, int, int]  # tokens int32, place of the first one to predict, level
+
+_TOKENS, _TOP = "tokens.bin", "top.txt"
+
+
+class Examples(NamedTuple):
+    """Of a file, or some of them.
+
+    tokens: int32 [total].
+    starts, ends: int64 [n], where each example's are.
+    answers: int64 [n], where in its sequence each example's first predicted token is.
+    levels: int64 [n], of difficulty, -1 where none is given.
+    top: the largest token.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    answers: np.ndarray
+    levels: np.ndarray
+    top: int
+
+    def sequence(self, i: int) -> np.ndarray:
+        """The tokens of an example."""
+        return self.tokens[self.starts[i] : self.ends[i]]
+
+    def given(self, count: int | None = None) -> list[bytes]:
+        """The tokens to predict of the first so many examples, or of all."""
+        return [self.sequence(i)[self.answers[i] :].tobytes() for i in range(len(self.answers[:count]))]
+
+    def take(self, which: np.ndarray) -> "Examples":
+        """The examples of these numbers, the tokens of all kept."""
+        return self._replace(**{name: getattr(self, name)[which] for name in _PLACES})
+
+    def hash_into(self, digest) -> None:
+        """Adds the tokens one after another, where each example then begins, and the rest."""
+        for i in range(len(self.answers)):
+            digest.update(self.sequence(i).tobytes())
+        starts = np.concatenate([[0], np.cumsum(self.ends - self.starts)])
+        for values in (starts, self.answers, self.levels):
+            digest.update(values.tobytes())
+
+
+_PLACES = ("starts", "ends", "answers", "levels")
+
+
+def gathered(found: Iterable[Example]) -> Examples:
+    """These examples, in memory; there has to be one."""
+    parts: list[np.ndarray] = []
+    places, top = _gather(found, parts.append)
+    return Examples(np.concatenate(parts), **places, top=top)
+
+
+def stored(folder: Path, key: str, found: Callable[[], Iterable[Example]]) -> Examples:
+    """The same, in files of `folder`/`key`, which are written if they are not there yet.
+
+    One process writes, and others that ask for them wait.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / key
+    with _alone(folder / ".lock"):
+        if not place.is_dir():
+            with whole_folder(place) as unfinished:
+                with (unfinished / _TOKENS).open("wb") as file:
+                    places, top = _gather(found(), lambda tokens: file.write(tokens.tobytes()))
+                for name, values in places.items():
+                    np.save(unfinished / f"{name}.npy", values)
+                (unfinished / _TOP).write_text(str(top))
+    tokens = np.memmap(place / _TOKENS, dtype=np.int32, mode="r")
+    places = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in _PLACES}
+    return Examples(tokens, **places, top=int((place / _TOP).read_text()))
+
+
+def _gather(found: Iterable[Example], put: Callable[[np.ndarray], object]) -> tuple[dict[str, np.ndarray], int]:
+    """Hands on the tokens of examples; returns where they are, and the largest one."""
+    ends, answers, levels, top, end = array("q"), array("q"), array("q"), 0, 0
+    for tokens, answer, level in found:
+        put(tokens)
+        end, top = end + len(tokens), max(top, int(tokens.max()))
+        for values, value in ((ends, end), (answers, answer), (levels, level)):
+            values.append(value)
+    stops = np.array(ends, dtype=np.int64)
+    places = dict(starts=np.concatenate([[0], stops[:-1]]).astype(np.int64), ends=stops)
+    return places | {"answers": np.array(answers, np.int64), "levels": np.array(levels, np.int64)}, top
+
+
+def file_key(*parts: object) -> str:
+    """A name for what is made of these: paths count by their sizes and times, the rest by what it is."""
+    digest = hashlib.sha256()
+    for part in parts:
+        found = (str(part.resolve()), part.stat().st_size, part.stat().st_mtime_ns) if isinstance(part, Path) else part
+        digest.update(repr(found).encode())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Waits until no other process is in here."""
+    with lock.open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
