@@ -72,7 +72,7 @@ def rehearsed(config, processes=1, **options):
 
 def assert_same(phases, expected):
     """But for numbers alone, which the host makes in other ways."""
-    assert phases.keys() == expected.keys() == {"backward", "sums", "updates"}
+    assert phases.keys() == expected.keys() and {"backward", "updates"} <= expected.keys()
     for phase, kinds in expected.items():
         for kind in kinds.keys() | phases[phase].keys():
             assert abs(phases[phase].get(kind, 0) - kinds.get(kind, 0)) <= 512, (phase, kind)

@@ -49,8 +49,8 @@ _FLOPS = flop_registry | {
 class Step(NamedTuple):
     """What a step of one process comes to.
 
-    phases: bytes by kind when each phase ("backward", forward included, "sums" of gradients,
-        "updates") has the most of them; see `watched`.
+    phases: bytes by kind when each phase ("backward", forward included, "sums" of gradients where
+        they are a phase of their own, "updates") has the most of them; see `watched`.
     host: bytes in the host's memory at most.
     flops: floating-point operations of products of matrices and attention.
     sent: bytes that processes exchange, of each collective the whole.
@@ -120,7 +120,7 @@ class Rehearsal(Trainer):
         self.console, self.graphs, self.step = Console(quiet=True), None, 0
         self.skipped = self.skipped_in_row = 0
         self._told, self.count = False, count
-        self.flops = lambda *_: 0  # those that are counted are others: all that are done
+        self.flops = lambda *_: 0  # type: ignore[assignment]
         with torch.device("meta"):
             model = _faked(build(), count.fakes)
         model.to = lambda device: model  # where it is already
