@@ -604,9 +604,10 @@ class TestLossAlone:
         model, ids = sleeping(), tokens(1, 20)
         with pytest.raises(ValueError, match="labels: expected a tensor with return_logits=False, got None"):
             model(ids, return_logits=False)
-        for asked in (dict(all_logits=True), dict(logits_to_keep=2)):
-            with pytest.raises(ValueError, match="all_logits: expected None or False with return_logits=False"):
-                model(ids, labels=ids, return_logits=False, **asked)
+        with pytest.raises(ValueError, match="logits_to_keep: expected 0 with return_logits=False, got 2"):
+            model(ids, labels=ids, return_logits=False, logits_to_keep=2)
+        every = model(ids, labels=ids, return_logits=False, all_logits=True)
+        assert every.logits is None and torch.equal(every.loss, model(ids, labels=ids, return_logits=False).loss)
 
     def test_no_names_are_left_in_a_tuple(self):
         model, ids = sleeping(), tokens(1, 20)

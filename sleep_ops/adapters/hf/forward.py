@@ -126,8 +126,9 @@ def forward(
         input_ids, attention_mask, position_ids, state, cu_seqlens if cu_seqlens is not None else cu_seq_lens_q, seq_idx
     )
     targets = inputs.shifted(labels, shift_labels, input_ids)
+    chosen = isinstance(logits_to_keep, Tensor) or logits_to_keep > 0
+    expect(return_logits or not chosen, "logits_to_keep", "0 with return_logits=False", logits_to_keep)
     if all_logits is None:
-        chosen = isinstance(logits_to_keep, Tensor) or logits_to_keep > 0
         all_logits = chosen or (return_logits and (targets is None or not self.training))
     call = Call(
         input_ids, targets, loss_mask, attention_mask, passes, state, borders, windows_by,
