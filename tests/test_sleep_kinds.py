@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 from cases import slow_unless
-from small import HYBRIDS, REFINE, REPLAY, VOCAB, assert_same_state, hybrid, same, tiny, tokens
+from small import HYBRIDS, REFINE, REPLAY, VOCAB, WINDOW, assert_same_state, hybrid, same, tiny, tokens
 
 from sleep_ops import HybridConfig, SleepHybridModel, SleepSession
+from sleep_ops.training.memory import LiveBytes
 
 BOTH = pytest.mark.parametrize("kind", ["refine", "replay"])
 SETTINGS = pytest.mark.parametrize("settings", REFINE + REPLAY)
@@ -86,6 +87,31 @@ def test_padding_and_packing_change_nothing(settings):
                     same(s.conv_state[b], t.conv_state[0])
     packed = model(torch.cat(texts, dim=1), cu_seqlens=torch.tensor([0, 13, 23, 26]))
     same(packed.logits, torch.cat([o.logits for o in whole], dim=1))
+
+
+@SETTINGS
+@pytest.mark.parametrize("recompute", ["block", "window"])
+def test_however_much_is_recomputed_at_a_time_gradients_are_the_same(settings, recompute):
+    ids, labels, grads = tokens(), tokens(seed=2), []
+    for changes in ({}, dict(activation_checkpointing=True, recompute=recompute)):
+        model = tiny(**settings, **changes).train()
+        model(ids, labels=labels).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters()})
+    for name in grads[0]:
+        same(grads[0][name], grads[1][name])
+
+
+def test_what_is_stored_for_windows_does_not_grow_with_the_passes():
+    stored = {}
+    for recompute in ("pass", "block", "window"):
+        for passes in (2, 5):
+            model = tiny(passes=passes, activation_checkpointing=True, recompute=recompute).train()
+            with LiveBytes() as live:
+                loss = model(tokens(2, 6 * WINDOW), labels=tokens(2, 6 * WINDOW), return_state=False).loss
+                stored[recompute, passes] = sum(live.now.values())
+            loss.backward()
+    assert stored["window", 5] == stored["window", 2] < stored["pass", 2] < stored["pass", 5]
+    assert stored["pass", 5] < stored["block", 5]
 
 
 @SETTINGS

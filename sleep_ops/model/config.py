@@ -15,7 +15,7 @@ SLEEP_KINDS = ("refine", "replay")
 EVICTIONS = ("hard", "sliding")
 SLEEP_ON = ("every", "unlabelled")
 CONV_BOUNDARIES = ("snapshot", "zero")
-RECOMPUTE = ("pass", "block")
+RECOMPUTE = ("pass", "block", "window")
 _GDN_SIZES = ("gdn_num_heads", "gdn_num_v_heads", "gdn_head_dim", "gdn_head_v_dim")
 _CHOICES = {
     "sleep_kind": SLEEP_KINDS,
@@ -52,8 +52,10 @@ class SleepSettings:
         More work for the device at a time, and the activations of all windows.
     activation_checkpointing: recompute activations in the backward pass instead of storing them; what is replayed stays
         stored.
-    recompute: how much at a time: a "pass" over a window, or a "block"'s part of it, which stores a hidden state for
-        every block but has the activations of one block alone at a time.
+    recompute: how much at a time. A "pass" over a window stores the hidden states that each pass is fed with. A
+        "block"'s part of it stores those of every block, but has the activations of one block alone at a time. A
+        "window" stores no hidden states at all, only what windows leave to the next: its passes are computed three
+        times, pass by pass the last time.
     """
 
     window: int | None

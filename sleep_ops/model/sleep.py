@@ -22,11 +22,11 @@ be infinite.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from sleep_ops import ragged
@@ -72,6 +72,10 @@ class Reading:
         """Algorithm 1."""
         stack, N = self.stack, self.passes
         for span in self.spans:
+            if stack.recompute == "window" and not span.windows:
+                h, self.state = stack.recomputed(self._window, True)(span, self.state)
+                yield span, h
+                continue
             h = self.embed(ragged.take(self.ids, span.starts, span.lengths))  # h <- Embed(c)
             if span.windows:  # all at once
                 h, self.state = stack.read(h, self.state, span, passes=N, group=self.group)
@@ -84,6 +88,13 @@ class Reading:
             self.state = stack.sleep(self.state, passes=N, rows=span.asleep)  # passes 2..N: h, S <- Blocks(h, S)
             self.state = stack.evict(self.state, rows=span.full)  # keys and values are forgotten, S is not
 
+    def _window(self, span: Span, state: SleepState) -> tuple[Tensor | None, SleepState]:
+        """The same over one span, as one function, of which the backward keeps `state` alone."""
+        h = self.embed(ragged.take(self.ids, span.starts, span.lengths))
+        h, state = self.stack.wake(h, state, span, passes=self.passes)
+        state = self.stack.sleep(state, passes=self.passes, rows=span.asleep)
+        return h, self.stack.evict(state, rows=span.full)
+
 
 class SleepStack:
     """The blocks of a model and the rules by which they wake, sleep and forget.
@@ -94,8 +105,8 @@ class SleepStack:
         in the pass before; None for h itself.
     feed_from_input: loop_input is what the loop was fed awake; otherwise it is None.
     training: in training activations are checkpointed, if the settings say so. Recomputed at a time
-        is one pass over one window, or a block's part of it, or all replays of a block over it, of
-        which the writes are stored.
+        is one pass over one window, or a block's part of it, or all of the window, or all replays of
+        a block over it, of which the writes are stored.
     random: blocks draw random numbers (dropout), the same ones again when they are recomputed.
     """
 
@@ -243,7 +254,7 @@ class SleepStack:
                 writes = ReplayInputs(*(x.index_select(0, index) for x in writes))
                 fast_weights = fast_weights.index_select(0, index)
             writes = ReplayInputs(*(x[:, : max(lengths)] for x in writes))
-            replay = self._recomputed(self.blocks[i].replay, self.recompute is not None)
+            replay = self.recomputed(self.blocks[i].replay, self.recompute is not None)
             new = replay(writes, fast_weights, passes - 1, real)
             if index is not None:
                 new = state.blocks[i].fast_weights.index_copy(0, index, new)
@@ -336,7 +347,7 @@ class SleepStack:
         def run(h: Tensor, states: tuple) -> tuple[Tensor | None, tuple, tuple]:
             after, writes = [], []
             for i, state in zip(indices, states, strict=True):
-                block = self._recomputed(self.blocks[i], self.recompute == "block")
+                block = self.recomputed(self.blocks[i], self.recompute == "block")
                 where = context if asleep is None or i not in self.replayed else asleep
                 h, state, new = block(h, state, where, output=output or i != indices[-1])
                 after.append(state)
@@ -344,14 +355,28 @@ class SleepStack:
             return h, tuple(after), tuple(writes)
 
         inside = slice(indices.start, indices.stop)
-        h, states, written[inside] = self._recomputed(run, self.recompute == "pass")(h, blocks[inside])
+        h, states, written[inside] = self.recomputed(run, self.recompute in ("pass", "window"))(h, blocks[inside])
         return h, blocks[: indices.start] + states + blocks[indices.stop :], tuple(written)
 
-    def _recomputed(self, function: Callable, wanted: bool) -> Callable:
+    def recomputed(self, function: Callable, wanted: bool) -> Callable:
         """The function; if `wanted`, what it stores for its backward are its inputs alone."""
-        if wanted and torch.is_grad_enabled():
-            return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=self.random)
-        return function
+        if not (wanted and torch.is_grad_enabled()):
+            return function
+
+        def stored(*args, **kwargs):
+            # Tensors one by one: in a tuple they would outlive what is recomputed with them in it.
+            leaves, form = tree_flatten((args, kwargs))
+            tensors = [x for x in leaves if isinstance(x, Tensor)]
+            others = [None if isinstance(x, Tensor) else (x,) for x in leaves]
+
+            def run(*tensors: Tensor):
+                left = iter(tensors)
+                args, kwargs = tree_unflatten([next(left) if x is None else x[0] for x in others], form)
+                return function(*args, **kwargs)
+
+            return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=self.random)
+
+        return stored
 
     def _check_begun(self, state: SleepState, passes: int | float) -> None:
         """Raises ValueError unless the open window was begun with further passes in view."""
