@@ -550,6 +550,33 @@ def test_padding_reaches_the_model(size, tmp_path):
     assert moved.loss_mask is batch.loss_mask and moved.windows_by == "positions"
 
 
+def test_what_was_just_written_is_kept_behind_a_damaged_one(tmp_path):
+    saved(tmp_path, 6, tensors(1))
+    (saved(tmp_path, 8, tensors(2)) / SHARD).write_bytes(b"")
+    path = saved(tmp_path, 7, tensors(3), keep=1)
+    assert list_checkpoints(tmp_path) == [path] and load_newest(tmp_path, print).step == 7
+    saved(tmp_path, 9, tensors(4), keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000007", "step-00000009"]
+
+
+@pytest.mark.parametrize("change", [{"step": 2}, {"files": {}}], ids=["step", "files"])
+def test_a_manifest_of_something_else_is_passed_over(tmp_path, change):
+    saved(tmp_path, 1, tensors(1))
+    manifest = saved(tmp_path, 3, tensors(2)) / MANIFEST_FILE
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+    told = []
+    assert load_newest(tmp_path, told.append).step == 1
+    assert len(told) == 1 and "step-00000003: damaged (its manifest" in told[0]
+
+
+@pytest.mark.parametrize("changes", [dict(reshard="call"), dict(replicas=2)])
+def test_what_only_sharded_runs_have_is_refused_in_others(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"^{name}: expected .* but with parallel 'fsdp'"):
+        TrainConfig(**changes)
+    TrainConfig(parallel="fsdp", **changes)
+
+
 def test_a_checkpoint_of_another_version_is_named(tmp_path):
     path = saved(tmp_path, 1, tensors())
     manifest = path / MANIFEST_FILE

@@ -130,8 +130,9 @@ def save_checkpoint(
             files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
             manifest = {"version": _VERSION, "step": step, "files": files}
             (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        if keep is not None:
-            for old in list_checkpoints(folder)[:-keep]:
+        if keep is not None:  # what was just written stays, whatever stands behind it in number
+            others = [path for path in list_checkpoints(folder) if path != final]
+            for old in others[: max(len(others) - keep + 1, 0)]:
                 remove(old)
         return final
 
@@ -161,7 +162,12 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
         manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
         if manifest["version"] != _VERSION:
             raise CheckpointError(f"{path}: expected checkpoint version {_VERSION}, got {manifest['version']!r}")
-        for name, expected in manifest["files"].items():
+        step, files = int(manifest["step"]), manifest["files"]
+        if checkpoint_path(path.parent, step).name != path.name:
+            raise CheckpointError(f"{path}: damaged (its manifest is of step {step})")
+        if STATE_FILE not in files or not any(name.endswith(".safetensors") for name in files):
+            raise CheckpointError(f"{path}: damaged (its manifest lists no state or no tensors)")
+        for name, expected in files.items():
             size = (path / name).stat().st_size
             if size != expected["bytes"] or (verify and _fingerprint(path / name) != expected):
                 raise CheckpointError(f"{path / name}: damaged (it is not what the manifest describes)")
@@ -170,7 +176,7 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
 
         found = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
         tensors = {name: (x.size, x.properties.dtype) for name, x in found.items()}  # type: ignore[union-attr]
-        return Checkpoint(path, int(manifest["step"]), state, tensors)
+        return Checkpoint(path, step, state, tensors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: incomplete or damaged ({error})") from error
 

@@ -148,6 +148,9 @@ class TrainConfig:
         check_choice("param_dtype", self.param_dtype, PARAM_DTYPES)
         check_choice("reshard", self.reshard, RESHARD)
         check_counts(self, replicas=1)
+        for name, default in (("reshard", "step"), ("replicas", 1)):
+            if self.parallel != "fsdp" and getattr(self, name) != default:
+                raise ValueError(f"{name}: expected {default!r} but with parallel 'fsdp', got {getattr(self, name)!r}")
         for name, needed in (("parallel", "ddp"), ("split", "batch"), ("param_dtype", "float32"), ("offload", False)):
             if self.cuda_graph and getattr(self, name) != needed:
                 raise ValueError(f"{name}: expected {needed!r} with cuda_graph, got {getattr(self, name)!r}")

@@ -168,7 +168,10 @@ def _step(build: Callable, recipe: TrainConfig, sleep: dict, tokens: int, proces
 
     # Every window but the last sleeps. Replays cost the same however many.
     refining = sleep.get("sleep_kind", "refine") == "refine" and passes > 1
-    if windows + (windows - 1) * (passes - 1 if refining else 0) <= _PASSES or windows < 5:
+    few = windows + (windows - 1) * (passes - 1 if refining else 0) <= _PASSES or windows < 5
+    # Where a window or a block is recomputed at a time, the peak is not linear in windows and passes.
+    by_pass = not sleep.get("activation_checkpointing") or sleep.get("recompute", "pass") == "pass"
+    if few or not by_pass or sleep.get("backprop_passes") is not None:
         step = rehearsed(windows, passes)
     elif not refining or passes == 2:
         step = _combined((rehearsed(3, passes), 4 - windows), (rehearsed(4, passes), windows - 3))
