@@ -15,11 +15,11 @@ class Offloaded(saved_tensors_hooks):
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
-        self._own = {p.untyped_storage().data_ptr() for p in parameters}
+        self._own = {p.untyped_storage()._cdata for p in parameters}  # of sharded ones, which may be empty now, too
         super().__init__(self._pack, _unpack)
 
     def _pack(self, x: Tensor) -> Any:
-        if x.untyped_storage().data_ptr() in self._own:
+        if x.untyped_storage()._cdata in self._own:
             return x
         return x.device, torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x)
 

@@ -113,7 +113,7 @@ class Replicated:
     def __init__(self, model: nn.Module, world: World, device: torch.device, dtype: torch.dtype | None = None):
         self.model, self.world, self.dtype = model.to(device), world, dtype
         self.parameters = list(model.parameters())
-        self._computing: list[nn.Parameter] = []  # what forward and backward compute with, in a step
+        self.computing: list[nn.Parameter] = []  # what forward and backward compute with, in a step
 
     @contextmanager
     def gathered(self) -> Iterator[list[nn.Parameter]]:
@@ -130,10 +130,10 @@ class Replicated:
 
         alike: the processes will call the same blocks in the same order, backward too.
         """
-        with self.gathered() as self._computing:
+        with self.gathered() as self.computing:
             yield
         self.add_up()
-        self._computing = []
+        self.computing = []
         self._sum()
 
     def add_up(self) -> None:
@@ -143,7 +143,7 @@ class Replicated:
         """
         if self.dtype is None:  # those of the parts are summed where they are
             return
-        for p, computing in zip(self.parameters, self._computing, strict=True):
+        for p, computing in zip(self.parameters, self.computing, strict=True):
             if computing.grad is not None:
                 gradient, computing.grad = computing.grad.to(p.dtype), None
                 p.grad = gradient if p.grad is None else p.grad.add_(gradient)

@@ -153,7 +153,7 @@ class Sharded(Replicated):
     def gradients(self, alike: bool = False) -> Iterator[None]:
         if self.reshard == "call" and alike:
             self._hooked(True)
-            self._computing = self.whole
+            self.computing = self.whole
             yield
             self._hooked(False)
             self.add_up()
@@ -169,8 +169,8 @@ class Sharded(Replicated):
 
     def add_up(self) -> None:
         """Over the processes too: what is whole has to make room for the next part's."""
-        gradients = self._gradients(self._computing)
-        for computing in self._computing:
+        gradients = self._gradients(self.computing)
+        for computing in self.computing:
             computing.grad = None
         for i, p in enumerate(self.parameters):
             gradient, gradients[i] = gradients[i], None

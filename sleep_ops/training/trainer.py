@@ -399,7 +399,7 @@ class Trainer:
                 continue
             part = parts[i]
             share = int(part.loss_mask.sum()) / total
-            offload = Offloaded(self.model.parameters()) if t.offload else nullcontext()
+            offload = Offloaded(self.layout.computing) if t.offload else nullcontext()
             with autocast(t.precision, self.device), offload:
                 out = self.model(part.input_ids, **part.arguments(), return_logits=False, return_state=False, **given)
             loss = out.loss * share
