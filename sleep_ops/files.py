@@ -8,6 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 _PARTIAL = ".partial-"
 
@@ -85,6 +91,15 @@ def whole_folder(final: Path) -> Iterator[Path]:
         raise
     for left in final.parent.glob(f"{_PARTIAL}*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def keep_others_out(file: IO, *, wait: bool = True) -> None:
+    """Until `file` is closed no other process gets past here with it; waits for that, or raises OSError.
+
+    Nobody is kept out where the system has no such locks.
+    """
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

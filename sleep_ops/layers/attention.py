@@ -102,9 +102,10 @@ def narrower(a: int | None, b: int | None) -> int | None:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x `[B, T, H, D]` over the halves of D, same dtype back."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # Over halves autograd would fill up and add four more tensors; over heads a CPU would go in steps of their size.
-    both = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-    cos, sin = (x.expand(*x.shape[:-2], *wide.shape[-2:]).contiguous() for x in both)
+    # Over halves autograd would fill up and add four more tensors.
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    if x.device.type == "cpu":  # which would go over heads in steps of their size
+        cos, sin = (y.expand(*y.shape[:-2], *wide.shape[-2:]).contiguous() for y in (cos, sin))
     return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 

@@ -22,6 +22,7 @@ be infinite.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from copy import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -207,10 +208,10 @@ class SleepStack:
         batch, n, L = len(span.lengths), len(span.windows), self.window
         begins = tuple(p + j * L for p in state.position for j in range(n))
         lengths, none = (L,) * (batch * n), (0,) * (batch * n)
-        context, asleep = (
-            SpanContext(lengths, none, begins, L, h.device, windows=n, sleep={"passes": N, "window": L, "group": group})
-            for N in (1, passes)
-        )
+        sleep = {"passes": 1, "window": L, "group": group}
+        context = SpanContext(lengths, none, begins, L, h.device, windows=n, sleep=sleep)
+        asleep = copy(context)  # with the same positions, worked out once
+        asleep.sleep = sleep | {"passes": passes}
         blocks = tuple(
             s if b.fast_weights else AttentionState(*(x.new_empty(batch * n, 0, *x.shape[2:]) for x in s))
             for b, s in zip(self.blocks, state.blocks, strict=True)

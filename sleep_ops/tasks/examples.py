@@ -9,19 +9,13 @@ A folder of `stored` has
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from sleep_ops.files import whole_folder
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
+from sleep_ops.files import keep_others_out, whole_folder
 
 Example: TypeAlias = tuple[np.ndarray, int, int]  # tokens int32, place of the first one to predict, level
 
@@ -83,7 +77,8 @@ def stored(folder: Path, key: str, found: Callable[[], Iterable[Example]]) -> Ex
     """
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / key
-    with _alone(folder / ".lock"):
+    with (folder / ".lock").open("w") as lock:
+        keep_others_out(lock)
         if not place.is_dir():
             with whole_folder(place) as unfinished:
                 with (unfinished / _TOKENS).open("wb") as file:
@@ -116,12 +111,3 @@ def file_key(*parts: object) -> str:
         found = (str(part.resolve()), part.stat().st_size, part.stat().st_mtime_ns) if isinstance(part, Path) else part
         digest.update(repr(found).encode())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Waits until no other process is in here."""
-    with lock.open("w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from sleep_ops.checks import expect
 from sleep_ops.tasks.base import Batch
 from sleep_ops.training.config import RunConfig, TrainConfig
+from sleep_ops.training.division import Division
 from sleep_ops.training.memory import LiveBytes
 from sleep_ops.training.optim import build_optimizers
 from sleep_ops.training.parallel import World
@@ -117,6 +118,7 @@ class Rehearsal(Trainer):
     def __init__(self, build: Callable[[], nn.Module], recipe: TrainConfig, processes: int, count: _FakeBytes):
         self.config, self.offload = RunConfig({}, {}, replace(recipe, offload=False)), recipe.offload
         self.device, self.world = torch.device("cpu"), _First(0, processes)
+        self.division = Division(self.config.train, self.world)
         self.console, self.graphs, self.step = Console(quiet=True), None, 0
         self.skipped = self.skipped_in_row = 0
         self._told, self.count = False, count

@@ -5,17 +5,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
 import torch
 from torch import nn
 
 from sleep_ops.adapters.loading import load_model
 from sleep_ops.adapters.lora import add_lora, inserted_blocks
-from sleep_ops.files import kind, remove
+from sleep_ops.files import keep_others_out, kind, remove
 from sleep_ops.layers.mixer import GDNMixer
 from sleep_ops.model.hybrid import HybridConfig, SleepHybridModel
 from sleep_ops.tasks import Task, build_task
@@ -121,15 +116,12 @@ def newest_checkpoint(config: RunConfig, folder: Path, warn, *, extend: bool = F
 @contextmanager
 def locked(folder: Path):
     """Hold a run folder against a second trainer, which would overwrite this one's records."""
-    if fcntl is None:
-        yield
-        return
     lock = folder / ".lock"
     if kind(lock) == "a folder":
         raise ValueError(f"{lock}: expected a file in a run folder, got a folder")
     with lock.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            keep_others_out(file, wait=False)
         except OSError as error:
             raise ValueError(f"{folder}: expected a folder of its own, got one another process trains in") from error
         yield

@@ -25,30 +25,25 @@ from torch.optim import Muon
 
 from sleep_ops.layers.block import Block
 from sleep_ops.layers.sharded import gathered
+from sleep_ops.training.muon import SteppedMuon
 from sleep_ops.training.parallel import Replicated, World
 
 _REPLICATE, _SHARD = "replicate", "shard"
 
 
-class ShardedMuon(Muon):
+class ShardedMuon(SteppedMuon):
     """Muon for sharded matrices: momentum stays in parts, updates are orthogonalised whole.
 
     Each is so in one of the processes that share a matrix, which take turns.
     """
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _take_step(self) -> None:
         turn = 0
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, group, turn)
                     turn += 1
-        return loss
 
     def _update(self, p: nn.Parameter, group: dict, turn: int) -> None:
         state = self.state[p]

@@ -30,6 +30,7 @@ from sleep_ops.training.checkpoint import (
     save_checkpoint,
 )
 from sleep_ops.training.config import RunConfig, resolve_device
+from sleep_ops.training.division import Division
 from sleep_ops.training.graph import StepGraphs
 from sleep_ops.training.logs import ProgressBar, RunLog
 from sleep_ops.training.offload import Offloaded
@@ -128,7 +129,8 @@ class Trainer:
         place = "meta" if self._shared and not self.world.main else "cpu"
         model = model or build_model(config, weights=checkpoint is None, device=place)
         check_vocabulary(model, self.task)
-        self._check_split(model)
+        self.division = Division(t, self.world)
+        self.division.check(model, self.task)
         self.passes = self._passes(model)
         select_parameters(model, t.trainable)
         self.layout = self._lay_out(model)
@@ -344,29 +346,14 @@ class Trainer:
         """The mean loss of the whole batch; its gradients, summed, are left in the parameters."""
         total, alike = int(batch.loss_mask.sum()), self._alike(batch)
         with self.layout.gradients(alike):
-            loss = self._own_loss(self._part(batch, self.world.rank), total, alike)
+            loss = self._own_loss(self.division.part(batch, self.world.rank), total, alike)
         return self.world.sum(loss)
 
-    def _part(self, batch: Batch, rank: int) -> Batch:
-        """What the process of this rank reads."""
-        size = self.world.size
-        if self._by_columns:
-            each = batch.input_ids.shape[1] // size
-            return batch.columns(slice(rank * each, (rank + 1) * each))
-        return batch.rows(slice(rank, None, size))
-
-    @property
-    def _by_columns(self) -> bool:
-        return self.config.train.split == "sequence" and self.world.size > 1
-
     def _alike(self, batch: Batch) -> bool:
-        """Whether all processes will call the same blocks in the same order, if all windows take part."""
-        t = self.config.train
-        if t.reshard != "call" or self.world.size == 1 or self._by_columns:
-            return self._by_columns
-        parts = [self._part(batch, r).split(t.micro_batch or t.batch_size) for r in range(self.world.size)]
-        same = len({len(p) for p in parts}) == 1 and all(bool(x.loss_mask.any()) for p in parts for x in p)
-        same = same and batch.attention_mask is None and sleeping(self.model).settings.sleep_on == "every"
+        """Whether blocks are gathered for each call: where all processes make the same ones."""
+        if self.config.train.reshard != "call" or self.world.size == 1:
+            return False
+        same = self.division.alike(batch, sleeping(self.model).settings)
         if not same and not self._told:
             self._told = True
             self.console.print("reshard: rows differ between processes, so such a step gathers parameters all at once")
@@ -385,19 +372,21 @@ class Trainer:
                         p.grad.mul_(share)
                 return loss * share
         given: dict = {} if passes is None else {"passes": passes}
-        if self._by_columns:
+        if self.division.by_columns:
             given["group"] = torch.distributed.group.WORLD
         elif alike:
             given["all_logits"] = True
-        parts = batch.split(t.micro_batch or t.batch_size)
-        parts = [part for part in parts if self._by_columns or part.loss_mask.any()]
-        rounded = t.param_dtype != "float32"  # gradients may then be summed between parts, by all processes together
-        for i in range(self.world.max([len(parts)])[0] if rounded else len(parts)):
+        parts: list[Batch | None] = [
+            part for part in batch.split(self.division.rows) if self.division.by_columns or part.loss_mask.any()
+        ]
+        rounded = t.param_dtype != "float32"
+        if rounded:  # gradients are summed between parts, by all processes together
+            parts += [None] * (self.world.max([len(parts)])[0] - len(parts))
+        for i, part in enumerate(parts):
             if i and rounded:
                 self.layout.add_up()
-            if i >= len(parts):
+            if part is None:
                 continue
-            part = parts[i]
             share = int(part.loss_mask.sum()) / total
             offload = Offloaded(self.layout.computing) if t.offload else nullcontext()
             with autocast(t.precision, self.device), offload:
@@ -441,22 +430,6 @@ class Trainer:
         if schedule != "fixed" and passes in (None, math.inf):
             raise ValueError(f"passes_schedule: expected 'fixed' for a model with passes {passes}, got {schedule!r}")
         return passes
-
-    def _check_split(self, model: nn.Module) -> None:
-        """Raises ValueError where each process is to read its part of a text and can't."""
-        if not self._by_columns:
-            return
-        found = find_sleeping(model)
-        settings = None if found is None else found.settings
-        able = settings is not None and settings.windows_at_once and settings.window
-        able = able and (settings.sleep_kind == "replay" or settings.passes == 1)
-        if not able:
-            expected = "'batch', or a model that reads windows_at_once, with one pass or by replay"
-            raise ValueError(f"split: expected {expected}, got {self.config.train.split!r}")
-        whole = self.world.size * settings.window
-        if self.task.seq_len % whole:
-            expected = f"texts of a multiple of {whole} tokens, whole windows for each process"
-            raise ValueError(f"split: expected {expected}, got {self.task.seq_len}")
 
     @property
     def _shared(self) -> bool:
@@ -504,11 +477,10 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state, world = checkpoint.state, self.world
-        checkpoint.fill(model_tensors(self.model), world)
-        load_optimizers(checkpoint, self.model, self.optimizers.values(), world)
         # Fewer processes than these, or some without a GPU, may have written it.
         known = {name: x for name, x in self._generators().items() if name in checkpoint.tensors}
-        checkpoint.fill(known, world)
+        checkpoint.fill(model_tensors(self.model) | known, world)
+        load_optimizers(checkpoint, self.model, self.optimizers.values(), world)
         for name, x in known.items():
             torch.set_rng_state(x) if name.endswith("cpu") else torch.cuda.set_rng_state(x, self.device)
         self.step, self.seconds = checkpoint.step, state["seconds"]
