@@ -401,7 +401,8 @@ def test_finetuning_writes_the_model_of_one_process(family, folder, ranks):
 
 @pytest.mark.slow
 def test_one_process_alone_builds_a_model_with_values(ranks):
-    assert set(ranks[0]["devices"]) == {"cpu"} and set(ranks[1]["devices"]) == {"meta"}
+    # What the first puts a whole model together in has none at first either.
+    assert set(ranks[0]["devices"]) == {"cpu", "meta"} and set(ranks[1]["devices"]) == {"meta"}
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ else is a causal language model of transformers (extra: hf).
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -115,10 +115,16 @@ def save_model(module: nn.Module, folder: str | os.PathLike, source: str | os.Pa
     for pattern in TOKENIZER_FILES:
         for path in Path(source).glob(pattern):
             shutil.copyfile(path, folder / path.name)
-    dtypes = stored_dtypes(source)
-    ((commonest, _),) = Counter(dtypes.values()).most_common(1)
-    with replaced(model, lambda name, p: nn.Parameter(p.detach().to(dtypes.get(name, commonest)), p.requires_grad)):
+    dtype = dtypes_like(source, model)
+    with replaced(model, lambda name, p: nn.Parameter(p.detach().to(dtype(name)), p.requires_grad)):
         model.save_pretrained(folder)
+
+
+def dtypes_like(source: str | os.PathLike, module: nn.Module) -> Callable[[str], torch.dtype]:
+    """Name of a parameter of `module` -> its dtype in the checkpoint folder `source`; of a new one the commonest."""
+    dtypes, prefix = stored_dtypes(source), "" if underlying(module) is module else "model."
+    ((commonest, _),) = Counter(dtypes.values()).most_common(1)
+    return lambda name: dtypes.get(name.removeprefix(prefix), commonest)
 
 
 def remembered(folder: str | os.PathLike, setting: str) -> object:

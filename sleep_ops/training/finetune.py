@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sleep_ops.adapters.loading import model_type, save_model
+from sleep_ops.adapters.loading import dtypes_like, model_type, save_model
 from sleep_ops.adapters.lora import merge_lora, save_adapter
 from sleep_ops.files import check_folder, whole_folder
 from sleep_ops.tasks import Task, build_task
@@ -88,7 +88,7 @@ def _run(trainer: Trainer, phase: Phase, source: str, until: int | None) -> Trai
         trainer.console.print(f"{phase.out}: going on from step {trainer.step}", soft_wrap=True)
     result = trainer.fit(until)
     if result.finished:
-        model = trainer.whole_model()
+        model = trainer.whole_model(None if phase.adapter is not None else dtypes_like(source, trainer.model))
 
         def export() -> None:
             if phase.adapter is not None:

@@ -165,9 +165,9 @@ class Replicated:
             for (p, i), part in zip(bucket, total.split([p.numel() for p, _ in bucket]), strict=True):
                 p.grad, gradients[i] = part.view_as(p).clone(), None
 
-    def assembled(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same tensors, parts put together, in the first process; maybe none in the others."""
-        return tensors
+    def assembled(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The same tensors, parts put together one at a time, in the first process; maybe none in the others."""
+        yield from tensors.items()
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Clip the gradients to a global norm, and return what it was."""

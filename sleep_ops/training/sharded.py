@@ -179,13 +179,11 @@ class Sharded(Replicated):
     def _sum(self) -> None:
         """They are summed."""
 
-    def assembled(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
+    def assembled(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         for name, x in tensors.items():
             x = x.full_tensor() if isinstance(x, DTensor) else x
             if self.world.main:
-                found[name] = x.cpu()
-        return found
+                yield name, x.cpu()
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         return super().clip(parameters, limit).full_tensor()

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from sleep_ops.files import check_folder
 from sleep_ops.model.hybrid import SleepHybridModel
 from sleep_ops.model.sleeping import find_sleeping, sleeping
+from sleep_ops.parameters import exchange
 from sleep_ops.tasks import Batch, Task, build_task
 from sleep_ops.training.checkpoint import (
+    MODEL,
     RNG,
     Checkpoint,
     Saving,
@@ -292,19 +294,28 @@ class Trainer:
             found[f"{RNG}{self.world.rank}.cuda"] = torch.cuda.get_rng_state(self.device)
         return found
 
-    def whole_model(self) -> nn.Module | None:
+    def whole_model(self, dtype: Callable[[str], torch.dtype] | None = None) -> nn.Module | None:
         """The model with all its parameters, in the first process; on the CPU if they were shared out.
+
+        dtype: the name of a parameter -> what it may become as it is put together; None keeps float32.
 
         Of a LoRA run too, whose base is then float32. Every process has to call it.
         """
-        if type(self.layout) is Replicated and "lora" not in self.config.model:
+        lora = "lora" in self.config.model
+        if type(self.layout) is Replicated and not lora:
             return self.model if self.world.main else None
-        weights = self.layout.assembled(model_tensors(self.model))
+        own, weights = dict(self.model.named_parameters()), {}
+        for name, x in self.layout.assembled(model_tensors(self.model)):
+            name = name.removeprefix(MODEL)
+            if name in own:
+                weights[name] = x if dtype is None else x.to(dtype(name))
         if not self.world.main:
             return None
-        model = build_model(self.config, weights=False, dtype=torch.float32)
-        for name, x in model_tensors(model).items():
-            x.copy_(weights[name])
+        model = build_model(self.config, weights=False, dtype=torch.float32, device="cpu" if lora else "meta")
+        exchange(model, lambda name, p: nn.Parameter(weights.get(name, p), p.requires_grad))
+        for path, module in model.named_modules():
+            for name in module._buffers:
+                setattr(module, name, self.model.get_submodule(path).get_buffer(name).cpu())
         return model
 
     def _train_step(self, batch: Batch) -> dict:
