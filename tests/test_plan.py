@@ -16,7 +16,7 @@ RECIPE = TrainConfig(batch_size=4)
 SLEEP = dict(window=8, passes=2)
 
 
-def build(**sleep):
+def build(param_dtype, **sleep):
     return SleepHybridModel(HybridConfig(vocab_size=32, hidden_size=32, layers=("attn", "gdn"), **sleep))
 
 
@@ -86,6 +86,13 @@ def test_micro_batches_beyond_two_cost_work_alone():
     assert many.flops == 3 * few.flops and many.phases == few.phases
 
 
+def test_texts_in_parts_are_read_by_all_processes():
+    sleep, recipe = dict(window=4, passes=1, windows_at_once=True), replace(RECIPE, split="sequence")
+    exact, whole = plan._step(build, recipe, sleep, 64, 2), plan._step(build, RECIPE, sleep, 64, 1)
+    assert exact.kinds["activations"] < 0.6 * whole.kinds["activations"]
+    assert exact.sent > 0 and exact.flops < whole.flops
+
+
 BAD = [
     (dict(gpus=0), "gpus"),
     (dict(memory=0.0), "memory"),
@@ -110,6 +117,10 @@ def test_machines_that_cannot_be(changes, named):
         ("passes", "qwen3_5 --tokens 8 --window 8 --passes x"),
         ("batch_size", "qwen3_5 --tokens 8 --window 8 --passes 2 --gpus 8 --batch 4"),
         ("replicas", "qwen3_5 --tokens 8 --window 8 --passes 2 --gpus 8 --parallel fsdp --replicas 3"),
+        ("split", "qwen3_5 --tokens 16 --window 8 --passes 2 --gpus 2 --split sequence"),
+        ("split", "qwen3_5 --tokens 24 --window 8 --passes 1 --gpus 2 --split sequence --windows-at-once"),
+        ("lora", "qwen3_5 --tokens 8 --window 8 --passes 2 --lora 0"),
+        ("lora_targets", "qwen3_5 --tokens 8 --window 8 --passes 2 --lora-targets q_proj"),
         ("model", "nothing --tokens 8 --window 8 --passes 2"),
     ],
 )

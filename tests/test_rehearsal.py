@@ -31,6 +31,11 @@ TWO = {
     "ddp": ({}, dict(param_dtype="bf16")),
     "fsdp": ({}, dict(parallel="fsdp")),
     "fsdp-call": (BLOCKS, dict(parallel="fsdp", reshard="call", param_dtype="bf16")),
+    "sequence": (dict(window=5, passes=1, windows_at_once=True), dict(split="sequence")),
+    "sequence-replay": (
+        dict(window=5, sleep_kind="replay", windows_at_once=True),
+        dict(split="sequence", parallel="fsdp"),
+    ),
 }
 
 
@@ -82,6 +87,17 @@ def assert_same(phases, expected):
 def test_one_process(case, tmp_path):
     config = run_config(*ONE[case], 1)
     assert_same(rehearsed(config, kernels=False).phases, counted(config, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bf16"])
+def test_adapters(dtype, tmp_path):
+    hf_models.build("qwen3_5").save_pretrained(tmp_path / "model")
+    described = {"folder": str(tmp_path / "model"), "window": 8, "passes": 2, "lora": {"rank": 2}}
+    config = RunConfig({}, described, TrainConfig(batch_size=2, device="cpu", param_dtype=dtype))
+    found, expected = rehearsed(config, kernels=False).phases, counted(config, tmp_path / "run")
+    assert_same(found, expected)
+    parameters = sum(p.numel() for p in build_model(config, device="meta").parameters())
+    assert found["backward"]["optimizer"] < parameters  # of adapters alone
 
 
 def worker(rank, port, folder):

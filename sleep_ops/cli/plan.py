@@ -3,6 +3,7 @@
 import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sleep_ops.checks import check_count, expect
 from sleep_ops.cli.options import MODEL, RECIPE, Fields, all_but, command, count_or_inf, integers, option
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.training.config import FinetuneConfig
@@ -17,7 +19,7 @@ from sleep_ops.training.plan import Machine, Prediction
 
 _SLEEP = all_but(SleepSettings, "passes", "attention_backend", "impl")
 _RECIPE = (
-    *("batch_size", "micro_batch", "precision", "trainable"),
+    *("batch_size", "micro_batch", "precision", "trainable", "split"),
     *("parallel", "param_dtype", "reshard", "replicas", "offload"),
 )
 _KINDS = ("parameters", "optimizer", "gradients", "gathered", "activations", "updates")
@@ -36,6 +38,12 @@ def plan(
     insert: Annotated[
         str | None, option("Layers, separated by commas, after which to insert fast weights.", MODEL)
     ] = None,
+    lora: Annotated[
+        int | None, option("Rank of adapters, which learn in the place of what they adapt.", RECIPE)
+    ] = None,
+    lora_targets: Annotated[
+        str | None, option("Modules with adapters, as q_proj,v_proj; all by default.", RECIPE)
+    ] = None,
 ) -> None:
     """What fine-tuning will need of each GPU, and what makes it fit: predictions, made without a GPU.
 
@@ -46,8 +54,14 @@ def plan(
     settings = {"passes": count_or_inf("passes", passes)} | sleep
     train = replace(FinetuneConfig.train, **recipe)
     layers = None if insert is None else integers("insert", insert)
+    if lora is not None:
+        check_count("lora", lora)
+    expect(lora_targets is None or lora is not None, "lora_targets", "none without --lora", lora_targets)
+
+    import torch
 
     from sleep_ops.adapters.loading import load_model
+    from sleep_ops.adapters.lora import add_lora
     from sleep_ops.adapters.sizes import FAMILIES, write_default
     from sleep_ops.training.plan import predictions
 
@@ -60,8 +74,12 @@ def plan(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             write_default(model, folder)
 
-        def build(**chosen):
-            return load_model(folder, weights=False, insert=layers, **chosen)
+        def build(param_dtype, **chosen):
+            load = partial(load_model, folder, weights=False, insert=layers, **chosen)
+            if lora is None:
+                return load()
+            base = load(dtype=torch.bfloat16 if param_dtype == "bf16" else torch.float32)
+            return add_lora(base, rank=lora, targets=None if lora_targets is None else lora_targets.split(","))
 
         found = []
         given = frozenset(recipe) | frozenset(sleep)

@@ -96,7 +96,7 @@ def predictions(
 ) -> Iterator[Prediction]:
     """Of the recipe, and as long as it does not fit, with one setting more that saves memory.
 
-    build: settings of sleep -> the model, on the meta device, which is the default one then.
+    build: build(param_dtype, **settings of sleep) is the model, on the meta device, which is the default one then.
     tokens: of a text, all with loss.
     given: names of settings that are to stay as they are.
 
@@ -105,7 +105,8 @@ def predictions(
     check_count("tokens", tokens)
     expect("window" in sleep, "window", "tokens per window", "none")
     expected = f"at least {machine.gpus}, one per process"
-    expect(recipe.batch_size >= machine.gpus, "batch_size", expected, recipe.batch_size)
+    enough = recipe.split == "sequence" or recipe.batch_size >= machine.gpus
+    expect(enough, "batch_size", expected, recipe.batch_size)
     SleepSettings(**sleep)
     sleep = {"passes": 1} | sleep
     if recipe.parallel == "fsdp" and machine.gpus % recipe.replicas:
@@ -133,7 +134,7 @@ def _changes(name: str, value: object, recipe: TrainConfig, sleep: dict, machine
     """Whether a setting is another then, and makes a difference."""
     shared = recipe.parallel == "fsdp" and machine.gpus > 1
     able = {
-        "micro_batch": recipe.batch_size > machine.gpus,
+        "micro_batch": recipe.batch_size > (1 if recipe.split == "sequence" else machine.gpus),
         "parallel": machine.gpus > 1,
         "recompute": sleep.get("activation_checkpointing", False),
         "reshard": shared,
@@ -153,16 +154,18 @@ def _step(build: Callable, recipe: TrainConfig, sleep: dict, tokens: int, proces
     """A step of the recipe, from one of at most two micro-batches, and of fewer windows and passes if they are many."""
     from sleep_ops.training.rehearsal import rehearse
 
-    own = recipe.batch_size // processes
+    cut = recipe.split == "sequence"  # every process has all rows, of each so many windows as the others
+    own = recipe.batch_size if cut else recipe.batch_size // processes
     rows = min(own, 2 * (recipe.micro_batch or own))
-    fewer = replace(recipe, batch_size=rows * processes)
-    window, passes = sleep["window"] or tokens, sleep["passes"]
+    fewer = replace(recipe, batch_size=rows if cut else rows * processes)
+    window, passes = (sleep["window"] or tokens) * (processes if cut else 1), sleep["passes"]
     windows = -(-tokens // window)
     last = tokens - (windows - 1) * window
 
     def rehearsed(windows: int, passes: int | float) -> "Step":
         def model():
-            return build(**sleep | {"passes": passes, "impl": "triton", "attention_backend": "torch"})
+            chosen = sleep | {"passes": passes, "impl": "triton", "attention_backend": "torch"}
+            return build(recipe.param_dtype, **chosen)
 
         return rehearse(model, fewer, tokens=(windows - 1) * window + last, processes=processes)
 
@@ -171,7 +174,8 @@ def _step(build: Callable, recipe: TrainConfig, sleep: dict, tokens: int, proces
     few = windows + (windows - 1) * (passes - 1 if refining else 0) <= _PASSES or windows < 5
     # Where a window or a block is recomputed at a time, the peak is not linear in windows and passes.
     by_pass = not sleep.get("activation_checkpointing") or sleep.get("recompute", "pass") == "pass"
-    if few or not by_pass or sleep.get("backprop_passes") is not None:
+    at_once = sleep.get("windows_at_once") and not refining
+    if few or at_once or not by_pass or sleep.get("backprop_passes") is not None:
         step = rehearsed(windows, passes)
     elif not refining or passes == 2:
         step = _combined((rehearsed(3, passes), 4 - windows), (rehearsed(4, passes), windows - 3))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -218,8 +220,8 @@ def watched(run: Trainer, count: LiveBytes) -> Iterator[None]:
     @contextmanager
     def gathered() -> Iterator[list[nn.Parameter]]:
         with whole() as parameters:
-            if parameters is not layout.parameters:
-                count.mark("gathered", parameters)
+            pairs = zip(parameters, layout.parameters, strict=True)
+            count.mark("gathered", (x for x, p in pairs if isinstance(p, DTensor) or x.dtype != p.dtype))
             if not hooks:
                 gradients_of(parameters)
             yield parameters
@@ -271,6 +273,7 @@ def rehearse(
     with _processes(processes), _kernels(kernels), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is slow on a CPU
         run = Rehearsal(build, recipe, processes, count)
+        run.division.check(run.model, SimpleNamespace(seq_len=tokens))
         ids = torch.zeros(recipe.batch_size, tokens, dtype=torch.int64)
         count.flops = count.sent = 0
         with watched(run, count):
