@@ -7,9 +7,9 @@ import typer
 from rich.console import Console
 
 from sleep_ops.cli.common import print_evaluations
-from sleep_ops.cli.memory import keep_freed_memory
 from sleep_ops.cli.options import Device, Fields, Resume, Seed, command, count_or_inf, integers, option
 from sleep_ops.experiments.settings import RecallSettings
+from sleep_ops.training.heap import keep_freed_memory
 
 
 @command

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sleep_ops.cli.common import named_values, run_console
-from sleep_ops.cli.memory import keep_freed_memory
 from sleep_ops.cli.options import Device, Resume, Seed, command, option
+from sleep_ops.training.heap import keep_freed_memory
 
 FigureName = Annotated[str | None, typer.Argument(help="fig2a, fig2b, ...; without one, they are listed.")]
 PresetName = Annotated[str, option("paper, small or tiny.")]
