@@ -143,7 +143,7 @@ def test_the_papers_numbers_stand_in_the_papers_setting_alone():
 
 
 SMALL = "--preset tiny --set train.steps=4 --set train.batch_size=4 --set train.eval_samples=8".split()
-SMALL += "--set train.eval_every=2 --set model.hidden_size=16 --device cpu".split()
+SMALL += "--set train.eval_every=2 --set model.hidden_size=16 --device cpu --jobs 1".split()
 
 
 def table(folder):
