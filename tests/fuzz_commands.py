@@ -111,6 +111,8 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "preset": (["tiny"], ["huge", ""]),
         "baselines": (["depth", "full"], ["nope", ","], [""]),
         "seed": SEEDS,
+        "seeds": (["0-1", "3"], ["3-1", "1,1", "x", "", "-1", "0-99999999999", "1-", "0,"]),
+        "jobs": ([], ["0", "-1", "x"]),
         "device": DEVICES,
         "out": OUTS,
     },
@@ -282,7 +284,7 @@ def _draw_sweep(r: random.Random, case: dict) -> tuple[list[str], bool]:
     given, bad = _options(r, "sweep")
     sets = "train.steps=1 train.batch_size=2 train.eval_samples=2 train.eval_every=0 model.hidden_size=8 task.bits=5"
     base = [f"--set={x}" for x in sets.split()] + ["--grid=task.t=[1]", "--grid=model.passes=[1]"]
-    return ["sweep", "fig2a", "--preset=tiny", "--device=cpu", "--out=out", *base, *given], bad
+    return ["sweep", "fig2a", "--preset=tiny", "--device=cpu", "--out=out", *base, "--jobs=1", *given], bad
 
 
 def _draw_bench(r: random.Random, case: dict) -> tuple[list[str], bool]:

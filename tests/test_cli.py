@@ -261,7 +261,7 @@ def miniature(passes=(1, 2)):
 def test_demo(tmp_path, monkeypatch):
     monkeypatch.setattr("sleep_ops.experiments.demo.FINAL_SAMPLES", 64)
     console = Console(record=True, width=160, file=Path("/dev/null").open("w"))
-    assert run_demo(miniature(), tmp_path, console=console) is None
+    assert run_demo(miniature(), tmp_path, console=console) == (None, {})
     rows = read_csv(tmp_path / "demo.csv")
     assert [(r["passes"], r["tokens"], r["samples"]) for r in rows] == [(1, 4 * 8 * 22, 64), (2, 4 * 8 * 22, 64)]
     curves = read_csv(tmp_path / "curves.csv")

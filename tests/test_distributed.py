@@ -407,7 +407,7 @@ def test_one_process_alone_builds_a_model_with_values(ranks):
 
 @pytest.mark.slow
 def test_one_process_of_a_sweep_writes_its_table_and_data(ranks):
-    tables = ["results.csv", "curves.csv"]
+    tables = ["results.csv", "curves.csv", "summary.csv"]
     assert [rank["sweeps"] for rank in ranks] == [[*tables, "problems", *tables], []]
 
 

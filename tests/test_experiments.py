@@ -143,7 +143,7 @@ def test_the_papers_numbers_stand_in_the_papers_setting_alone():
 
 
 SMALL = "--preset tiny --set train.steps=4 --set train.batch_size=4 --set train.eval_samples=8".split()
-SMALL += "--set train.eval_every=2 --set model.hidden_size=16 --device cpu".split()
+SMALL += "--set train.eval_every=2 --set model.hidden_size=16 --device cpu --jobs 1".split()
 
 
 def table(folder):
@@ -244,6 +244,10 @@ def test_a_figure_from_a_checkpoint(tmp_path):
     )
     run("sweep", "fig5", *changed, "--fresh", "--out", out)
     assert len((out / "data" / "train.jsonl").read_text().splitlines()) == 25
+    out = tmp_path / "seeds"
+    run("sweep", "fig5", *small, "--grid", "model.passes=[2]", "--seeds", "0-1", "--jobs", 2, "--out", out)
+    assert [(r["run"], r["seed"]) for r in table(out)] == [("passes=2,seed=0", "0"), ("passes=2,seed=1", "1")]
+    assert {r["n"] for r in read(out / "summary.csv")} == {"2"} and (out / "seeds.png").exists()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import torch
-from sleep_ops.cli.memory import keep_freed_memory
+from sleep_ops.training.heap import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sleep_ops.bench.settings import KernelsSettings, LaunchesSettings, PassesSettings, TrainSettings, TuneSettings
-from sleep_ops.cli.memory import keep_freed_memory
 from sleep_ops.cli.options import Fields, command, option
+from sleep_ops.training.heap import keep_freed_memory
 
 Seconds = Annotated[float | None, option("Stop after so long, with the rows that there are by then.")]
 

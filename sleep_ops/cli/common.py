@@ -33,6 +33,14 @@ def refusals(console: Console):
         raise typer.Exit(1) from error
 
 
+def exit_with(console: Console, failed: dict[str, str]) -> None:
+    """Exit code 1 where runs failed, which are named with why; nothing where none did."""
+    if failed:
+        lines = [f"{name}: {why.partition(chr(10))[0]}" for name, why in failed.items()]
+        console.print("[red]failed[/red] " + escape("; ".join(lines)), highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
 def named_values(option: str, texts: list[str]) -> dict:
     """What was given as NAME=VALUE; a value that is no JSON is a string."""
     found = {}

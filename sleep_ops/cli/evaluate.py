@@ -6,10 +6,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sleep_ops.cli.common import print_evaluations
-from sleep_ops.cli.memory import keep_freed_memory
-from sleep_ops.cli.options import Device, Fields, Resume, Seed, command, count_or_inf, integers, option
+from sleep_ops.cli.common import exit_with, print_evaluations
+from sleep_ops.cli.options import (
+    Device,
+    Fields,
+    Jobs,
+    OneSeed,
+    Resume,
+    Seeds,
+    command,
+    count_or_inf,
+    integers,
+    option,
+    seeds_of,
+)
 from sleep_ops.experiments.settings import RecallSettings
+from sleep_ops.training.heap import keep_freed_memory
 
 
 @command
@@ -57,7 +69,9 @@ def evaluate(
 def demo(
     passes: Annotated[str | None, option("Values of N, separated by commas; 1,2 on the CPU, 1,4 on CUDA.")] = None,
     steps: Annotated[int | None, option("Optimiser steps for each N; set for the machine by default.")] = None,
-    seed: Seed = 0,
+    seed: OneSeed = None,
+    seeds: Seeds = None,
+    jobs: Jobs = None,
     device: Device = "auto",
     out: Annotated[Path | None, option("Folder; runs/demo-cpu or runs/demo-cuda by default.")] = None,
     resume: Resume = True,
@@ -71,11 +85,13 @@ def demo(
 
     keep_freed_memory()
     chosen = None if passes is None else integers("passes", passes)
-    scale = choose_scale(device, seed, chosen, steps)
-    kind = scale.train.device.partition(":")[0]
-    stopped = run_demo(scale, out or Path("runs") / f"demo-{kind}", resume=resume, console=console)
-    if stopped is not None:
-        raise typer.Exit(128 + stopped)
+    chosen_seeds = seeds_of(seed, seeds)
+    scale = choose_scale(device, chosen_seeds[0], chosen, steps)
+    place = out or Path("runs") / f"demo-{scale.train.device.partition(':')[0]}"
+    ended = run_demo(scale, place, seeds=chosen_seeds, jobs=jobs, resume=resume, console=console)
+    if ended.signal is not None:
+        raise typer.Exit(128 + ended.signal)
+    exit_with(console, ended.failed)
 
 
 @command

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sleep_ops.cli.common import named_values, run_console
-from sleep_ops.cli.memory import keep_freed_memory
-from sleep_ops.cli.options import Device, Resume, Seed, command, option
+from sleep_ops.cli.common import exit_with, named_values, run_console
+from sleep_ops.cli.options import Device, Jobs, OneSeed, Resume, Seed, Seeds, command, option, seeds_of
+from sleep_ops.training.heap import keep_freed_memory
 
 FigureName = Annotated[str | None, typer.Argument(help="fig2a, fig2b, ...; without one, they are listed.")]
 PresetName = Annotated[str, option("paper, small or tiny.")]
@@ -31,12 +31,17 @@ def sweep(
         list[str] | None, option("Other values of what varies, such as task.t=[4,8] (may be given again and again).")
     ] = None,
     model: Annotated[Path | None, option("Checkpoint folder, for the figures that fine-tune one (fig4, fig5).")] = None,
-    seed: Seed = 0,
+    seed: OneSeed = None,
+    seeds: Seeds = None,
+    jobs: Jobs = None,
     device: Device = "auto",
     out: Annotated[Path | None, option("Folder; runs/FIGURE-PRESET by default.")] = None,
     resume: Resume = True,
 ) -> None:
-    """All runs of one of the paper's figures, then its plot. Stopped, the same command goes on."""
+    """All runs of one of the paper's figures, for each seed, then its tables and plots.
+
+    Stopped, the same command goes on.
+    """
     console = run_console()
     from sleep_ops.experiments.figures import load_figure
 
@@ -46,36 +51,48 @@ def sweep(
     keep_freed_memory()
     chosen = load_figure(figure, preset).narrowed(named_values("grid", grid or []))
     place = out or Path("runs") / f"{figure}-{preset}"
-    changes = {"train.seed": seed, "train.device": device} | named_values("set", set or [])
+    changes = {"train.device": device} | named_values("set", set or [])
+    chosen_seeds = seeds_of(seed, seeds)
+    if seeds is None:
+        changes = {"train.seed": chosen_seeds[0]} | changes
     if chosen.kind == "throughput":
         if model is not None or baselines:
             raise ValueError(f"model, baselines: expected none for {figure}, got {model or baselines}")
-        _throughput(chosen, changes, place)
+        if len(chosen_seeds) > 1 or jobs not in (None, 1):
+            raise ValueError(
+                f"seeds, jobs: expected one for {figure}, whose steps are timed, got {seeds or 1}, {jobs or 1}"
+            )
+        _throughput(chosen, {"train.seed": chosen_seeds[0]} | changes, place)
         return
-    from sleep_ops.experiments.plot import plot
+    from sleep_ops.experiments.plot import plot, plot_seeds
     from sleep_ops.experiments.sweep import RESULTS_FILE
 
-    options: dict = dict(changes=changes, resume=resume, console=console)
+    options: dict = dict(changes=changes, jobs=jobs, resume=resume, console=console)
+    options["seeds"] = None if seeds is None else chosen_seeds
     if chosen.kind == "finetune":
         from sleep_ops.experiments.finetuned import sweep_finetuned
 
         if model is None or baselines:
             got = "--baselines" if baselines else "none"
             raise ValueError(f"model: expected a checkpoint folder (and no baselines) for {figure}, got {got}")
-        stopped = sweep_finetuned(chosen, preset, place, model, **options)
+        ended = sweep_finetuned(chosen, preset, place, model, **options)
     else:
         from sleep_ops.experiments.sweep import sweep as run
 
         if model is not None:
             raise ValueError(f"model: expected none for {figure}, whose runs start from scratch, got {model}")
         names = tuple(baselines.split(",")) if baselines else ()
-        stopped = run(chosen, preset, place, baselines=names, **options)
-    if stopped is not None:
-        console.print(f"stopped by signal {stopped.signal}, saved; the same command goes on")
-        raise typer.Exit(128 + stopped.signal)
-    if not console.quiet:
-        plot(chosen, place, place / f"{figure}.png")
-    console.print(f"wrote {place / RESULTS_FILE} and {place / f'{figure}.png'}", soft_wrap=True)
+        ended = run(chosen, preset, place, baselines=names, **options)
+    if ended.signal is not None:
+        console.print(f"stopped by signal {ended.signal}, saved; the same command goes on")
+        raise typer.Exit(128 + ended.signal)
+    if not console.quiet and (place / RESULTS_FILE).is_file():
+        wrote = [place / f"{figure}.png", place / "seeds.png"]
+        plot(chosen, place, wrote[0])
+        if not plot_seeds(chosen, place, wrote[1]):
+            wrote.pop()
+        console.print(f"wrote {', '.join(map(str, [place / RESULTS_FILE, *wrote]))}", soft_wrap=True)
+    exit_with(console, ended.failed)
 
 
 @command
@@ -89,6 +106,7 @@ def plot(
     console = Console()
     from sleep_ops.experiments.figures import load_figure
     from sleep_ops.experiments.plot import plot as draw
+    from sleep_ops.experiments.plot import plot_seeds
     from sleep_ops.files import check_file
 
     chosen, place = load_figure(figure, preset), out or Path("runs") / f"{figure}-{preset}"
@@ -100,6 +118,8 @@ def plot(
     else:
         check_file("image", image := image or place / f"{figure}.png", "figure")
         draw(chosen, place, image)
+        if plot_seeds(chosen, place, beside := image.with_name(f"seeds{image.suffix}")):
+            console.print(f"wrote {beside}", soft_wrap=True)
     console.print(f"wrote {image}", soft_wrap=True)
 
 

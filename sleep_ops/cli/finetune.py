@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from sleep_ops.cli.common import named_values, print_evaluations, run_console
-from sleep_ops.cli.memory import keep_freed_memory
 from sleep_ops.cli.options import (
     MODEL,
     RECIPE,
@@ -25,6 +24,7 @@ from sleep_ops.cli.options import (
 )
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.training.config import FinetuneConfig, TrainConfig
+from sleep_ops.training.heap import keep_freed_memory
 
 _SLEEP = all_but(SleepSettings, "passes", "backprop_passes", "attention_backend", "impl")
 _LORA = ("lora", "lora_alpha", "lora_targets")

@@ -41,6 +41,7 @@ _OF_RUN = {
     *("seed", "device", "cuda_graph", "parallel", "split", "reshard", "replicas"),
     *("checkpoint_every", "keep_checkpoints", "async_checkpoints", "eval_every", "eval_samples", "profile"),
 }
+_MOST_SEEDS = 1000
 # For dataclasses that say nothing of these.
 _HELP = {"seed": "Random seed.", "device": '"auto" (CUDA where there is one), "cpu", "cuda" or "cuda:i".'}
 
@@ -50,6 +51,11 @@ def option(help: str, panel: str | None = None, **kwargs):
 
 
 Seed = Annotated[int, option(_HELP["seed"])]
+OneSeed = Annotated[int | None, option("Random seed; 0 by default.")]
+Seeds = Annotated[str | None, option("Several random seeds, such as 0-9 or 0,3,5: each run once with each.")]
+Jobs = Annotated[
+    int | None, option("Runs at a time, with equal shares of the threads; one for each core of a CPU, 1 on CUDA.")
+]
 Device = Annotated[str, option(_HELP["device"])]
 Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Go on with the run in the folder, or delete it first.")]
 Until = Annotated[int | None, option("Stop (and save) at this step; the schedule stays that of all steps.", RUN)]
@@ -57,6 +63,23 @@ Until = Annotated[int | None, option("Stop (and save) at this step; the schedule
 
 def integers(name: str, text: str) -> tuple[int, ...]:
     return _separated(name, text, int, "integers")
+
+
+def seeds_of(one: int | None, several: str | None) -> tuple[int, ...]:
+    """The seeds of --seed and --seeds: numbers and ranges FIRST-LAST, both included, separated by commas."""
+    if several is None:
+        return (one or 0,)
+    if one is not None:
+        raise ValueError(f"seeds: expected --seed or --seeds, got both, {one} and {several}")
+    found: list[int] = []
+    for part in several.split(","):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and 0 <= int(last) - int(first) < _MOST_SEEDS):
+            expected = f"integers >= 0 and ranges of at most {_MOST_SEEDS} of them, such as 0-9 or 0,3,5"
+            raise ValueError(f"seeds: expected {expected}, got {several!r}")
+        found += range(int(first), int(last) + 1)
+    return tuple(found)
 
 
 def numbers(name: str, text: str) -> tuple[float, ...]:

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from sleep_ops.cli.common import print_evaluations, run_console
-from sleep_ops.cli.memory import keep_freed_memory
 from sleep_ops.cli.options import MODEL, RECIPE, RUN, TASK, Fields, Resume, Until, all_but, command, option
 from sleep_ops.model.config import HybridConfig
 from sleep_ops.training.config import TrainConfig
+from sleep_ops.training.heap import keep_freed_memory
 
 
 class TaskCommands(typer.core.TyperGroup):

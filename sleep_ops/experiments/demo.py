@@ -4,6 +4,7 @@ Before it, in a second, what passes do for one memory without any training (`sle
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,10 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sleep_ops.experiments import recall
-from sleep_ops.files import pyplot, read_csv, write_csv
+from sleep_ops.experiments.parallel import Ended, Outcome, Run, run_all, shares
+from sleep_ops.experiments.plot import draw_means
+from sleep_ops.experiments.statistics import interval, paired
+from sleep_ops.experiments.sweep import check_going_on, check_seeds, train_run
+from sleep_ops.files import check_folder, pyplot, read_csv, write_csv
 from sleep_ops.model.hybrid import HybridConfig
 from sleep_ops.tasks import Rule110
-from sleep_ops.training import RunConfig, TrainConfig, Trainer, load_run, resolve_device
+from sleep_ops.training import RunConfig, TrainConfig, load_run, resolve_device
 from sleep_ops.training.trainer import EVAL_FILE, autocast
 
 LAYERS = ("attn", "gdn", "attn", "gdn")
@@ -32,7 +37,9 @@ class Scale:
     train: TrainConfig
     passes: tuple[int, ...]
 
-    def run_config(self, passes: int) -> RunConfig:
+    def run_config(self, passes: int, seed: int | None = None) -> RunConfig:
+        """The run with so many passes; seed: None for the recipe's."""
+        train = self.train if seed is None else replace(self.train, seed=seed)
         model = HybridConfig(
             vocab_size=self.task.vocab_size,
             hidden_size=self.hidden_size,
@@ -42,7 +49,7 @@ class Scale:
             num_heads=self.num_heads,
             initializer_range=self.init_std,
         )
-        return RunConfig(self.task.to_dict(), model.to_dict(), self.train)
+        return RunConfig(self.task.to_dict(), model.to_dict(), train)
 
 
 # Some minutes on two cores: small enough for that, hard enough that one pass does not get there.
@@ -86,51 +93,88 @@ def choose_scale(device: str, seed: int, passes: tuple[int, ...] | None = None, 
     return replace(scale, train=replace(scale.train, **changes), passes=passes)
 
 
-def run_demo(scale: Scale, out: Path, *, resume: bool = True, console: Console | None = None) -> int | None:
+def demo_run(
+    config: RunConfig, folder: Path, resume: bool, scale: Scale, values: dict, *, label: str, console: Console
+) -> Outcome:
+    """One run to its end, then the accuracy of what it saved; its row begins with `values`."""
+    outcome = train_run(config, folder, resume, {}, label=label, console=console)
+    if outcome.signal is not None:
+        return outcome
+    row = values | {"train_seconds": outcome.row["seconds"]} | _final(folder, scale, console)
+    return outcome._replace(row=row)
+
+
+def run_demo(
+    scale: Scale,
+    out: Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    jobs: int | None = 1,
+    resume: bool = True,
+    console: Console | None = None,
+) -> Ended:
     """Recall without training; then train every N of `scale` and evaluate on held-out strings. Print tables and write
 
         OUT/recall.csv     error of recall against N, also as recall.png
-        OUT/passes-N/      a run folder for each N (checkpoints, metrics.csv, eval.csv)
-        OUT/demo.csv       the table
+        OUT/passes-N/      a run folder for each N (checkpoints, metrics.csv, eval.csv); passes-N,seed=S of several
+        OUT/demo.csv       a row for each run
         OUT/curves.csv     exact accuracy against steps and tokens
         OUT/demo.png       the same, drawn, with the chance level
 
-    An interrupted demo goes on where it stopped. Returns the signal that stopped it, or None.
+    seeds: those of every N; None for the scale's. jobs: runs at a time, as in `sweep`. An interrupted demo goes on
+    where it stopped. Returns the signal that stopped it, if one did, and the runs that failed.
     """
-    console = console or Console()
-    trainers = []
-    for passes in scale.passes:  # all of them first: a folder of another demo is refused before any work
-        trainers.append(
-            Trainer(
-                scale.run_config(passes), out / f"passes-{passes}", resume=resume, label=f"N={passes}", console=console
-            )
-        )
-    _recall(scale.train.seed, out, console)
-    task, chance = scale.task, scale.task.chance()
+    console, out = console or Console(), Path(out)
+    seeds = (scale.train.seed,) if seeds is None else tuple(seeds)
+    check_seeds(seeds)
+    device, task, chance = resolve_device(scale.train.device), scale.task, scale.task.chance()
     tokens = scale.train.steps * scale.train.batch_size * task.seq_len
+    runs = []
+    for seed in seeds:
+        for passes in scale.passes:
+            several = f",seed={seed}" if len(seeds) > 1 else ""
+            values = {"passes": passes, "seed": seed, "steps": scale.train.steps, "tokens": tokens}
+            folder = out / f"passes-{passes}{several}"
+            arguments = (scale.run_config(passes, seed), folder, resume, scale, values)
+            runs.append(Run(folder.name, f"N={passes}{several}", demo_run, arguments))
+    jobs, threads = shares(jobs, len(runs), device)
+    check_folder("out", out)
+    if resume:  # a folder of another demo is refused before any work
+        check_going_on(run.arguments[:2] for run in runs)
+    _recall(seeds[0], out, console)
     console.print(
         f"Rule 110: {task.strings} strings of {task.bits} bits, first bit after {task.t} steps. "
-        f"{'-'.join(LAYERS)} of width {scale.hidden_size}, window {task.window}, on {trainers[0].device}. "
-        f"{tokens / 1e6:.1f}M tokens for each N; evaluated on strings that training never shows."
+        f"{'-'.join(LAYERS)} of width {scale.hidden_size}, window {task.window}, on {device}. "
+        f"{tokens / 1e6:.1f}M tokens for each run; evaluated on strings that training never shows."
     )
-    rows = []
-    for passes, trainer in zip(scale.passes, trainers, strict=True):
-        result = trainer.fit()
-        if not result.finished:
-            console.print(f"stopped at step {result.step} of N={passes}; the same command goes on from there")
-            return result.signal
-        rows.append({"passes": passes, "steps": result.step, "tokens": tokens, "train_seconds": result.seconds})
-        rows[-1] |= _final(trainer.out, scale, console)
+    found: dict[str, dict] = {}
+
+    def report(run: Run, outcome: Outcome) -> None:
+        found[run.name] = outcome.row
+
+    ended = run_all(runs, report, jobs=jobs, threads=threads, console=console)
+    if ended.signal is not None:
+        console.print(f"stopped by signal {ended.signal}, saved; the same command goes on")
+    if ended.signal is not None or not found:
+        return ended
+    rows = [found[run.name] for run in runs if run.name in found]
     write_csv(out / "demo.csv", rows)
-    curves = {n: read_csv(out / f"passes-{n}" / EVAL_FILE) for n in scale.passes}
-    write_csv(out / "curves.csv", [{"passes": n, **row} for n, curve in curves.items() for row in curve])
+    curves = [
+        {"passes": row["passes"], "seed": row["seed"], **point}
+        for run in runs
+        if (row := found.get(run.name))
+        for point in read_csv(out / run.name / EVAL_FILE)
+    ]
+    write_csv(out / "curves.csv", curves)
     plot(curves, chance["majority"], scale, out / "demo.png")
     console.print(_table(rows, chance))
+    for text in _pairs(rows):
+        console.print(text)
     console.print(
         f"chance: {chance['majority']:.1%} exact (always the commoner bit), {chance['uniform']:.1%} (guessing)"
     )
     console.print(f"wrote {out / 'demo.csv'}, {out / 'curves.csv'}, {out / 'demo.png'} and {out / 'passes-*'}")
-    return None
+    return ended
 
 
 def _recall(seed: int, out: Path, console: Console) -> None:
@@ -154,37 +198,56 @@ def _final(folder: Path, scale: Scale, console: Console) -> dict[str, float]:
 
 
 def _table(rows: list[dict], chance: dict[str, float]) -> Table:
+    """A row for each N; of several seeds the means, with the 95 % interval of the exact accuracy's."""
+    several = len({row["seed"] for row in rows}) > 1
     table = Table(title="exact accuracy on held-out strings, at equal tokens")
-    for name in ("N", "exact", "+/-", "per label", "loss", "training s"):
+    for name in ("N", *(["seeds"] if several else []), "exact", "+/-", "per label", "loss", "training s"):
         table.add_column(name, justify="right")
-    for row in rows:
+    for passes in dict.fromkeys(row["passes"] for row in rows):
+        chosen = [row for row in rows if row["passes"] == passes]
+        means = {name: interval([row[name] for row in chosen]) for name in chosen[0]}
+        exact, low, _ = means["exact"]
         table.add_row(
-            str(row["passes"]),
-            f"{row['exact']:.1%}",
-            f"{row['exact_stderr']:.1%}",
-            f"{row['per_label']:.1%}",
-            f"{row['loss']:.4f}",
-            f"{row['train_seconds']:.0f}",
+            str(passes),
+            *([str(len(chosen))] if several else []),
+            f"{exact:.1%}",
+            f"{exact - low if several else means['exact_stderr'][0]:.1%}",
+            f"{means['per_label'][0]:.1%}",
+            f"{means['loss'][0]:.4f}",
+            f"{means['train_seconds'][0]:.0f}",
         )
-    table.add_row("chance", f"{chance['majority']:.1%}", "", f"{max(chance['ones'], 1 - chance['ones']):.1%}", "", "")
+    per_label = f"{max(chance['ones'], 1 - chance['ones']):.1%}"
+    table.add_row("chance", *([""] if several else []), f"{chance['majority']:.1%}", "", per_label, "", "")
     return table
 
 
-def plot(curves: dict[int, list[dict]], chance: float, scale: Scale, path: Path) -> None:
-    """Exact accuracy against tokens, one line per N."""
+def _pairs(rows: list[dict]) -> list[str]:
+    """What each larger N gains over the smallest, seed by seed, where there are several."""
+    exact: dict[int, dict[str, float]] = {}
+    for row in rows:
+        exact.setdefault(row["passes"], {})[str(row["seed"])] = row["exact"]
+    least, *others = sorted(exact)
+    told = []
+    for passes in others:
+        gain = paired(exact[passes], exact[least])
+        if gain is not None and gain["n"] > 1:
+            half, ahead = gain["mean"] - gain["ci_low"], f"{gain['positive']} of {gain['n']} seeds"
+            told.append(f"N={passes} less N={least}: {gain['mean']:+.1%} +/- {half:.1%}, ahead on {ahead}")
+    return told
+
+
+def plot(curves: list[dict], chance: float, scale: Scale, path: Path) -> None:
+    """Exact accuracy against tokens, one line per N; of several seeds the means, in bands."""
     plt = pyplot()
 
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     colours = plt.get_cmap("viridis")
-    for i, (passes, curve) in enumerate(curves.items()):
-        axes.plot(
-            [row["tokens"] / 1e6 for row in curve],
-            [100 * row["exact"] for row in curve],
-            marker="o",
-            markersize=3,
-            color=colours(0.85 * i / max(len(curves) - 1, 1)),
-            label=f"N = {passes}",
-        )
+    lines: dict[int, dict[float, list[float]]] = {}
+    for row in curves:
+        lines.setdefault(row["passes"], {}).setdefault(row["tokens"] / 1e6, []).append(100 * row["exact"])
+    for i, (passes, points) in enumerate(lines.items()):
+        colour = colours(0.85 * i / max(len(lines) - 1, 1))
+        draw_means(axes, points, dots=False, marker="o", markersize=3, color=colour, label=f"N = {passes}")
     axes.axhline(100 * chance, color="grey", linestyle=":", label="chance")
     task = scale.task
     axes.set(

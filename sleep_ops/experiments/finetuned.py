@@ -2,9 +2,11 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -12,13 +14,13 @@ from rich.progress import track
 from sleep_ops.bench.harness import environment
 from sleep_ops.checks import check_count, expect
 from sleep_ops.experiments.figures import Figure
-from sleep_ops.experiments.sweep import Results, check_changes, folder_name
+from sleep_ops.experiments.parallel import Ended, Outcome, Run, run_all, shares
+from sleep_ops.experiments.sweep import PASSES, Results, check_changes, check_going_on, each_seed, folder_name, reporter
 from sleep_ops.files import check_folder, write_atomically
 from sleep_ops.model.config import SleepSettings
-from sleep_ops.tasks import Text
+from sleep_ops.tasks import Task, Text
 from sleep_ops.tasks.gsm_infinite.problem import Generator, write_jsonl
 from sleep_ops.tokenizer import load_tokenizer
-from sleep_ops.training import TrainResult
 from sleep_ops.training.config import RECIPE, FinetuneConfig, TrainConfig, resolve_device
 from sleep_ops.training.finetune import finetune
 from sleep_ops.training.parallel import World, local_device
@@ -80,42 +82,64 @@ def write_problems(
     return paths[0], paths[1]
 
 
+def finetune_run(
+    config: FinetuneConfig, folder: Path, resume: bool, values: dict, task: Task | None, *, label: str, console: Console
+) -> Outcome:
+    """One run from where it stands to its end; its row begins with `values`. task: that of `config`, if it is built."""
+    console.print(label)
+    device = resolve_device(local_device(config.train.device))
+    world = World.join(device)
+    result = finetune(config, folder, resume=resume, task=task, console=console)
+    row = values | environment(device)
+    return Outcome(None if result is None else result.signal, result is not None, row if world.main else None)
+
+
 def sweep_finetuned(
     figure: Figure,
     size: str,
     out: Path,
     checkpoint: Path,
     *,
+    seeds: Sequence[int] | None = None,
     changes: dict[str, object] | None = None,
+    jobs: int | None = 1,
     resume: bool = True,
     console: Console | None = None,
-) -> TrainResult | None:
-    """Runs a "finetune" figure from the folder `checkpoint` in the folder `out`; after each run writes OUT/results.csv.
+) -> Ended:
+    """Runs a "finetune" figure from the folder `checkpoint` in the folder `out`; tables, arguments, errors as `sweep`.
 
-    Stopped, the same call goes on. Returns the result of a run that a signal stopped, else None. Raises ValueError for
-    settings that can't be, and as `finetune` does.
+    All seeds read the same problems, which are those of the first, in an order of their own; inserted blocks begin with
+    weights of their own.
     """
     expect(figure.kind == "finetune", "figure", "one of fine-tuning", figure.name)
     check_changes(figure, changes)
-    check_folder("out", out)
-    console, out, results = console or Console(), Path(out), Results(out, keep=resume)
-    chosen: dict = grouped(figure.set | (changes or {}))
+    by_seed = each_seed(seeds, changes)
+    console, out = console or Console(), Path(out)
+    chosen: dict = grouped(figure.set | by_seed[0][1])
     recipe = {name: value for name, value in chosen["train"].items() if name != "warm_steps"}
     train = replace(RECIPE, **recipe)
     device = resolve_device(local_device(train.device))
     world, data = World.join(device), DATA | chosen["data"]
+    points = figure.points()
+    jobs, threads = shares(jobs, len(points) * len(by_seed), device, world.size)
+    check_folder("out", out)
     paths = world.on_main(lambda: write_problems(out / "data", checkpoint, train.seed, data, console, resume=resume))
     task = Text(str(paths[0].resolve()), str(Path(checkpoint).resolve()), str(paths[1].resolve()), level="op")
-    for point in figure.points():
-        name = folder_name(point)
-        settings = chosen["model"] | {"passes": point["model.passes"]}
-        config = FinetuneConfig(str(checkpoint), task.to_dict(), settings, train, chosen["train"].get("warm_steps", 0))
-        console.print(f"{figure.name}: {name}")
-        result = finetune(config, out / name, resume=resume, task=task, console=console)
-        if result is not None and result.signal is not None:
-            return result
-        if world.main:
-            row = {"figure": figure.name, "preset": size, **point, "baseline": "", "model": str(checkpoint)}
-            row |= environment(device)
-            results.add(name, row, out / name / "full", trained=result is not None)
-    return None
+    runs: list[Run] = []
+    for named, changed in by_seed:
+        seed: Any = changed.get("train.seed", train.seed)
+        for point in points:
+            name, settings = folder_name(point, seed=named), chosen["model"] | {"passes": point[PASSES]}
+            warm = chosen["train"].get("warm_steps", 0)
+            config = FinetuneConfig(str(checkpoint), task.to_dict(), settings, replace(train, seed=seed), warm)
+            row = {"figure": figure.name, "preset": size, **point, "baseline": "", "seed": seed}
+            row["model"] = str(checkpoint)
+            # A worker reads the problems itself: that is less than to send them.
+            arguments = (config, out / name, resume, row, task if jobs == 1 else None)
+            runs.append(
+                Run(name, f"{figure.name} {len(runs) + 1}/{len(points) * len(by_seed)} {name}", finetune_run, arguments)
+            )
+            if resume:
+                check_going_on((phase.run, phase.out) for phase in config.phases(out / name))
+    report = reporter(Results(figure, out, [run.name for run in runs], keep=resume))
+    return run_all(runs, report, jobs=jobs, threads=threads, console=console, alone=world.size == 1)

@@ -1,19 +1,25 @@
-"""`sleep-ops sweep`: the runs of a figure, one after another, each taken up where it stands; and their table."""
+"""`sleep-ops sweep`: the runs of a figure for every seed, each taken up where it stands; and their tables."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from sleep_ops.bench.harness import environment
-from sleep_ops.checks import expect
+from sleep_ops.checks import check_count, expect
+from sleep_ops.experiments import statistics
 from sleep_ops.experiments.figures import Figure
+from sleep_ops.experiments.parallel import Ended, Outcome, Run, run_all, shares
 from sleep_ops.experiments.presets import preset, run_config, set_value
 from sleep_ops.files import check_folder, read_csv, read_table, write_csv
-from sleep_ops.training import RunConfig, Trainer, TrainResult
+from sleep_ops.training import RunConfig, Trainer, resolve_device
+from sleep_ops.training.config import CONFIG_FILE
+from sleep_ops.training.parallel import World, local_device
 from sleep_ops.training.trainer import EVAL_FILE
 
-RESULTS_FILE, CURVES_FILE = "results.csv", "curves.csv"
+RESULTS_FILE, CURVES_FILE, SUMMARY_FILE, PAIRED_FILE = "results.csv", "curves.csv", "summary.csv", "paired.csv"
+PASSES = "model.passes"
 
 
 def read_results(out: Path) -> list[dict[str, str]]:
@@ -24,29 +30,33 @@ def read_results(out: Path) -> list[dict[str, str]]:
 
 
 class Results:
-    """The tables of a sweep in the folder `out`: a row for each run, and every run's evaluations on the way.
+    """The tables of a sweep of `figure` in the folder `out`: every run, its evaluations on the way, and what seeds say.
 
-    keep: rows that are there already stay, until their run is reported again. Those of another form, and of runs that
-    are gone, are dropped.
+    names: the runs, in the order of their rows. keep: rows that are there already stay, until their run is reported
+    again. Those of another form, and of runs that are gone, are dropped.
     """
 
-    def __init__(self, out: Path, *, keep: bool):
-        self._out = Path(out)
+    def __init__(self, figure: Figure, out: Path, names: Sequence[str], *, keep: bool):
+        self._figure, self._out, self._order = figure, Path(out), {name: place for place, name in enumerate(names)}
         rows = read_results(out) if keep and (self._out / RESULTS_FILE).is_file() else []
         self._rows: dict[str, dict] = {r["run"]: r for r in rows if (self._folder(r["run"]) / EVAL_FILE).is_file()}
 
-    def add(self, name: str, row: dict, folder: Path, *, trained: bool) -> None:
-        """Report the run `name`, whose folder is `folder`; one that was not `trained` now keeps the row it has."""
-        curve = read_csv(folder / EVAL_FILE)
-        row = {"run": name, **row} | curve[-1]
+    def add(self, name: str, row: dict, *, trained: bool) -> None:
+        """Report the run `name`; one that was not `trained` now keeps the row it has."""
+        row = {"run": name, **row} | read_csv(self._folder(name) / EVAL_FILE)[-1]
         if trained or self._rows.get(name, {}).keys() != row.keys():
             self._rows[name] = row
-        self._rows = {run: r for run, r in self._rows.items() if r.keys() == row.keys()}
-        write_csv(self._out / RESULTS_FILE, list(self._rows.values()))
+        kept = [r for r in self._rows.values() if r.keys() == row.keys()]
+        kept.sort(key=lambda r: self._order.get(r["run"], len(self._order)))
+        self._rows = {r["run"]: r for r in kept}
+        write_csv(self._out / RESULTS_FILE, kept)
         curves = []
         for run in self._rows:
             curves += [{"run": run, **point} for point in read_csv(self._folder(run) / EVAL_FILE)]
         write_csv(self._out / CURVES_FILE, curves)
+        write_csv(self._out / SUMMARY_FILE, summary_table(self._figure, kept))
+        if pairs := paired_table(self._figure, kept):
+            write_csv(self._out / PAIRED_FILE, pairs)
 
     def _folder(self, run: str) -> Path:
         """A run's own folder; that of the second phase where it was fine-tuned."""
@@ -54,10 +64,98 @@ class Results:
         return full if full.is_dir() else self._out / run
 
 
-def folder_name(point: dict[str, object], baseline: str | None = None) -> str:
-    """A run's folder within the sweep's, such as "t=8,passes=4"."""
+def levels_of(figure: Figure, row: dict) -> list[int]:
+    """The figure's levels of difficulty that a run was evaluated on: a changed task may lack some of the paper's."""
+    return [level for level in figure.levels if f"{figure.metric}_{level}" in row]
+
+
+def by_setting(figure: Figure, rows: Iterable[dict]) -> dict[tuple, dict[str, dict]]:
+    """{(values of what varies, baseline): {seed: row}} in the order of the rows, whose values are texts or not."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        point = tuple(str(row[name]) for name in figure.grid)
+        found.setdefault((point, row.get("baseline") or ""), {})[str(row.get("seed", ""))] = row
+    return found
+
+
+def _measured(figure: Figure, rows: list[dict]) -> list[tuple[dict, str]]:
+    """(columns that say what, the column of `rows` with its values): the metric, or at each level."""
+    if figure.x != "level":
+        return [({"metric": figure.metric}, figure.metric)]
+    name = figure.metric
+    return [({"level": level, "metric": name}, f"{name}_{level}") for level in levels_of(figure, rows[0])]
+
+
+def _values(runs: dict[str, dict], column: str) -> dict[str, float]:
+    return {seed: float(row[column]) for seed, row in runs.items()}
+
+
+def summary_table(figure: Figure, rows: list[dict]) -> list[dict]:
+    """A row for each setting (and level): the metric's mean over seeds, with its interval."""
+    table = []
+    for (point, baseline), runs in by_setting(figure, rows).items():
+        about = {"figure": figure.name, "preset": rows[0]["preset"]}
+        about |= dict(zip(figure.grid, point, strict=True)) | {"baseline": baseline}
+        for what, column in _measured(figure, rows):
+            table.append(about | what | statistics.summary([*_values(runs, column).values()]))
+    return table
+
+
+def paired_table(figure: Figure, rows: list[dict]) -> list[dict]:
+    """A row for every two N of otherwise equal settings, the larger less the smaller, and for N less its baseline.
+
+    At each level, if the figure has any. Differences are those of runs with the same seed.
+    """
+    found = by_setting(figure, rows)
+    groups: dict[tuple, list[tuple]] = {}
+    for point, baseline in found:
+        setting = dict(zip(figure.grid, point, strict=True))
+        passes = setting.pop(PASSES)
+        groups.setdefault(tuple(setting.items()), []).append((float(passes), passes, baseline, (point, baseline)))
+    table = []
+    for setting, members in groups.items():
+        plain = sorted(member for member in members if not member[2])
+        pairs = [(b, a, f"N={a[1]}") for a, b in itertools.combinations(plain, 2)]
+        pairs += [(a, b, b[2]) for a in plain for b in members if b[2] and b[0] == a[0]]
+        for (_, passes, _, first), (_, _, _, second), against in pairs:
+            about = {"figure": figure.name, "preset": rows[0]["preset"], **dict(setting)}
+            about |= {"first": f"N={passes}", "second": against}
+            for what, column in _measured(figure, rows):
+                difference = statistics.paired(_values(found[first], column), _values(found[second], column))
+                if difference is not None:
+                    table.append(about | what | difference)
+    return table
+
+
+def folder_name(point: dict[str, object], baseline: str | None = None, seed: int | None = None) -> str:
+    """A run's folder within the sweep's, such as "t=8,passes=4"; with a seed, where there are several, "...,seed=3"."""
     parts = [f"{name.rpartition('.')[2]}={value}" for name, value in point.items()]
-    return ",".join(parts if baseline is None else [*parts, baseline])
+    parts += [] if baseline is None else [baseline]
+    return ",".join(parts if seed is None else [*parts, f"seed={seed}"])
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """ValueError for none, for what is no seed, and for one that is there twice."""
+    expect(len(seeds) > 0, "seeds", "at least one", seeds)
+    for seed in seeds:
+        check_count("seeds", seed, 0)
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    expect(not twice, "seeds", "distinct ones", f"{', '.join(map(str, twice))} more than once")
+
+
+def each_seed(
+    seeds: Sequence[int] | None, changes: dict[str, object] | None
+) -> list[tuple[int | None, dict[str, object]]]:
+    """(seed in a run's name, settings of every run with it), seed by seed; None where there is but one.
+
+    seeds: None for the one that `changes` and the preset give. ValueError for both, and for seeds that can't be.
+    """
+    changes = changes or {}
+    if seeds is None:
+        return [(None, changes)]
+    check_seeds(seeds)
+    expect("train.seed" not in changes, "set", "no train.seed beside seeds", changes.get("train.seed"))
+    return [(seed if len(seeds) > 1 else None, changes | {"train.seed": seed}) for seed in seeds]
 
 
 def check_changes(figure: Figure, changes: dict[str, object] | None) -> None:
@@ -67,26 +165,50 @@ def check_changes(figure: Figure, changes: dict[str, object] | None) -> None:
 
 
 def train_runs(
-    figure: Figure, size: str, *, baselines: Sequence[str] = (), changes: dict[str, object] | None = None
+    figure: Figure,
+    size: str,
+    *,
+    seeds: Sequence[int] | None = None,
+    baselines: Sequence[str] = (),
+    changes: dict[str, object] | None = None,
 ) -> list[tuple[str, dict, RunConfig]]:
     """(folder, values of what varies, run) of a "train" figure: its grid, and its baselines for the largest N.
 
-    changes: settings of every run, over the preset's and the figure's. ValueError for settings that can't be.
+    seeds: of the runs, all of the first one, then those of the next. changes: settings of every run, over the preset's
+    and the figure's. ValueError for settings that can't be.
     """
     check_changes(figure, changes)
+    points = figure.points()
+    largest = max(figure.grid[PASSES])
+    chosen: list[tuple[dict, str | None]] = [(point, None) for point in points]
+    chosen += [(p, b) for b in baselines for p in points if p[PASSES] == largest]
     runs = []
-    largest = max(figure.grid["model.passes"])
-    for point, baseline in [
-        *((point, None) for point in figure.points()),
-        *((p, b) for b in baselines for p in figure.points() if p["model.passes"] == largest),
-    ]:
-        settings = preset(figure.task, size)
-        settings["task"]["name"] = figure.task
-        for name, value in (figure.set | point | (changes or {})).items():
-            set_value(settings, name, value)
-        run = run_config(figure.task, settings, baseline)
-        runs.append((folder_name(point, baseline), point | {"baseline": baseline or ""}, run))
+    for seed, changed in each_seed(seeds, changes):
+        for point, baseline in chosen:
+            settings = preset(figure.task, size)
+            settings["task"]["name"] = figure.task
+            for name, value in (figure.set | point | changed).items():
+                set_value(settings, name, value)
+            run = run_config(figure.task, settings, baseline)
+            values = point | {"baseline": baseline or "", "seed": run.train.seed}
+            runs.append((folder_name(point, baseline, seed), values, run))
     return runs
+
+
+def train_run(config: RunConfig, folder: Path, resume: bool, values: dict, *, label: str, console: Console) -> Outcome:
+    """One run from where it stands to its end; its row begins with `values`."""
+    trainer = Trainer(config, folder, resume=resume, label=label, console=console)
+    begun = trainer.step
+    result = trainer.fit()
+    row = values | {"seconds": round(result.seconds, 1)} | environment(trainer.device)
+    return Outcome(result.signal, result.step > begun, row if trainer.world.main else None)
+
+
+def check_going_on(configs: Iterable[tuple[RunConfig, Path]]) -> None:
+    """ValueError where one of these folders holds another run."""
+    for config, folder in configs:
+        if (folder / CONFIG_FILE).exists():
+            config.check_resumable(folder)
 
 
 def sweep(
@@ -94,29 +216,49 @@ def sweep(
     size: str,
     out: Path,
     *,
+    seeds: Sequence[int] | None = None,
     baselines: Sequence[str] = (),
     changes: dict[str, object] | None = None,
+    jobs: int | None = 1,
     resume: bool = True,
     console: Console | None = None,
-) -> TrainResult | None:
-    """Runs a "train" figure in the folder `out`, run by run; after each, writes OUT/results.csv and OUT/curves.csv.
+) -> Ended:
+    """Runs a "train" figure in the folder `out`; after each run writes the tables there.
 
-    Stopped, the same call goes on: finished runs are not run again. Returns the result of a run that a signal stopped,
-    else None. Raises ValueError for settings that can't be, before anything is written, and as `Trainer` does.
+        OUT/results.csv  a row for each run        OUT/summary.csv  the mean over seeds for each setting
+        OUT/curves.csv   their evaluations         OUT/paired.csv   differences between settings, seed by seed
+
+    seeds: those of every run, such as range(10); None for the one of the settings. jobs: runs at a time, in processes
+    of their own where they are more than one (which need `if __name__ == "__main__"` around a script's call); None for
+    one on each core of a CPU. Threads are shared out among them.
+
+    Stopped, the same call goes on: finished runs are not run again. Returns the signal that stopped it, if one did, and
+    the runs that failed, which do not keep the others from being run. Raises ValueError for settings that can't be,
+    before anything is written.
     """
     expect(figure.kind == "train", "figure", "one of runs from scratch", figure.name)
     console, out = console or Console(), Path(out)
-    runs = train_runs(figure, size, baselines=baselines, changes=changes)
+    chosen = train_runs(figure, size, seeds=seeds, baselines=baselines, changes=changes)
+    device = resolve_device(local_device(chosen[0][2].train.device))
+    world = World.join(device)
+    jobs, threads = shares(jobs, len(chosen), device, world.size)
     check_folder("out", out)
-    results = Results(out, keep=resume)
-    for number, (name, values, run) in enumerate(runs, 1):
-        label = f"{figure.name} {number}/{len(runs)} {name}"
-        trainer = Trainer(run, out / name, resume=resume, label=label, console=console)
-        begun = trainer.step
-        result = trainer.fit()
-        if result.signal is not None:
-            return result
-        if trainer.world.main:
-            row = {"figure": figure.name, "preset": size, **values, "seconds": round(result.seconds, 1)}
-            results.add(name, row | environment(trainer.device), out / name, trained=result.step > begun)
-    return None
+    if resume:
+        check_going_on((config, out / name) for name, _, config in chosen)
+    runs = []
+    for number, (name, values, config) in enumerate(chosen, 1):
+        row = {"figure": figure.name, "preset": size, **values}
+        label = f"{figure.name} {number}/{len(chosen)} {name}"
+        runs.append(Run(name, label, train_run, (config, out / name, resume, row)))
+    report = reporter(Results(figure, out, [run.name for run in runs], keep=resume))
+    return run_all(runs, report, jobs=jobs, threads=threads, console=console, alone=world.size == 1)
+
+
+def reporter(results: Results):
+    """What `run_all` reports to: the tables, in the process that writes them."""
+
+    def report(run: Run, outcome: Outcome) -> None:
+        if outcome.row is not None:
+            results.add(run.name, outcome.row, trained=outcome.trained)
+
+    return report
