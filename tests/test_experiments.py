@@ -116,7 +116,7 @@ def test_baselines_that_cannot_be_are_refused():
         run_config("rule110", settings("rule110", "tiny"), "luck")
     with pytest.raises(ValueError, match="its context can't be repeated"):
         run_config("word_problem", settings("word_problem", "tiny"), "repeat")
-    replayed = settings("rule110", "tiny", model__passes="inf", model__sleep_kind="replay")
+    replayed = settings("rule110", "tiny", model__passes="inf", model__sleep_kind="replay", model__reinject=False)
     with pytest.raises(ValueError, match="passes: expected a finite number"):
         run_config("rule110", replayed, "depth")
 
@@ -155,7 +155,7 @@ def test_a_sweep_runs_goes_on_and_is_drawn(tmp_path):
     text = run("sweep", "fig2b", *SMALL, "--baselines", "loop,full", "--out", out)
     rows = table(out)
     assert [(r["model.passes"], r["baseline"]) for r in rows] == [
-        ("1", ""), ("2", ""), ("4", ""), ("4", "loop"), ("4", "full"),
+        ("1", ""), ("2", ""), ("3", ""), ("4", ""), ("4", "loop"), ("4", "full"),
     ]  # fmt: skip
     assert all(float(r["step"]) == 4 and 0 <= float(r["exact"]) <= 1 for r in rows)
     assert "fig2b.png" in "".join(text.split()) and (out / "fig2b.png").stat().st_size > 10_000

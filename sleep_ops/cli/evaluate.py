@@ -67,7 +67,7 @@ def evaluate(
 
 @command
 def demo(
-    passes: Annotated[str | None, option("Values of N, separated by commas; 1,2 on the CPU, 1,4 on CUDA.")] = None,
+    passes: Annotated[str | None, option("Values of N, separated by commas; 1,2,4 on the CPU, 1,4 on CUDA.")] = None,
     steps: Annotated[int | None, option("Optimiser steps for each N; set for the machine by default.")] = None,
     seed: OneSeed = None,
     seeds: Seeds = None,

@@ -36,6 +36,7 @@ class Scale:
     init_std: float
     train: TrainConfig
     passes: tuple[int, ...]
+    reinject: bool = False
 
     def run_config(self, passes: int, seed: int | None = None) -> RunConfig:
         """The run with so many passes; seed: None for the recipe's."""
@@ -48,6 +49,7 @@ class Scale:
             passes=passes,
             num_heads=self.num_heads,
             initializer_range=self.init_std,
+            reinject=self.reinject,
         )
         return RunConfig(self.task.to_dict(), model.to_dict(), train)
 
@@ -68,7 +70,8 @@ CPU = Scale(
         checkpoint_every=20,
         device="cpu",
     ),
-    passes=(1, 2),  # N = 4 gets there too, but at this width often later than these steps
+    passes=(1, 2, 4),
+    reinject=True,  # without it N = 4 often gets there later than these steps
 )
 # The paper's model and data: 800 steps of 512 sequences of 100 tokens are 41M tokens.
 CUDA = Scale(
