@@ -286,6 +286,7 @@ def test_the_command_on_a_task(folders, tmp_path):
         ("--task rule110 --task-option nodes=3", "nodes: expected no such option"),
         ("--task rule110 --until 0", "until: expected"),
         ("--task rule110 --insert one", "insert: expected integers"),
+        ("--task rule110 --insert 99", "insert: expected distinct layer numbers from 0 to"),
         ("--task rule110 --eviction soft", "eviction: expected"),
         ("--task rule110 --micro-batch 0", "micro_batch: expected"),
         ("--task rule110 --window 0", "window: expected"),

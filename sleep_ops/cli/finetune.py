@@ -26,7 +26,7 @@ from sleep_ops.model.config import SleepSettings
 from sleep_ops.training.config import FinetuneConfig, TrainConfig
 from sleep_ops.training.heap import keep_freed_memory
 
-_SLEEP = all_but(SleepSettings, "passes", "backprop_passes", "attention_backend", "impl")
+_SLEEP = all_but(SleepSettings, "passes", "attention_backend", "impl")
 _LORA = ("lora", "lora_alpha", "lora_targets")
 _RECIPE = all_but(TrainConfig, "trainable", "cuda_graph")
 

@@ -47,7 +47,7 @@ def check_fast_weights(model: PreTrainedModel) -> None:
     if model.config.model_type in ATTENTION_ONLY and not hasattr(model.model, "fast_weights"):
         raise ValueError(
             "model: expected fast-weight layers, which keep what is evicted, got an attention-only "
-            f"{model.config.model_type}; give it some with insert_fast_weights(model, layers=...) first"
+            f"{model.config.model_type}; give it some with insert_fast_weights(model, layers=...) or --insert first"
         )
 
 
