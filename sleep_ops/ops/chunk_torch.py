@@ -12,7 +12,8 @@ Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464. Only Y, U and S1 are comp
 over chunks.
 
 float16 and bfloat16 inputs are computed as the kernels compute them: operands of matrix products are rounded to the
-input dtype, sums, gates, the inverse and the states are float32.
+input dtype, sums, gates, the inverse and the states are float32; gates that could follow a product are multiplied into
+an operand already rounded, so that products add up in place.
 """
 
 import torch
@@ -22,11 +23,11 @@ from torch import Tensor
 from sleep_ops.ops.gates import CLOSED
 from sleep_ops.ops.packed import PackedSequences
 from sleep_ops.ops.rule import RuleOptions
-from sleep_ops.ops.small import MAP, flushed, flushed_exp_
+from sleep_ops.ops.small import MAP, flush_, flushed, flushed_exp_
 from sleep_ops.reference import l2_normalise, state_dtype
 from sleep_ops.validation import check_first_order
 
-MAX_CHUNK = 64
+MAX_CHUNK = 32  # tokens: the fastest on a CPU for keys of 48 to 128 dims
 MAX_SHORT = 96  # tokens that are one chunk where keys have more dims, for short_windows.py
 VANISHED = -1e4  # a log decay that leaves nothing, in every dtype
 
@@ -133,109 +134,128 @@ class _Scan(torch.autograd.Function):
         def low(x):
             return _rounded(x, dtype)
 
-        n, _, _, C, V = v.shape
-        k_each = k.expand(-1, -1, v.shape[2], -1, -1).contiguous()
-        k_end = low(decay[..., -1:, :].mT * k)  # e^(G_C - G_i) k_i
-        end = G_exp[..., -1:, :]
+        n, N, R, C, V = v.shape
         first = 1 if state is None else 0
-        starts = v.new_empty(n - first, *v.shape[1:3], k.shape[-1], V)
+        k_read, k_end = (G_exp * k).flatten(1, 2), low(decay[..., -1:, :].mT * k).flatten(1, 2)
+        end = G_exp[..., -1:, :].flatten(1, 2)
+        starts, final = (v.new_empty(*lead, N * R, k.shape[-1], V) for lead in ((n - first,), ()))
+        if state is not None:
+            starts[0] = state.flatten(0, 1)
         if A is None:
-            errors, updates = None, low(beta * v)
+            errors, updates = None, low(beta * v).flatten(1, 2)
         else:
-            inverse, errors, updates = low(A), v.clone(), torch.empty_like(v)
+            values, write, strength = v.flatten(1, 2), low(A).flatten(1, 2), beta.flatten(1, 2)
+            errors, updates = v.new_empty(values.shape), v.new_empty(values.shape)
         for i in range(n):
-            if i >= first:
-                starts[i - first] = state
+            start = starts[i - first] if i >= first else None
             if A is not None:
-                if state is not None:
-                    errors[i].addcmul_(G_exp[i], k_each[i] @ low(state), value=-1)
-                updates[i] = low(inverse[i] @ low(beta[i] * errors[i]))
-            write = k_end[i].mT @ updates[i]
-            state = flushed(write if state is None else write.addcmul_(end[i], state))
+                if start is None:
+                    errors[i] = values[i]
+                else:
+                    torch.baddbmm(values[i], k_read[i], low(start), alpha=-1, out=errors[i])
+                torch.bmm(write[i], low(strength[i] * errors[i]), out=updates[i])
+                if dtype != updates.dtype:
+                    updates[i] = low(updates[i])
+            after = starts[i + 1 - first] if i + 1 < n else final
+            if start is None:
+                torch.bmm(k_end[i].mT, updates[i], out=after)
+            else:
+                torch.mul(end[i], start, out=after).baddbmm_(k_end[i].mT, updates[i])
+            flush_(after)
 
+        state = final.unflatten(0, (N, R))
         starts = starts if len(starts) else None
-        ctx.scale, ctx.dtype = scale, dtype
-        kept = [q, k, v if A is None else errors, beta, decay, G_exp, A, starts, updates, k_each, k_end]
+        ctx.scale, ctx.dtype, ctx.shape = scale, dtype, v.shape
+        kept = [q, k, v if A is None else errors, beta, decay, G_exp, A, starts, updates, k_end]
         if q is None:
             ctx.save_for_backward(*kept, None)
             return state
         scores = q @ k.mT
-        o = (low(decay * scores) @ updates).mul_(scale)
+        o = low(decay * scores).mul_(scale).flatten(1, 2) @ updates
         if starts is not None:
-            o[first:].addcmul_(G_exp[first:], q.expand_as(k_each)[first:] @ low(starts), value=scale)
+            o[first:].flatten(0, 1).baddbmm_((scale * G_exp * q)[first:].flatten(0, 2), low(starts).flatten(0, 1))
         ctx.save_for_backward(*kept, scores)
-        return o, state
+        return o.view(v.shape), state
 
     @staticmethod
     def backward(ctx, *grads):
         check_first_order("gated_delta_rule")
-        q, k, y, beta, decay, G_exp, A, starts, updates, k_each, k_end, scores = ctx.saved_tensors
+        q, k, y, beta, decay, G_exp, A, starts, updates, k_end, scores = ctx.saved_tensors
         scale = ctx.scale
 
         def low(x):
             return _rounded(x, ctx.dtype)
 
-        n = k.shape[0]
+        n, N, R, C, V = ctx.shape
+        heads = (N, R)
         first = n - (0 if starts is None else len(starts))
-        d_decay, dG_exp, dk, dq = None, torch.zeros_like(G_exp), None, None
-        d_updates = d_starts = None
-        dS = grads[-1]
         if q is not None:
-            do = scale * low(grads[0])
-            d_updates = low(decay * scores).mT @ do
-            d_weights = do @ updates.mT
-            d_scores = low(_over_keys(decay * d_weights))
-            d_decay = d_weights.mul_(scores)
-            dq, dk = d_scores @ k, d_scores.mT @ q
-            if starts is not None:
-                q_each = q.expand_as(k_each)[first:]
-                d_starts = q_each.mT @ low(G_exp[first:] * do[first:])
-                read = do[first:] @ low(starts).mT
-                dG_exp[first:] += (q_each * read).sum(-1, keepdim=True)
-                dq[first:] += _over_keys(G_exp[first:] * read)
+            do = low(grads[0]).contiguous().flatten(1, 2)
+            scaled = scale * G_exp
+            weights, q_read = low(decay * scores).mul_(scale).flatten(1, 2), (scaled * q).flatten(1, 2)
 
-        end = G_exp[..., -1:, :]
-        after, d_read = torch.empty(n, *dS.shape, dtype=dS.dtype, device=dS.device), torch.empty_like(updates)
-        inverse = None if A is None else low(A).mT
-        strength = -beta * G_exp
+        end, strength, G_each = G_exp[..., -1:, :].flatten(1, 2), beta.flatten(1, 2), G_exp.flatten(1, 2)
+        k_each = k.expand(n, N, R, C, k.shape[-1]).flatten(1, 2)
+        after, d_start = updates.new_empty(n, N * R, k.shape[-1], V), None
+        after[-1] = grads[-1].flatten(0, 1)
+        shape = updates.shape
+        d_update, d_read, dv = (updates.new_empty(s) for s in (shape[1:], shape, shape))
+        inverse = None if A is None else low(A).mT.flatten(1, 2)
         for i in reversed(range(n)):
-            after[i] = dS
-            low_dS = low(dS)
-            d_update = k_end[i] @ low_dS
-            if d_updates is not None:
-                d_update += d_updates[i]
-            if A is not None:
-                d_update = inverse[i] @ low(d_update)
-            d_read[i] = d_update
+            dS = after[i]
+            torch.bmm(k_end[i], low(dS), out=d_update)
+            if q is not None:
+                d_update.baddbmm_(weights[i].mT, do[i])
+            if A is None:
+                d_read[i] = d_update
+            else:
+                torch.bmm(inverse[i], low(d_update), out=d_read[i])
+            torch.mul(strength[i], d_read[i], out=dv[i])
             if i < first:
                 continue
-            before = end[i] * dS
-            if d_starts is not None:
-                before += d_starts[i - first]
+            if i:
+                before = after[i - 1]
+            else:
+                before = d_start = dS.new_empty(dS.shape)
+            torch.mul(end[i], dS, out=before)
+            if q is not None:
+                before.baddbmm_(q_read[i].mT, do[i])
             if A is not None:
-                before += k_each[i].mT @ low(strength[i] * d_update)
-            dS = flushed(before)
+                before.baddbmm_(k_each[i].mT, low(G_each[i] * dv[i]), alpha=-1)
+            flush_(before)
 
-        dk_end = updates @ low(after).mT
-        d_end = (k * dk_end).sum(-1)
-        dk_end = _over_keys(decay[..., -1:, :].mT * dk_end)
-        dk = dk_end if dk is None else dk.add_(dk_end)
-        if d_decay is None:
-            d_decay = torch.zeros_like(decay)
-        d_decay[..., -1, :] += d_end
+        def by_key(x):
+            return x.unflatten(1, heads)
+
+        dG_exp, d_decay, dq = torch.zeros_like(G_exp), torch.zeros_like(decay), None
+        starts_low = None if starts is None else low(starts).mT
+        dk_end = by_key(updates @ low(after).mT)
+        d_decay[..., -1, :] = (k * dk_end).sum(-1)
+        dk = _over_keys(dk_end.mul_(decay[..., -1:, :].mT))
+        if q is not None:
+            d_weights = by_key(do @ updates.mT).mul_(scale)
+            d_decay.addcmul_(d_weights, scores)
+            d_scores = low(_over_keys(d_weights.mul_(decay)))
+            dq, dk = d_scores @ k, dk.add_(d_scores.mT @ q)
+            if starts is not None:
+                read = by_key(do[first:] @ starts_low)
+                dG_exp[first:] = (q[first:] * read).sum(-1, keepdim=True).mul_(scale)
+                dq[first:] += _over_keys(read.mul_(scaled[first:]))
         if starts is not None:
-            dG_exp[first:, ..., -1:, :] += (starts * after[first:]).sum((-2, -1), keepdim=True)
+            moved = starts.flatten(2)[..., None, :] @ after[first:].flatten(2)[..., None]
+            dG_exp[first:, ..., -1:, :] += by_key(moved)
         dL = None
-        dv, dbeta = beta * d_read, (y * d_read).sum(-1, keepdim=True)
+        dbeta = (y * d_read if A is not None else y * by_key(d_read)).sum(-1, keepdim=True).view(beta.shape)
         if A is not None:
             d_read = low(d_read)
-            dL = (d_read @ updates.mT).mul_(-torch.ones_like(decay[0, 0, 0]).tril(-1))
+            dL = by_key(d_read @ updates.mT).mul_(-torch.ones_like(decay[0, 0, 0]).tril(-1))
             if starts is not None:
-                read = d_read[first:] @ low(starts).mT
-                dG_exp[first:] -= beta[first:] * (k_each[first:] * read).sum(-1, keepdim=True)
-                dk[first:] += _over_keys(strength[first:] * read)
-        d_start = dS if first == 0 else None
-        return dq, dk, dv, dbeta, d_decay, dG_exp, dL, None, d_start, None, None
+                read = by_key(d_read[first:] @ starts_low)
+                read.mul_(beta[first:])
+                dG_exp[first:] -= (k[first:] * read).sum(-1, keepdim=True)
+                dk[first:] -= _over_keys(read.mul_(G_exp[first:]))
+        d_start = None if d_start is None else d_start.unflatten(0, heads)
+        return dq, dk, by_key(dv), dbeta, d_decay, dG_exp, dL, None, d_start, None, None
 
 
 class TorchPass:
@@ -295,8 +315,7 @@ class BatchPass:
         batch, tokens, heads, key_dim = k.shape
         value_heads, value_dim = v.shape[2:]
         self.is_short = tokens <= MAX_SHORT and 4 * tokens <= 3 * key_dim
-        longest = MAX_CHUNK if key_dim > 64 else -(-MAX_CHUNK // 2)  # products of C x C cost less beside those with K
-        self.num_chunks = 1 if self.is_short else -(-tokens // longest)
+        self.num_chunks = 1 if self.is_short else -(-tokens // MAX_CHUNK)
         self.chunk = -(-tokens // self.num_chunks)  # equal chunks: the least padding
         self.tokens, self.shape = tokens, (batch, heads, value_heads // heads, key_dim, value_dim)
         self.k = self._chunks(self._key(k))

@@ -47,6 +47,11 @@ def flushed(x: Tensor, power: float = ANY) -> Tensor:
     return (_Flushed if torch.compiler.is_compiling() else _FlushedForward).apply(x, power)
 
 
+def flush_(x: Tensor) -> Tensor:
+    """`flushed` in place, where no gradient is recorded."""
+    return torch.hardshrink(x, torch.finfo(x.dtype).tiny ** ANY, out=x) if x.device.type == "cpu" else x
+
+
 def flushed_exp_(x: Tensor) -> Tensor:
     """e^x in place, on the CPU exactly 0 where that is too small."""
     if x.device.type == "cpu":
