@@ -282,7 +282,7 @@ def _draw_plot(r: random.Random, case: dict) -> tuple[list[str], bool]:
 
 def _draw_sweep(r: random.Random, case: dict) -> tuple[list[str], bool]:
     given, bad = _options(r, "sweep")
-    sets = "train.steps=1 train.batch_size=2 train.eval_samples=2 train.eval_every=0 model.hidden_size=8 task.bits=5"
+    sets = "train.steps=1 train.batch_size=2 train.eval_samples=2 train.eval_every=0 model.hidden_size=8 task.bits=10"
     base = [f"--set={x}" for x in sets.split()] + ["--grid=task.t=[1]", "--grid=model.passes=[1]"]
     return ["sweep", "fig2a", "--preset=tiny", "--device=cpu", "--out=out", *base, "--jobs=1", *given], bad
 
