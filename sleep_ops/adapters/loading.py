@@ -160,10 +160,7 @@ def _transformer(
     saved = getattr(model.config, "fast_weights", None)
     expect(insert is None or saved is None, "insert", "None for a folder with inserted blocks", insert)
     if insert is not None:
-        hf.families.check_family(model)
-        count = len(model.model.layers)
-        inside = len({*insert}) == len(insert) > 0 and all(type(i) is int and 0 <= i < count for i in insert)
-        expect(inside, "insert", f"distinct layer numbers from 0 to {count - 1}", insert)
+        hf.insert.check_layers("insert", insert, model)
         hf.insert_fast_weights(model, insert)
     elif saved is not None:
         hf.insert_fast_weights(model, **saved)

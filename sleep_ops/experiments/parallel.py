@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sleep_ops.checks import check_count, expect
 from sleep_ops.training import CheckpointError, TrainingDiverged
 from sleep_ops.training.heap import keep_freed_memory
+from sleep_ops.training.signals import noted
 
 _EXPLAINED = (ValueError, OSError, CheckpointError, TrainingDiverged)  # other errors are shown with where they were
 _PATIENCE = 60.0  # seconds for a worker to save
@@ -186,7 +187,7 @@ class _Pool:
 
     def run(self) -> Ended:
         try:
-            with self._signals(), self._display:
+            with noted(self._pass_on), self._display:
                 for _ in range(self._jobs):
                     self._give(None)
                 while self._busy:
@@ -240,28 +241,11 @@ class _Pool:
         self._display.end(run, f"{run.label} failed: {what}" if kind == "failed" else "")
         self._give(worker)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and the first Ctrl-C are passed on, and no more runs begin; a second Ctrl-C is KeyboardInterrupt."""
-
-        def note(number, _frame):
-            if self._signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._signal = number
-            for worker, _ in list(self._busy.values()):
-                worker.process.terminate()
-
-        before = {}
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                before[number] = signal.signal(number, note)
-        except ValueError:  # not the main thread: signals are someone else's business
-            pass
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _pass_on(self, number: int) -> None:
+        """A signal, to all workers; no more runs begin."""
+        self._signal = number
+        for worker, _ in list(self._busy.values()):
+            worker.process.terminate()
 
 
 class _Display:

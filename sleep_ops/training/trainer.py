@@ -1,11 +1,10 @@
 """The training loop: for every task and any number of processes, stopped and resumed exactly."""
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +53,7 @@ from sleep_ops.training.run import (
     newest_checkpoint,
     select_parameters,
 )
+from sleep_ops.training.signals import noted
 from sleep_ops.training.usage import ModelFlops, peak_flops, peak_memory
 
 _COLUMNS = [
@@ -194,10 +194,11 @@ class Trainer:
     def _train(self, last: int, log: RunLog) -> dict[str, float] | None:
         """Steps up to `last`, and a checkpoint of where they end; returns the last evaluation."""
         t, evaluation, saved = self.config.train, None, self.step
+        self._noted = self._signal = None
         self.model.train()
         with (
             ExitStack() as stack,
-            self._signals(),
+            noted(self._note),
             deterministic(self.device),
             ProgressBar(self.console, self.label, self.step, t.steps) as bar,
             Trace(self.out / PROFILE, t.profile, self.device, self.world.rank) as trace,
@@ -504,24 +505,6 @@ class Trainer:
         self._signal = number or None
         return self._signal is not None
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Turn SIGTERM and the first SIGINT into a flag that the loop looks at between steps."""
-        self._noted = self._signal = None
-
-        def note(number, _frame):
-            if self._noted is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._noted = number
-
-        before = {}
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                before[number] = signal.signal(number, note)
-        except ValueError:  # not the main thread: signals are someone else's business
-            pass
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _note(self, number: int) -> None:
+        """A signal, which the loop looks at between steps."""
+        self._noted = number

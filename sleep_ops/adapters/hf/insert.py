@@ -12,6 +12,15 @@ from sleep_ops.layers.block import Block
 from sleep_ops.layers.gdn import SleepGDNLayer
 
 
+def check_layers(name: str, layers: Sequence[int], model: PreTrainedModel) -> None:
+    """ValueError, naming the argument, unless these are distinct numbers of a supported model's layers."""
+    check_family(model)
+    count = len(model.model.layers)
+    listed = isinstance(layers, Sequence) and all(type(i) is int and 0 <= i < count for i in layers)
+    inside = listed and len(set(layers)) == len(layers) > 0
+    expect(inside, name, f"distinct layer numbers from 0 to {count - 1}", layers)
+
+
 def insert_fast_weights(
     model: PreTrainedModel,
     layers: Sequence[int],
@@ -40,10 +49,7 @@ def insert_fast_weights(
     check_family(model)
     config, backbone = model.config, model.model
     expect(not hasattr(backbone, "fast_weights"), "model", "one without inserted blocks", "one that has them")
-    count = len(backbone.layers)
-    listed = isinstance(layers, Sequence) and all(type(i) is int and 0 <= i < count for i in layers)
-    inside = listed and len(set(layers)) == len(layers) > 0
-    expect(inside, "layers", f"distinct layer numbers from 0 to {count - 1}", layers)
+    check_layers("layers", layers, model)
     own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sizes: dict = dict(
         num_heads=config.num_attention_heads if num_heads is None else num_heads,
