@@ -47,7 +47,7 @@ def commands(command=None, path=()):
 
 def test_every_option_says_what_it_is():
     found = commands()
-    assert len(found) == 20
+    assert len(found) == 21
     assert [f"{path} {p.name}" for path, command in found for p in command.params if not p.help] == []
 
 

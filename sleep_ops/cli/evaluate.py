@@ -1,4 +1,4 @@
-"""What needs no training of one's own, or comes after it: `sleep-ops eval`, `demo` and `recall`."""
+"""What needs no training of one's own, or comes after it: `sleep-ops eval`, `probe`, `demo` and `recall`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -63,6 +63,49 @@ def evaluate(
     print_evaluations(console, task, found)
     if out is not None:
         write_csv(out, [{"run": str(run), "step": step, "passes": n, "seed": seed, **r} for n, r in found])
+
+
+@command
+def probe(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders of Rule 110, as written by train or sweep.")],
+    passes: Annotated[str | None, option("N, or several separated by commas; 1 to the run's own by default.")] = None,
+    fitted: Annotated[int, option("Strings that a probe is fitted on.")] = 256,
+    judged: Annotated[int, option("Strings that it is judged on.")] = 4096,
+    seed: Annotated[int, option("Seed of the strings.")] = 1,
+    device: Device = "auto",
+    out: Annotated[Path, option("Folder for probe.csv and probe.png.")] = Path("runs/probe"),
+) -> None:
+    """What the fast weights hold after each pass: linear probes for the automaton's rows between string and answer.
+
+    Beside them the same for the string itself, and for the model before it was trained.
+    """
+    console = Console()
+    from rich.progress import track
+
+    from sleep_ops.checks import check_count
+    from sleep_ops.experiments.probe import TRAINED, UNTRAINED, plot, table
+    from sleep_ops.experiments.probe import probe as probe_models
+    from sleep_ops.files import check_folder, write_csv
+    from sleep_ops.model.sleeping import sleeping
+    from sleep_ops.training import load_run
+    from sleep_ops.training.run import build_model
+
+    chosen = None if passes is None else integers("passes", passes)
+    check_folder("out", out)
+    rows = []
+    for run in track(runs, "probing", console=console, transient=True):
+        config, task, model, step = load_run(run, device=device, warn=console.print)
+        trained = sleeping(model.eval())
+        before = build_model(config).to(next(model.parameters()).device).eval()
+        check_count("passes", most := trained.settings.passes if chosen is None else max(chosen))
+        counts = chosen or range(1, int(most) + 1)
+        models = {UNTRAINED: sleeping(before), TRAINED: trained}
+        found = probe_models(models, task, passes=counts, fitted=fitted, judged=judged, seed=seed)
+        rows += [{"run": str(run), "trained_steps": step, **row} for row in found]
+    write_csv(out / "probe.csv", rows)
+    plot(rows, out / "probe.png")
+    console.print(table(rows))
+    console.print(f"wrote {out / 'probe.csv'} and {out / 'probe.png'}", soft_wrap=True)
 
 
 @command
