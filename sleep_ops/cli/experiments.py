@@ -1,4 +1,4 @@
-"""The paper's figures and the tasks' data: `sleep-ops sweep`, `plot` and `data`."""
+"""Figures and the tasks' data: `sleep-ops sweep`, `plot` and `data`."""
 
 import json
 from dataclasses import fields
@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sleep_ops.cli.common import exit_with, named_values, run_console
 from sleep_ops.cli.options import Device, Jobs, OneSeed, Resume, Seed, Seeds, command, option, seeds_of
 from sleep_ops.training.heap import keep_freed_memory
 
-FigureName = Annotated[str | None, typer.Argument(help="fig2a, fig2b, ...; without one, they are listed.")]
+FigureName = Annotated[str | None, typer.Argument(help="fig2a, fig2b, eviction, ...; without one, they are listed.")]
 PresetName = Annotated[str, option("paper, small or tiny.")]
 
 
@@ -38,7 +38,7 @@ def sweep(
     out: Annotated[Path | None, option("Folder; runs/FIGURE-PRESET by default.")] = None,
     resume: Resume = True,
 ) -> None:
-    """All runs of one of the paper's figures, for each seed, then its tables and plots.
+    """All runs of a figure, the paper's or one beside them, for each seed; then its tables and plots.
 
     Stopped, the same command goes on.
     """
@@ -182,7 +182,7 @@ def records(task, seed: int, count: int, split: str) -> list[dict]:
 def _list_figures(console: Console) -> None:
     from sleep_ops.experiments.figures import figure_names, load_figure
 
-    table = Table("figure", "what", "kind", "runs: paper", "small", "tiny")
+    table = Table(Column("figure", no_wrap=True), "what", "kind", "runs: paper", "small", "tiny")
     for name in figure_names():
         sizes = [load_figure(name, size) for size in ("paper", "small", "tiny")]
         table.add_row(name, sizes[0].title, sizes[0].kind, *(str(len(f.points())) for f in sizes))

@@ -1,4 +1,4 @@
-"""The paper's figures as grids over runs: which settings vary, what is drawn against what, and the paper's numbers.
+"""Figures as grids over runs: which settings vary, what is drawn against what, the paper's numbers where there are any.
 
 figures/NAME.toml, with tables [set] (settings of every run), [grid] (settings that vary), and the same under
 [small] and [tiny] where these differ.

@@ -16,7 +16,7 @@ from sleep_ops.tasks import build_task
 from sleep_ops.training import RunConfig
 from sleep_ops.training.trainer import EVAL_FILE
 
-_NAMES = {"model.passes": "N", "task.t": "t", "window": "L", "level": "level"}
+_NAMES = {"model.passes": "N", "model.eviction": "eviction", "task.t": "t", "window": "L", "level": "level"}
 _LABELS = {
     "model.passes": "passes N",
     "task.t": "steps of the automaton t",
