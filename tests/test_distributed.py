@@ -149,6 +149,7 @@ def worker(rank, port, folder):
         out = folder / way
         for case in CASES:
             run = make(out / case, case, **WAYS[way])
+            found[way, case, "untrained"] = run.evaluate()
             found[way, case] = gradients(run)
             found[way, case, "result"] = run.fit()
         # Stopped and taken up again: by two processes, and by another number of them.
@@ -217,7 +218,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for case in CASES:
         run = make(folder / "one" / case, case)
-        torch.save(gradients(run), folder / f"one-{case}.pt")
+        torch.save((run.evaluate(), gradients(run)), folder / f"one-{case}.pt")
         run.fit()
     for way in WAYS:
         make(folder / f"one-then-{way}").fit(until=2)
@@ -283,11 +284,14 @@ def assert_same_run(found, expected):
 @pytest.mark.parametrize("way", WAYS)
 class TestTwoProcesses:
     @pytest.mark.parametrize("case", CASES)
-    def test_loss_and_gradients_are_those_of_one(self, way, case, folder, ranks):
-        loss, expected = torch.load(folder / f"one-{case}.pt")
+    def test_loss_gradients_and_evaluation_are_those_of_one(self, way, case, folder, ranks):
+        evaluation, (loss, expected) = torch.load(folder / f"one-{case}.pt")
         rounding = 2**-6 if case == "rounded" else 1e-4  # of a process's rows and their sums, in bfloat16
         for rank in ranks:
             torch.testing.assert_close(rank[way, case][0], loss, rtol=rounding / 10, atol=0)
+            found = rank[way, case, "untrained"]
+            assert found == ranks[0][way, case, "untrained"] and found["samples"] == evaluation["samples"]
+            assert found["loss"] == pytest.approx(evaluation["loss"], rel=rounding / 10)
         found = ranks[0][way, case][1]
         for name, x in expected.items():
             assert (found[name] is None) == (x is None), name
@@ -355,7 +359,7 @@ class TestTwoProcesses:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", BY_COLUMNS)
 def test_texts_in_parts_are_learnt_from_as_whole_ones(way, folder, ranks):
-    loss, expected = torch.load(folder / "one-at-once.pt")
+    _, (loss, expected) = torch.load(folder / "one-at-once.pt")
     for rank in ranks:
         assert rank["columns", way][2].finished
         torch.testing.assert_close(rank["columns", way][0], loss)
@@ -376,7 +380,7 @@ def test_texts_that_cannot_be_parted_are_refused(ranks):
 
 @pytest.mark.slow
 def test_a_graphed_step_has_the_same_gradients(folder, ranks):
-    loss, expected = torch.load(folder / "one-replay.pt")
+    _, (loss, expected) = torch.load(folder / "one-replay.pt")
     for found, gradients in (rank["graphed"][i] for rank in ranks for i in range(2)):
         torch.testing.assert_close(found, loss)
         for name, x in expected.items():

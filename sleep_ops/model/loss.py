@@ -41,10 +41,7 @@ def chunked_cross_entropy(
 
     Differentiable any number of times, with respect to h and all that the head computes with.
     """
-    size = torch.promote_types(h.dtype, torch.float32).itemsize
-    most = max(1, CHUNK_BYTES // (vocab_size * size))
-    chunks = -(-len(targets) // most)
-    each = -(-len(targets) // chunks)
+    each = _chunk(h, vocab_size)
 
     def loss(h: Tensor, targets: Tensor) -> Tensor:
         return summed_cross_entropy(head(h), targets)
@@ -53,3 +50,24 @@ def chunked_cross_entropy(
     *others, last = zip(h.split(each), targets.split(each), strict=True)
     # The backward begins with the last one, whose logits are kept for it.
     return sum([again(*chunk) for chunk in others] + [loss(*last)])
+
+
+@torch.no_grad()
+def scored(head: Callable[[Tensor], Tensor], h: Tensor, targets: Tensor, *, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Whether the largest logit is the target's, bool `[tokens]`, and the loss in nats, float32 `[tokens]`.
+
+    Of CHUNK_BYTES of float32 logits at a time; arguments as of `chunked_cross_entropy`.
+    """
+    each, right, nats = _chunk(h, vocab_size), [], []
+    for x, target in zip(h.split(each), targets.split(each), strict=True):
+        logits = head(x)
+        right.append(logits.argmax(-1) == target)
+        nats.append(F.cross_entropy(logits.float(), target, reduction="none"))
+    return torch.cat(right), torch.cat(nats)
+
+
+def _chunk(h: Tensor, vocab_size: int) -> int:
+    """Tokens of a chunk, of hidden states `[tokens, hidden_size]`: about as many in each."""
+    size = torch.promote_types(h.dtype, torch.float32).itemsize
+    chunks = -(-len(h) // max(1, CHUNK_BYTES // (vocab_size * size)))
+    return -(-len(h) // chunks)

@@ -51,6 +51,7 @@ class Call(NamedTuple):
     return_logits: bool = True
     return_state: bool = True
     group: "ProcessGroup | None" = None
+    predict: Callable[[Tensor], Tensor] | None = None
 
 
 class Plan(NamedTuple):
@@ -194,6 +195,7 @@ class SleepingModel:
         return_logits: bool = True,
         return_state: bool = True,
         group: "ProcessGroup | None" = None,
+        predict: Callable[[Tensor], Tensor] | None = None,
     ) -> SleepOutput:
         """Algorithm 1: reads window by window, predicts awake, sleeps on full windows, evicts.
 
@@ -221,6 +223,9 @@ class SleepingModel:
             replay; with return_state=False, and without padding, packing and a state. All windows
             take part, as with all_logits; the loss is the mean over this rank's loss tokens, zero
             where it has none. Every rank's backward must run; gradients are this rank's part.
+        predict: makes the logits, loss and output, of the last block's outputs
+            `[..., hidden_size]`, token by token, instead of the model's own norm and head. The
+            identity gives those outputs themselves, in `logits`.
 
         Returns a SleepOutput: logits of the windows with loss alone (or of all, see all_logits),
         the columns they belong to in `positions`, the mean loss, and the state.
@@ -231,13 +236,13 @@ class SleepingModel:
         """
         call = Call(
             input_ids, labels, loss_mask, attention_mask, passes, state,
-            cu_seqlens, windows_by, all_logits, return_logits, return_state, group,
+            cu_seqlens, windows_by, all_logits, return_logits, return_state, group, predict,
         )  # fmt: skip
         return self.answer(call)
 
     def answer(self, call: Call) -> SleepOutput:
         """What `forward` returns."""
-        return self.run(self.plan(call))
+        return self.run(self.plan(call), call.predict)
 
     def plan(self, call: Call, *, may_lack_loss: bool = False) -> Plan:
         """The first half of a call: checks, and works out all that the host must know.

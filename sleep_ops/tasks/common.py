@@ -1,13 +1,15 @@
 """What the synthetic tasks share: batches, and a model's answers scored place by place."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sleep_ops.model.loss import scored
+from sleep_ops.model.sleeping import find_sleeping
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch, Task
 
 
@@ -44,7 +46,6 @@ class Scores(NamedTuple):
         }
 
 
-@torch.no_grad()
 def score(
     task: Task,
     model: nn.Module,
@@ -62,25 +63,53 @@ def score(
     """
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples and batch_size: expected integers >= 1, got {samples} and {batch_size}")
-    was_training, found = model.training, []
-    model.eval()
-    try:
+    found = []
+    with evaluating(model):
         for step, start in enumerate(range(0, samples, batch_size)):
             batch = task.batch(seed, step, min(batch_size, samples - start), split="eval")
-            sent, asked = batch.to(device), batch.loss_mask
-            out = model(sent.input_ids, **sent.arguments(), passes=passes, return_state=False)
-            column = torch.zeros(asked.shape[1], dtype=torch.long)
-            column[out.positions.cpu()] = torch.arange(len(out.positions))
-            row, place = asked.nonzero(as_tuple=True)
-            logits = out.logits[row.to(out.logits.device), column[place].to(out.logits.device)].float()
-            target = batch.labels[asked]
-            right, nats = torch.zeros_like(asked), torch.zeros(asked.shape, dtype=torch.float64)
-            right[asked] = logits.argmax(-1).cpu() == target
-            nats[asked] = F.cross_entropy(logits, target.to(logits.device), reduction="none").double().cpu()
-            found.append((batch.input_ids, batch.labels, asked, right, nats))
+            right, nats = score_batch(model, batch, passes=passes, device=device)
+            found.append((batch.input_ids, batch.labels, batch.loss_mask, right, nats))
+    return Scores(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode inside, and as it was afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return Scores(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+@torch.no_grad()
+def score_batch(
+    model: nn.Module, batch: Batch, *, passes: int | float | None, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """`right` and `nats` of `Scores` for a batch on the CPU.
+
+    A model that sleeps makes logits of the tokens with a label alone, some at a time. One with a `score_batch` of its
+    own is asked for it: processes may share out the rows.
+    """
+    if hasattr(model, "score_batch"):
+        return model.score_batch(batch, passes=passes, device=device)
+    asked, sent, owner = batch.loss_mask, batch.to(device), find_sleeping(model)
+    right, nats = torch.zeros_like(asked), torch.zeros(asked.shape, dtype=torch.float64)
+    if not asked.any():
+        return right, nats
+    given: dict = sent.arguments() | {"passes": passes, "return_state": False}
+    if owner is not None:
+        given |= {"labels": None, "predict": lambda h: h}
+    out = model(sent.input_ids, **given)
+    column = torch.zeros(asked.shape[1], dtype=torch.long)
+    column[out.positions.cpu()] = torch.arange(len(out.positions))
+    row, place = asked.nonzero(as_tuple=True)
+    x = out.logits[row.to(out.logits.device), column[place].to(out.logits.device)]
+    head, size = (lambda logits: logits, x.shape[-1]) if owner is None else (owner.predict, owner.vocab_size)
+    found = scored(head, x, batch.labels.cpu()[asked].to(x.device), vocab_size=size)
+    right[asked], nats[asked] = found[0].cpu(), found[1].double().cpu()
+    return right, nats
 
 
 def by_level(name: str, values: Tensor, levels: Tensor, choices: Sequence[int]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from torch import nn
 from sleep_ops.checks import check_counts
 from sleep_ops.streams import Stream, source
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import as_batch
+from sleep_ops.tasks.common import as_batch, score
 
 SEP = 2  # tokens 0 and 1 are the cells
 BOUNDARIES = ("periodic", "zero")
@@ -111,7 +111,6 @@ class Rule110:
         labels[:, context:] = answers
         return as_batch(input_ids, labels, device)
 
-    @torch.no_grad()
     def evaluate(
         self,
         model: nn.Module,
@@ -119,7 +118,7 @@ class Rule110:
         samples: int = 2048,
         batch_size: int = 512,
         seed: int = 0,
-        passes: int | None = None,
+        passes: int | float | None = None,
         device: torch.device | str = "cpu",
     ) -> dict[str, float]:
         """Accuracy of `model` on `samples` sequences of the evaluation stream.
@@ -128,32 +127,9 @@ class Rule110:
         (nats per answer), samples, and label_i for each answer. The answers are fed as input, which changes nothing
         in `exact`: greedy decoding is right everywhere exactly when it is right everywhere given the right prefix.
         """
-        if samples < 1 or batch_size < 1:
-            raise ValueError(f"samples and batch_size: expected integers >= 1, got {samples} and {batch_size}")
-        was_training = model.training
-        model.eval()
-        context, right, loss = self.context, [], 0.0
-        try:
-            for step, start in enumerate(range(0, samples, batch_size)):
-                size = min(batch_size, samples - start)
-                ids, labels, mask = self.batch(seed, step, size, device, split="eval")[:3]
-                out = model(ids, labels=labels, loss_mask=mask, passes=passes, return_state=False)
-                columns = (out.positions.cpu() >= context).nonzero()[:, 0]
-                predicted = out.logits[:, columns.to(out.logits.device)].argmax(-1)
-                right.append((predicted == labels[:, context:]).cpu())
-                loss += float(out.loss) * size
-        finally:
-            model.train(was_training)
-        right = torch.cat(right).double()
-        exact = right.all(1).double().mean().item()
-        return {
-            "exact": exact,
-            "exact_stderr": (exact * (1 - exact) / samples) ** 0.5,
-            "per_label": right.mean().item(),
-            "loss": loss / samples,
-            "samples": float(samples),
-            **{f"label_{i}": right[:, i].mean().item() for i in range(self.strings)},
-        }
+        s = score(self, model, samples=samples, batch_size=batch_size, seed=seed, passes=passes, device=device)
+        answers = s.right[:, self.context :].double().mean(0)
+        return s.summary() | {f"label_{i}": answers[i].item() for i in range(self.strings)}
 
     def chance(self, samples: int = 16384) -> dict[str, float]:
         """What is reached without reading the strings.

@@ -29,7 +29,7 @@ from sleep_ops.checks import check_choice, check_count, check_flags, expect
 from sleep_ops.files import check_folder, write_atomically
 from sleep_ops.streams import shuffled
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import as_batch
+from sleep_ops.tasks.common import as_batch, evaluating, score_batch
 from sleep_ops.tasks.examples import Example, Examples, file_key, gathered, stored
 from sleep_ops.tokenizer import TOKENIZER_FILES, load_tokenizer
 
@@ -152,7 +152,6 @@ class Text:
         orders = {epoch: _order(seed, key | int(epoch), count) for epoch in np.unique(epochs)}
         return np.array([orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
 
-    @torch.no_grad()
     def evaluate(
         self,
         model: nn.Module,
@@ -175,23 +174,15 @@ class Text:
             raise ValueError(f"samples and batch_size: expected integers >= 1, got {samples} and {batch_size}")
         samples = min(samples, len(self.splits["eval"].answers))
         size = min(batch_size, samples)
-        was_training = model.training
-        model.eval()
         exact, right, loss, answers, levels = [], 0, 0.0, 0, []
-        try:
+        with evaluating(model):
             for step, start in enumerate(range(0, samples, size)):
-                batch = self.batch(seed, step, size, device, split="eval")
-                ids, labels, mask = (x[: samples - start] for x in batch[:3])
-                out = model(ids, labels=labels, loss_mask=mask, passes=passes, return_state=False)
-                asked = labels[:, out.positions.to(labels.device)]
-                found, marked = out.logits.argmax(-1) == asked, asked != IGNORE_INDEX
-                exact += (found | ~marked).all(1).tolist()
-                levels += self.splits["eval"].levels[self._chosen(seed, step, size, "eval")][: len(ids)].tolist()
-                right += int((found & marked).sum())
-                count = int(mask.sum())
-                loss, answers = loss + float(out.loss) * count, answers + count
-        finally:
-            model.train(was_training)
+                batch = self.batch(seed, step, size, split="eval").rows(slice(0, samples - start))
+                found, nats = score_batch(model, batch, passes=passes, device=device)
+                exact += (found | ~batch.loss_mask).all(1).tolist()
+                levels += self.splits["eval"].levels[self._chosen(seed, step, size, "eval")][: len(found)].tolist()
+                right, answers = right + int(found.sum()), answers + int(batch.loss_mask.sum())
+                loss += nats.sum().item()
         rate = sum(exact) / samples
         by_level = {f"exact_{level}": _mean(exact, levels, level) for level in self._levels}
         return {

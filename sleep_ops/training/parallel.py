@@ -22,7 +22,7 @@ from torch.optim import Muon
 from sleep_ops.parameters import replaced
 from sleep_ops.training.muon import StackedMuon
 
-_PATIENCE = timedelta(hours=2)  # how long processes wait for the first one, which evaluates and saves
+_PATIENCE = timedelta(hours=2)  # how long processes wait for the first one, which saves
 _BUCKET = 1 << 24  # elements in one sum of gradients
 
 
@@ -60,7 +60,7 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is the first process: it alone evaluates, writes and prints."""
+        """Whether this is the first process: it alone writes and prints."""
         return self.rank == 0
 
     def on_main(self, function: Callable[[], Any]) -> Any:

@@ -31,7 +31,7 @@ from sleep_ops.training.checkpoint import (
     save_checkpoint,
 )
 from sleep_ops.training.config import RunConfig, resolve_device
-from sleep_ops.training.division import Division
+from sleep_ops.training.division import Division, Scoring
 from sleep_ops.training.graph import StepGraphs
 from sleep_ops.training.logs import ProgressBar, RunLog
 from sleep_ops.training.offload import Offloaded
@@ -99,7 +99,7 @@ class Trainer:
     task: likewise, for `config.task`.
 
     Under `torchrun` every process makes a trainer with the same arguments and calls the same
-    methods. All see the same results and errors; the first one evaluates, writes and prints. How
+    methods. All see the same results and errors; the first one writes and prints. How
     many there are may change between sessions.
     """
 
@@ -248,21 +248,16 @@ class Trainer:
         return evaluation
 
     def evaluate(self, samples: int | None = None) -> dict[str, float]:
-        """The task's evaluation of the model as it stands, in the run's precision."""
+        """The task's evaluation of the model as it stands, in the run's precision; the same in every process."""
         t = self.config.train
-
-        def score() -> dict[str, float]:
-            with autocast(t.precision, self.device):
-                return self.task.evaluate(
-                    self.model,
-                    samples=samples or t.eval_samples,
-                    batch_size=t.micro_batch or t.batch_size,
-                    seed=_EVAL_SEED,
-                    device=self.device,
-                )
-
-        with self.layout.gathered():
-            return self.world.on_main(score)
+        with self.layout.gathered(), autocast(t.precision, self.device):
+            return self.task.evaluate(
+                Scoring(self.model, self.division),
+                samples=samples or t.eval_samples,
+                batch_size=t.batch_size,
+                seed=_EVAL_SEED,
+                device=self.device,
+            )
 
     def save(self, *, wait: bool = True) -> None:
         """Write a checkpoint of all the next step needs, or begin to; any number of processes can go on from it."""

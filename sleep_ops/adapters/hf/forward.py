@@ -5,6 +5,7 @@ backbone and the head himself, as fused and chunked losses do, or puts another f
 of the model's, gets hidden states of the sleeping model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -102,6 +103,7 @@ def forward(
     return_logits: bool = True,
     return_state: bool = False,
     group: ProcessGroup | None = None,
+    predict: Callable[[Tensor], Tensor] | None = None,
     return_dict: bool | None = None,
     **options,
 ) -> SleepCausalLMOutput | tuple:
@@ -114,7 +116,7 @@ def forward(
     position_ids: None, plain, or those of packed sequences (B = 1).
     cu_seqlens or cu_seq_lens_q: borders of packed sequences.
     seq_idx: their numbers.
-    loss_mask, passes, state, windows_by, return_logits, return_state, group: as in
+    loss_mask, passes, state, windows_by, return_logits, return_state, group, predict: as in
         `SleepHybridModel.forward`.
     all_logits: of every window, not only of those with loss (default: without labels, and in
         evaluation).
@@ -132,7 +134,7 @@ def forward(
         all_logits = chosen or (return_logits and (targets is None or not self.training))
     call = Call(
         input_ids, targets, loss_mask, attention_mask, passes, state, borders, windows_by,
-        all_logits, return_logits, return_state, group,
+        all_logits, return_logits, return_state, group, predict,
     )  # fmt: skip
     plan = self.sleep.plan(call, may_lack_loss=num_items_in_batch is not None)
     nothing = targets is not None and plan.loss_tokens == 0 and group is None
@@ -140,8 +142,9 @@ def forward(
         all_logits = return_logits
         plan = plan._replace(labels=None, counted=None, all_logits=True, return_logits=True)
     # Without return_logits one number takes the place of each token's, and has their gradients.
-    short = None if return_logits else lambda h: self.sleep.predict(h).mean(-1, keepdim=True)
-    read = self.sleep.run(plan, short if nothing else None)
+    made = predict or self.sleep.predict
+    short = made if return_logits else lambda h: made(h).mean(-1, keepdim=True)
+    read = self.sleep.run(plan, short if nothing else made)
     loss = read.loss
     if nothing:
         # One of several batches that count together may have no label; its gradients are zeros, which other ranks wait
