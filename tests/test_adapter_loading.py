@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hf_models import VOCAB, build, tokens
+from hf_models import VOCAB, build, config, tokens, transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -14,7 +14,7 @@ from sleep_ops import SleepSession
 from sleep_ops.adapters.checkpoint import WEIGHTS_FILE
 from sleep_ops.adapters.hf import from_pretrained
 from sleep_ops.adapters.jet_nemotron import JetNemotron, JetNemotronConfig
-from sleep_ops.adapters.loading import SleepingTransformer, load_model, save_model
+from sleep_ops.adapters.loading import SleepingTransformer, left_out, load_model, save_model
 from sleep_ops.adapters.ouro import Ouro, OuroConfig
 from sleep_ops.model.sleeping import sleeping
 from sleep_ops.tokenizer import load_tokenizer
@@ -151,6 +151,32 @@ def test_parameters_are_written_in_the_dtypes_of_the_source(family, tmp_path):
     again = load_model(tmp_path / "saved")
     for name, p in again.named_parameters():
         torch.testing.assert_close(p, expected[name].bfloat16().float() if "fast" in name else expected[name])
+
+
+def with_vision(folder):
+    """A folder as Qwen3.5's are published: text and images, A_log in float32 and all else in bfloat16."""
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=64)
+    vision = transformers.Qwen3_5VisionConfig(**vision, num_position_embeddings=16).to_dict()
+    torch.manual_seed(0)
+    whole = transformers.Qwen3_5Config(text_config=config("qwen3_5").to_dict(), vision_config=vision)
+    transformers.Qwen3_5ForConditionalGeneration(whole).save_pretrained(folder)
+    weights = load_file(folder / WEIGHTS_FILE)
+    weights = {name: x if "A_log" in name else x.bfloat16() for name, x in weights.items()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    return folder
+
+
+def test_of_a_model_with_vision_the_language_model_is_written_in_its_dtypes(tmp_path):
+    folder = with_vision(tmp_path / "published")
+    assert left_out(folder) == ["vision"] and left_out(plain(tmp_path / "plain", "qwen3_5")) == []
+    save_model(load_model(folder, **SETTINGS), tmp_path / "saved", source=folder)
+    saved = load_file(tmp_path / "saved" / WEIGHTS_FILE)
+    assert (
+        {name for name, x in saved.items() if x.dtype == torch.float32} == {n for n in saved if "A_log" in n} != set()
+    )
+    again, stored = load_model(tmp_path / "saved"), load_file(folder / WEIGHTS_FILE)
+    name = "layers.0.linear_attn.in_proj_qkv.weight"
+    assert torch.equal(again.state_dict()[f"model.model.{name}"], stored[f"model.language_model.{name}"].float())
 
 
 def word_tokenizer(folder, words=("a", "b", "c"), *, whitespace=True):

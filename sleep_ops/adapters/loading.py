@@ -121,10 +121,29 @@ def save_model(module: nn.Module, folder: str | os.PathLike, source: str | os.Pa
 
 
 def dtypes_like(source: str | os.PathLike, module: nn.Module) -> Callable[[str], torch.dtype]:
-    """Name of a parameter of `module` -> its dtype in the checkpoint folder `source`; of a new one the commonest."""
+    """Name of a parameter of `module` -> its dtype in the checkpoint folder `source`; of a new one the commonest.
+
+    In the folder of a model of several kinds, such as text and images, the name has more before it.
+    """
     dtypes, prefix = stored_dtypes(source), "" if underlying(module) is module else "model."
     ((commonest, _),) = Counter(dtypes.values()).most_common(1)
-    return lambda name: dtypes.get(name.removeprefix(prefix), commonest)
+
+    def like(name: str) -> torch.dtype:
+        name = name.removeprefix(prefix)
+        if name in dtypes:
+            return dtypes[name]
+        ending = "." + name.removeprefix("model.")
+        found = {dtype for stored, dtype in dtypes.items() if stored.endswith(ending)}
+        return found.pop() if len(found) == 1 else commonest
+
+    return like
+
+
+def left_out(folder: str | os.PathLike) -> list[str]:
+    """What a folder's model has beside its language model, such as ["vision"]: it is neither read nor written."""
+    config, known = read_config(folder), ("text", "quantization", "generation")
+    parts = [name.removesuffix("_config") for name in config if name.endswith("_config")]
+    return [part for part in parts if part not in known] if "text_config" in config else []
 
 
 def remembered(folder: str | os.PathLike, setting: str) -> object:

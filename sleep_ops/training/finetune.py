@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sleep_ops.adapters.loading import dtypes_like, model_type, save_model
+from sleep_ops.adapters.loading import dtypes_like, left_out, model_type, save_model
 from sleep_ops.adapters.lora import merge_lora, save_adapter
 from sleep_ops.files import check_folder, whole_folder
 from sleep_ops.tasks import Task, build_task
@@ -68,6 +68,8 @@ def finetune(
         return [phase.done for phase in phases]
 
     done = world.on_main(begin)
+    if parts := left_out(config.folder):
+        console.print(f"{config.folder}: the language model alone, without its {' and '.join(parts)}", soft_wrap=True)
     result, before = None, 0
     for phase, over in zip(phases, done, strict=True):
         if not over:
