@@ -271,3 +271,13 @@ def test_without_transformers_the_ports_work_and_the_extra_is_named(tmp_path):
     assert done.returncode == 0, done.stderr
     first, *others = done.stdout.splitlines()
     assert first == "Ouro" and len(others) == 2 and all("pip install 'sleep-ops[hf]'" in line for line in others)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "ouro"])
+def test_large_models_are_written_in_several_files(family, tmp_path, monkeypatch):
+    model = load_model(plain(tmp_path / "plain", family), **SETTINGS)
+    monkeypatch.setattr("sleep_ops.adapters.loading.SHARD_BYTES", 10**5)
+    save_model(model, tmp_path / "saved", source=tmp_path / "plain")
+    assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) > 1
+    found, expected = load_model(tmp_path / "saved").state_dict(), model.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from sleep_ops.model.sleeping import Call, SleepingModel, SleepOutput
 from sleep_ops.parameters import replaced
 from sleep_ops.tokenizer import TOKENIZER_FILES
 
+SHARD_BYTES = 5 * 10**9
 PORTS: dict[str, tuple] = {"jet_nemotron": (JetNemotron, JetNemotronConfig), "ouro": (Ouro, OuroConfig)}
 
 
@@ -101,23 +103,25 @@ def underlying(module: nn.Module) -> nn.Module:
 def save_model(module: nn.Module, folder: str | os.PathLike, source: str | os.PathLike | None = None) -> None:
     """Writes what `load_model` made, in the family's own layout.
 
-    `load_model` and `from_pretrained` read it. The names of weights are the checkpoint's, and
-    config.json remembers the settings of sleep.
+    `load_model` and `from_pretrained` read it. The names of weights are the checkpoint's, in files
+    of at most SHARD_BYTES, and config.json remembers the settings of sleep.
 
     source: the folder that the model is from. Its tokenizer files are copied along, if it has any,
         and parameters are written in the dtypes that they have there, new ones in the commonest.
     """
     folder, model = Path(folder), underlying(module)
     folder.mkdir(parents=True, exist_ok=True)
+    limit = "max_shard_bytes" if isinstance(model, tuple(port for port, _ in PORTS.values())) else "max_shard_size"
+    save = partial(model.save_pretrained, folder, **{limit: SHARD_BYTES})
     if source is None:
-        model.save_pretrained(folder)
+        save()
         return
     for pattern in TOKENIZER_FILES:
         for path in Path(source).glob(pattern):
             shutil.copyfile(path, folder / path.name)
     dtype = dtypes_like(source, model)
     with replaced(model, lambda name, p: nn.Parameter(p.detach().to(dtype(name)), p.requires_grad)):
-        model.save_pretrained(folder)
+        save()
 
 
 def dtypes_like(source: str | os.PathLike, module: nn.Module) -> Callable[[str], torch.dtype]:
