@@ -10,7 +10,7 @@ from sleep_ops import HybridConfig, SleepHybridModel
 from sleep_ops.training import plan
 from sleep_ops.training.config import TrainConfig
 from sleep_ops.training.plan import Machine, predictions
-from sleep_ops.training.rehearsal import Step
+from sleep_ops.training.rehearsal import Step, rehearse
 
 RECIPE = TrainConfig(batch_size=4)
 SLEEP = dict(window=8, passes=2)
@@ -80,10 +80,29 @@ def test_long_texts_from_short_ones(sleep, monkeypatch):
     assert found.flops == pytest.approx(exact.flops, rel=1e-6)
 
 
-def test_micro_batches_beyond_two_cost_work_alone():
-    sleep = dict(window=8, passes=1)
-    few, many = (plan._step(build, TrainConfig(batch_size=n, micro_batch=1), sleep, 8, 1) for n in (2, 6))
-    assert many.flops == 3 * few.flops and many.phases == few.phases
+def rehearsed(recipe, sleep, processes):
+    def model():
+        return build(recipe.param_dtype, **sleep, impl="triton", attention_backend="torch")
+
+    return rehearse(model, recipe, tokens=8, processes=processes)
+
+
+BATCHES = {
+    "micro-batches": (1, dict(batch_size=6, micro_batch=1)),
+    "uneven": (2, dict(batch_size=3)),
+    "uneven micro-batches": (2, dict(batch_size=11, micro_batch=2, param_dtype="bf16", parallel="fsdp")),
+    "gathered at once": (8, dict(batch_size=9, micro_batch=1, parallel="fsdp", reshard="call")),
+    "gathered by call": (2, dict(batch_size=7, micro_batch=2, parallel="fsdp", reshard="call")),
+}
+
+
+@pytest.mark.parametrize(("processes", "recipe"), BATCHES.values(), ids=BATCHES)
+def test_what_the_fullest_process_does(processes, recipe):
+    sleep, recipe = dict(window=8, passes=1), TrainConfig(**recipe)
+    found, exact = plan._step(build, recipe, sleep, 8, processes), rehearsed(recipe, sleep, processes)
+    assert found.phases.keys() == exact.phases.keys() and (found.flops, found.sent) == (exact.flops, exact.sent)
+    for phase, kinds in exact.phases.items():  # but for masks and numbers of further micro-batches
+        assert found.phases[phase] == pytest.approx(kinds, abs=512)
 
 
 def test_texts_in_parts_are_read_by_all_processes():

@@ -151,13 +151,32 @@ def _seconds(step: "Step", recipe: TrainConfig, machine: Machine) -> float:
 
 
 def _step(build: Callable, recipe: TrainConfig, sleep: dict, tokens: int, processes: int) -> "Step":
-    """A step of the recipe, from one of at most two micro-batches, and of fewer windows and passes if they are many."""
+    """A step of the process with the most rows, from one of at most two whole micro-batches and what they leave."""
+    among = 1 if recipe.split == "sequence" else processes  # that rows are dealt out to
+    rows = -(-recipe.batch_size // among)
+    micro = recipe.micro_batch or rows
+    more = max(rows // micro - 2, 0)
+
+    def without(batches: int) -> "Step":
+        """All processes' rows are fewer by so many micro-batches, so that they differ as they did."""
+        fewer = replace(recipe, batch_size=recipe.batch_size - batches * micro * among)
+        return _short_step(build, fewer, sleep, tokens, processes)
+
+    step = without(more)
+    if not more:
+        return step
+    one = without(more + 1)
+    # Further micro-batches cost work alone.
+    return step._replace(
+        flops=step.flops + more * (step.flops - one.flops), sent=step.sent + more * (step.sent - one.sent)
+    )
+
+
+def _short_step(build: Callable, recipe: TrainConfig, sleep: dict, tokens: int, processes: int) -> "Step":
+    """A step of the recipe, from steps with fewer windows and passes if they are many."""
     from sleep_ops.training.rehearsal import rehearse
 
-    cut = recipe.split == "sequence"  # every process has all rows, of each so many windows as the others
-    own = recipe.batch_size if cut else recipe.batch_size // processes
-    rows = min(own, 2 * (recipe.micro_batch or own))
-    fewer = replace(recipe, batch_size=rows if cut else rows * processes)
+    cut = recipe.split == "sequence"  # every process reads as many windows of each text as the others
     window, passes = (sleep["window"] or tokens) * (processes if cut else 1), sleep["passes"]
     windows = -(-tokens // window)
     last = tokens - (windows - 1) * window
@@ -167,7 +186,7 @@ def _step(build: Callable, recipe: TrainConfig, sleep: dict, tokens: int, proces
             chosen = sleep | {"passes": passes, "impl": "triton", "attention_backend": "torch"}
             return build(recipe.param_dtype, **chosen)
 
-        return rehearse(model, fewer, tokens=(windows - 1) * window + last, processes=processes)
+        return rehearse(model, recipe, tokens=(windows - 1) * window + last, processes=processes)
 
     # Every window but the last sleeps. Replays cost the same however many.
     refining = sleep.get("sleep_kind", "refine") == "refine" and passes > 1
@@ -176,17 +195,13 @@ def _step(build: Callable, recipe: TrainConfig, sleep: dict, tokens: int, proces
     by_pass = not sleep.get("activation_checkpointing") or sleep.get("recompute", "pass") == "pass"
     at_once = sleep.get("windows_at_once") and not refining
     if few or at_once or not by_pass or sleep.get("backprop_passes") is not None:
-        step = rehearsed(windows, passes)
-    elif not refining or passes == 2:
-        step = _combined((rehearsed(3, passes), 4 - windows), (rehearsed(4, passes), windows - 3))
-    else:
-        more = (windows - 1) * (passes - 2)  # passes than if N were 2
-        step = _combined(
-            (rehearsed(3, 2), 4 - windows - more / 2), (rehearsed(4, 2), windows - 3), (rehearsed(3, 3), more / 2)
-        )
-    by_call = recipe.parallel == "fsdp" and recipe.reshard == "call"
-    share = own / rows
-    return step._replace(flops=step.flops * share, sent=step.sent * (share if by_call else 1))
+        return rehearsed(windows, passes)
+    if not refining or passes == 2:
+        return _combined((rehearsed(3, passes), 4 - windows), (rehearsed(4, passes), windows - 3))
+    more = (windows - 1) * (passes - 2)  # passes than if N were 2
+    return _combined(
+        (rehearsed(3, 2), 4 - windows - more / 2), (rehearsed(4, 2), windows - 3), (rehearsed(3, 3), more / 2)
+    )
 
 
 def _combined(*parts: tuple["Step", float]) -> "Step":

@@ -262,7 +262,7 @@ def watched(run: Trainer, count: LiveBytes) -> Iterator[None]:
 def rehearse(
     build: Callable[[], nn.Module], recipe: TrainConfig, *, tokens: int, processes: int = 1, kernels: bool = True
 ) -> Step:
-    """A step of one process, each of whose `recipe.batch_size / processes` rows has `tokens` tokens, all with loss.
+    """A step of the first process, which has the most rows, on texts of `tokens` tokens, all with loss.
 
     build: makes the model, with its sleep settings, on the meta device.
     kernels: what is counted is what the Triton kernels keep, not the PyTorch forms for CPUs.
