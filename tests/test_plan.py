@@ -20,8 +20,8 @@ def build(param_dtype, **sleep):
     return SleepHybridModel(HybridConfig(vocab_size=32, hidden_size=32, layers=("attn", "gdn"), **sleep))
 
 
-def step(peak=100.0, flops=1e12, sent=1e9):
-    return Step({"backward": {"activations": peak}, "updates": {"updates": 1.0}}, 0, flops, sent)
+def step(peak=100.0, flops=1e12, sent=1e9, moved=0.0):
+    return Step({"backward": {"activations": peak}, "updates": {"updates": 1.0}}, 0, flops, sent, moved)
 
 
 @pytest.fixture
@@ -66,7 +66,11 @@ def test_the_first_that_fits_is_the_last(monkeypatch):
 def test_speed():
     machine = Machine(gpus=2, peak=100, mfu=0.5, bandwidth=10)  # 0.02 s of computation, 0.1 s of gathering
     assert plan._seconds(step(), RECIPE, machine) == pytest.approx(0.12)
-    assert plan._seconds(step(), replace(RECIPE, parallel="fsdp", reshard="call"), machine) == pytest.approx(0.1)
+    by_call = replace(RECIPE, parallel="fsdp", reshard="call")
+    assert plan._seconds(step(), by_call, machine) == pytest.approx(0.1)
+    # What is offloaded goes on beside nothing.
+    slow = replace(machine, host_bandwidth=5)
+    assert plan._seconds(step(moved=2e9), by_call, slow) == pytest.approx(0.5)
 
 
 @pytest.mark.slow
@@ -92,6 +96,7 @@ BATCHES = {
     "uneven": (2, dict(batch_size=3)),
     "uneven micro-batches": (2, dict(batch_size=11, micro_batch=2, param_dtype="bf16", parallel="fsdp")),
     "gathered at once": (8, dict(batch_size=9, micro_batch=1, parallel="fsdp", reshard="call")),
+    "offloaded": (1, dict(batch_size=5, micro_batch=1, offload=True)),
     "gathered by call": (2, dict(batch_size=7, micro_batch=2, parallel="fsdp", reshard="call")),
 }
 
@@ -100,7 +105,8 @@ BATCHES = {
 def test_what_the_fullest_process_does(processes, recipe):
     sleep, recipe = dict(window=8, passes=1), TrainConfig(**recipe)
     found, exact = plan._step(build, recipe, sleep, 8, processes), rehearsed(recipe, sleep, processes)
-    assert found.phases.keys() == exact.phases.keys() and (found.flops, found.sent) == (exact.flops, exact.sent)
+    assert found.phases.keys() == exact.phases.keys()
+    assert (found.flops, found.sent, found.moved) == (exact.flops, exact.sent, exact.moved)
     for phase, kinds in exact.phases.items():  # but for masks and numbers of further micro-batches
         assert found.phases[phase] == pytest.approx(kinds, abs=512)
 
@@ -119,6 +125,7 @@ BAD = [
     (dict(mfu=1.5), "mfu"),
     (dict(peak=-1.0), "peak"),
     (dict(bandwidth=float("inf")), "bandwidth"),
+    (dict(host_bandwidth=0.0), "host_bandwidth"),
 ]
 
 

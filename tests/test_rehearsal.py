@@ -145,6 +145,7 @@ def test_offloaded_activations_are_the_hosts():
     plain, sent = (rehearsed(run_config(dict(impl="triton"), dict(offload=x), 1)) for x in (False, True))
     gone = plain.phases["backward"]["activations"] - sent.phases["backward"]["activations"]
     assert plain.host == 0 and sent.host > gone > 0
+    assert plain.moved == 0 and sent.moved == 2 * sent.host  # there, all at once at most, and back
 
 
 def test_experts_are_refused(tmp_path):

@@ -114,9 +114,8 @@ def _table(found: list[Prediction], machine: Machine) -> Table:
     title = f"predicted, GB of each of {machine.gpus} GPUs ({machine.usable / 1e9:.0f} of {machine.memory:g} to use)"
     kinds = [k for k in _KINDS if any(p.step.kinds.get(k, 0) >= 5e7 for p in found)]
     table = Table("", "peak", *kinds, "host", "tokens/s", title=title)
-    table.caption = (
-        f"tokens/s if {machine.mfu:.0%} of {machine.peak:g} TFLOP/s and {machine.bandwidth:g} GB/s are reached"
-    )
+    rates = f"{machine.bandwidth:g} GB/s, and {machine.host_bandwidth:g} to and from the host,"
+    table.caption = f"tokens/s if {machine.mfu:.0%} of {machine.peak:g} TFLOP/s and {rates} are reached"
     for p in found:
         cells = (f"{p.step.kinds.get(k, 0) / 1e9:.1f}" for k in kinds)
         peak = f"{p.step.peak / 1e9:.1f}{'' if p.fits else ' !'}"

@@ -31,6 +31,7 @@ _REMEDIES: dict[str, Any] = {
     "reshard": "call",
     "offload": True,
 }
+_WORK = ("flops", "sent", "moved")
 _PASSES = 24  # over windows, that are rehearsed one by one; what more there are follow from fewer
 
 
@@ -38,12 +39,13 @@ _PASSES = 24  # over windows, that are rehearsed one by one; what more there are
 class Machine:
     """What there is to train on, and what is assumed of it.
 
-    gpus       how many, a process each.
-    memory     of each, in GB of 10^9 bytes.
-    spare      fraction of it for what is not counted: CUDA and NCCL, the allocator, what kernels work with.
-    peak       of each, in TFLOP/s; by default that of an H100 for dense bfloat16.
-    mfu        fraction of this peak that is reached: assumed, not measured.
-    bandwidth  GB/s at which a GPU receives from others: assumed, not measured.
+    gpus            how many, a process each.
+    memory          of each, in GB of 10^9 bytes.
+    spare           fraction of it for what is not counted: CUDA and NCCL, the allocator, what kernels work with.
+    peak            of each, in TFLOP/s; by default that of an H100 for dense bfloat16.
+    mfu             fraction of this peak that is reached: assumed, not measured.
+    bandwidth       GB/s at which a GPU receives from others: assumed, not measured.
+    host_bandwidth  GB/s between a GPU and the host's memory, one way at a time: assumed, not measured.
     """
 
     gpus: int = 1
@@ -52,10 +54,11 @@ class Machine:
     peak: float = 989.0
     mfu: float = 0.4
     bandwidth: float = 200.0
+    host_bandwidth: float = 50.0
 
     def __post_init__(self):
         check_count("gpus", self.gpus)
-        for name in ("memory", "peak", "bandwidth"):
+        for name in ("memory", "peak", "bandwidth", "host_bandwidth"):
             value = getattr(self, name)
             expect(0 < value < math.inf, name, "a number > 0", value)
         expect(0 <= self.spare < 1, "spare", "a number in [0, 1)", self.spare)
@@ -145,9 +148,10 @@ def _changes(name: str, value: object, recipe: TrainConfig, sleep: dict, machine
 def _seconds(step: "Step", recipe: TrainConfig, machine: Machine) -> float:
     computing = step.flops / (machine.mfu * machine.peak * 1e12)
     sending = step.sent / (machine.bandwidth * 1e9)
+    moving = step.moved / (machine.host_bandwidth * 1e9)  # in the GPU's own order, so beside nothing
     # Around calls it goes on beside the computation, once a step it is waited for.
     beside = recipe.parallel == "fsdp" and recipe.reshard == "call"
-    return max(computing, sending) if beside else computing + sending
+    return (max(computing, sending) if beside else computing + sending) + moving
 
 
 def _step(build: Callable, recipe: TrainConfig, sleep: dict, tokens: int, processes: int) -> "Step":
@@ -167,9 +171,8 @@ def _step(build: Callable, recipe: TrainConfig, sleep: dict, tokens: int, proces
         return step
     one = without(more + 1)
     # Further micro-batches cost work alone.
-    return step._replace(
-        flops=step.flops + more * (step.flops - one.flops), sent=step.sent + more * (step.sent - one.sent)
-    )
+    work = {name: getattr(step, name) + more * (getattr(step, name) - getattr(one, name)) for name in _WORK}
+    return step._replace(**work)
 
 
 def _short_step(build: Callable, recipe: TrainConfig, sleep: dict, tokens: int, processes: int) -> "Step":
@@ -215,4 +218,4 @@ def _combined(*parts: tuple["Step", float]) -> "Step":
     for phase in first.phases:
         kinds = dict.fromkeys(kind for step, _ in parts for kind in step.phases[phase])
         phases[phase] = {kind: total(lambda step: step.phases[phase].get(kind, 0)) for kind in kinds}  # noqa: B023
-    return type(first)(phases, *(total(lambda step: step[i]) for i in (1, 2, 3)))  # noqa: B023
+    return type(first)(phases, *(total(lambda step: step[i]) for i in range(1, len(first))))  # noqa: B023

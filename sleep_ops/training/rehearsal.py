@@ -57,12 +57,14 @@ class Step(NamedTuple):
     host: bytes in the host's memory at most.
     flops: floating-point operations of products of matrices and attention.
     sent: bytes that processes exchange, of each collective the whole.
+    moved: bytes that go to the host's memory and back, both ways added.
     """
 
     phases: dict[str, dict[str, float]]
     host: float
     flops: float
     sent: float
+    moved: float = 0
 
     @property
     def kinds(self) -> dict[str, float]:
@@ -146,7 +148,7 @@ class Rehearsal(Trainer):
             for optimizer in self.optimizers.values():
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        self.host = self.most_host = 0
+        self.host = self.most_host = self.moved = 0
 
     def _tokens(self, steps: int) -> int:
         return steps
@@ -154,7 +156,7 @@ class Rehearsal(Trainer):
     def _own_loss(self, batch: Batch, total: int, alike: bool) -> Tensor:
         if not self.offload:
             return super()._own_loss(batch, total, alike)
-        with saved_tensors_hooks(partial(_Away.send, self), _Away.fetch):
+        with saved_tensors_hooks(partial(_Away.send, self), partial(_Away.fetch, self)):
             return super()._own_loss(batch, total, alike)
 
 
@@ -186,6 +188,7 @@ class _Away:
         self.run, self.bytes = run, x.nbytes
         self.size, self.stride, self.dtype = x.size(), x.stride(), x.dtype
         run.host += self.bytes
+        run.moved += self.bytes
         run.most_host = max(run.most_host, run.host)
 
     def __del__(self):
@@ -197,8 +200,11 @@ class _Away:
         return x if recomputed or run.count.is_weight(x) else cls(run, x)
 
     @staticmethod
-    def fetch(kept: "Tensor | _Away") -> Tensor:
-        return kept if isinstance(kept, Tensor) else torch.empty_strided(kept.size, kept.stride, dtype=kept.dtype)
+    def fetch(run: Rehearsal, kept: "Tensor | _Away") -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        run.moved += kept.bytes
+        return torch.empty_strided(kept.size, kept.stride, dtype=kept.dtype)
 
 
 @contextmanager
@@ -278,7 +284,7 @@ def rehearse(
         count.flops = count.sent = 0
         with watched(run, count):
             run._train_step(Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool)))
-    return Step(count.most, run.most_host, count.flops, count.sent)
+    return Step(count.most, run.most_host, count.flops, count.sent, run.moved)
 
 
 @contextmanager
