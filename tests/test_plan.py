@@ -160,4 +160,6 @@ def test_what_is_printed(tmp_path):
     text = run("plan", tmp_path, *"--tokens 16 --window 16 --passes 2 --batch 1".split())
     assert "predicted, GB of each of 1 GPUs" in text and "predicted: fits as it is" in text
     text = run("plan", tmp_path, *"--tokens 16 --window 16 --passes 2 --batch 1 --memory 1e-6 --no-offload".split())
-    assert "+ recompute block" in text and "+ offload" not in text and "does not fit" in text
+    lines, _, table = text.partition("predicted, GB")
+    assert "as given: 0.0 GB, does not fit" in lines and "+ recompute block: 0.0 GB" in lines
+    assert "+ recompute block" in table and "+ offload" not in text and "does not fit" in text

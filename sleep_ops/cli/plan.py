@@ -85,8 +85,7 @@ def plan(
         given = frozenset(recipe) | frozenset(sleep)
         for prediction in predictions(build, train, settings, on, tokens=tokens, given=given):
             found.append(prediction)
-            if console.is_terminal:
-                console.print(_told(prediction), highlight=False)
+            console.print(_told(prediction), highlight=False, soft_wrap=True)
     console.print(_table(found, on))
     last = found[-1]
     said = " ".join(f"--{name.replace('_', '-')}" + ("" if x is True else f" {x}") for name, x in last.added.items())
