@@ -89,6 +89,21 @@ def test_one_process(case, tmp_path):
     assert_same(rehearsed(config, kernels=False).phases, counted(config, tmp_path / "run"))
 
 
+@pytest.mark.parametrize(
+    ("family", "train"),
+    [
+        ("qwen3_5_moe", dict(param_dtype="bf16", micro_batch=1)),
+        pytest.param("qwen3_next_moe", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_experts(family, train, tmp_path):
+    hf_models.build(family).save_pretrained(tmp_path / "model")
+    described = {"folder": str(tmp_path / "model"), "window": 8, "passes": 2, **BLOCKS}
+    config = RunConfig({}, described, TrainConfig(batch_size=2, device="cpu", **train))
+    found = rehearsed(config, kernels=False)
+    assert_same(found.phases, counted(config, tmp_path / "run"))
+
+
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bf16"])
 def test_adapters(dtype, tmp_path):
     hf_models.build("qwen3_5").save_pretrained(tmp_path / "model")
@@ -134,6 +149,19 @@ def test_products_are_counted():
     assert rehearsed(config).flops == pytest.approx(expected, rel=0.03)
 
 
+def test_products_of_experts_are_counted(tmp_path):
+    few, many = (tmp_path / str(n) for n in (2, 4))
+    for folder, active in ((few, 2), (many, 4)):
+        hf_models.build("qwen3_5_moe", num_experts_per_tok=active).save_pretrained(folder)
+    recipe = TrainConfig(batch_size=2)
+    steps = [
+        rehearse(lambda: load_model(folder, weights=False, window=20), recipe, tokens=20)  # noqa: B023
+        for folder in (few, many)
+    ]
+    expert = 3 * 64 * 32  # weights; four layers have two more of them for each of 40 tokens
+    assert steps[1].flops - steps[0].flops == 6 * 40 * 4 * 2 * expert
+
+
 def test_kernels_keep_less_and_leave_no_trace(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     config = run_config(dict(impl="triton"), {}, 1)
@@ -148,12 +176,13 @@ def test_offloaded_activations_are_the_hosts():
     assert plain.moved == 0 and sent.moved == 2 * sent.host  # there, all at once at most, and back
 
 
-def test_experts_are_refused(tmp_path):
+def test_experts_one_by_one_are_refused(tmp_path):
     hf_models.build("qwen3_5_moe").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model: expected one without experts"):
-        rehearse(
-            lambda: load_model(tmp_path, weights=False, window=8, passes=1),
-            TrainConfig(batch_size=1),
-            tokens=8,
-            kernels=False,
-        )
+
+    def build():
+        model = load_model(tmp_path, weights=False, window=8, passes=1)
+        model.model.set_experts_implementation("eager")
+        return model
+
+    with pytest.raises(ValueError, match="model: expected .*grouped_mm.*, got 'aten.nonzero.default'"):
+        rehearse(build, TrainConfig(batch_size=1), tokens=8, kernels=False)
