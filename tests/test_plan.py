@@ -57,6 +57,30 @@ def test_settings_are_added_while_it_does_not_fit(tried):
     ]
 
 
+def recomputed(tried):
+    """How, from step to step."""
+    found = [sleep.get("recompute", "pass") for _, sleep in tried]
+    return [x for x, before in zip(found, ["pass", *found], strict=False) if x != before]
+
+
+def test_windows_are_recomputed_where_that_may_help(tried):
+    added(Machine())
+    assert recomputed(tried) == ["block", "window", "block"]  # back for --offload
+    assert tried[-1][0].offload
+    tried.clear()
+    added(Machine(gpus=2), recipe=replace(RECIPE, parallel="fsdp", reshard="call"))
+    assert recomputed(tried) == ["block"]
+    tried.clear()
+    added(Machine(), sleep=dict(window=8, windows_at_once=True))
+    assert recomputed(tried) == ["block"]
+    tried.clear()
+    added(Machine(), frozenset({"offload"}))
+    assert recomputed(tried) == ["block", "window"]
+    tried.clear()
+    added(Machine(), frozenset({"recompute"}), sleep=SLEEP | dict(activation_checkpointing=True, recompute="window"))
+    assert {sleep["recompute"] for _, sleep in tried} == {"window"} and tried[-1][0].offload
+
+
 def test_the_first_that_fits_is_the_last(monkeypatch):
     monkeypatch.setattr(plan, "_step", lambda *_: step(7.2e10))
     (only,) = predictions(build, RECIPE, SLEEP, Machine(), tokens=20)
@@ -160,6 +184,7 @@ def test_what_is_printed(tmp_path):
     text = run("plan", tmp_path, *"--tokens 16 --window 16 --passes 2 --batch 1".split())
     assert "predicted, GB of each of 1 GPUs" in text and "predicted: fits as it is" in text
     text = run("plan", tmp_path, *"--tokens 16 --window 16 --passes 2 --batch 1 --memory 1e-6 --no-offload".split())
+    assert "whatever was tried; --lora RANK would train adapters alone" in text
     lines, _, table = text.partition("predicted, GB")
     assert "as given: 0.0 GB, does not fit" in lines and "+ recompute block: 0.0 GB" in lines
     assert "+ recompute block" in table and "+ offload" not in text and "does not fit" in text

@@ -26,6 +26,7 @@ ONE = {
     "plain": ({}, {}),
     "rounded": (BLOCKS, dict(param_dtype="bf16", micro_batch=1)),
     "bf16": (dict(tie_embeddings=True), dict(precision="bf16")),
+    "window": (dict(activation_checkpointing=True, recompute="window"), {}),
 }
 TWO = {
     "ddp": ({}, dict(param_dtype="bf16")),

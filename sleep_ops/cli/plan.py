@@ -90,7 +90,8 @@ def plan(
     last = found[-1]
     said = " ".join(f"--{name.replace('_', '-')}" + ("" if x is True else f" {x}") for name, x in last.added.items())
     if not last.fits:
-        console.print(f"predicted: does not fit into {on.usable / 1e9:.0f} GB, whatever was tried")
+        hint = "; --lora RANK would train adapters alone" if lora is None else ""
+        console.print(f"predicted: does not fit into {on.usable / 1e9:.0f} GB, whatever was tried{hint}", soft_wrap=True)
     elif last.added:
         console.print(f"predicted: fits with {said}", highlight=False, soft_wrap=True)
     else:
@@ -102,11 +103,10 @@ def _told(prediction: Prediction) -> str:
 
 
 def _added(prediction: Prediction) -> str:
-    """The last setting that was added."""
-    if not prediction.added:
+    """The settings that were added last."""
+    if not prediction.last:
         return "as given"
-    name, value = list(prediction.added.items())[-1]
-    return f"+ {name}" if value is True else f"+ {name} {value}"
+    return "+ " + ", ".join(name if value is True else f"{name} {value}" for name, value in prediction.last.items())
 
 
 def _table(found: list[Prediction], machine: Machine) -> Table:

@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 
     from sleep_ops.training.rehearsal import Step
 
-# Settings tried in turn, each with those before it, until a step fits: what costs the least time first.
-_REMEDIES: dict[str, Any] = {
-    "micro_batch": 1,
-    "param_dtype": "bf16",
-    "parallel": "fsdp",
-    "activation_checkpointing": True,
-    "recompute": "block",
-    "reshard": "call",
-    "offload": True,
-}
+# Settings tried in turn, with those before them, until a step fits: what costs the least time first. What is stored
+# for a window's recomputation is little, what is computed at a time much: the last two are better off with blocks.
+_REMEDIES: tuple[dict[str, Any], ...] = (
+    {"micro_batch": 1},
+    {"param_dtype": "bf16"},
+    {"parallel": "fsdp"},
+    {"activation_checkpointing": True},
+    {"recompute": "block"},
+    {"recompute": "window"},
+    {"reshard": "call", "recompute": "block"},
+    {"offload": True, "recompute": "block"},
+)
 _WORK = ("flops", "sent", "moved")
 _PASSES = 24  # over windows, that are rehearsed one by one; what more there are follow from fewer
 
@@ -75,6 +77,7 @@ class Prediction(NamedTuple):
 
     recipe, sleep: its settings; sleep as `load_model` takes them.
     added: those of them that were added so that it fits, by name.
+    last: those of these that the prediction before did not have.
     step: one of its steps, in one process.
     fits: whether its peak is within what is usable.
     tokens_per_second: of all processes together.
@@ -83,6 +86,7 @@ class Prediction(NamedTuple):
     recipe: TrainConfig
     sleep: dict
     added: dict
+    last: dict
     step: "Step"
     fits: bool
     tokens_per_second: float
@@ -97,7 +101,7 @@ def predictions(
     tokens: int,
     given: frozenset[str] = frozenset(),
 ) -> Iterator[Prediction]:
-    """Of the recipe, and as long as it does not fit, with one setting more that saves memory.
+    """Of the recipe, and as long as it does not fit, with more settings that save memory.
 
     build: build(param_dtype, **settings of sleep) is the model, on the meta device, which is the default one then.
     tokens: of a text, all with loss.
@@ -117,20 +121,29 @@ def predictions(
     if recipe.precision == "auto":
         recipe = replace(recipe, precision="bf16")
     added: dict = {}
-    remedies = iter(_REMEDIES.items())
+    last: dict = {}
+    remedies = iter(_REMEDIES)
     while True:
         step = _step(build, recipe, sleep, tokens, machine.gpus)
         fits, speed = step.peak <= machine.usable, recipe.batch_size * tokens / _seconds(step, recipe, machine)
-        yield Prediction(recipe, sleep, dict(added), step, fits, speed)
-        useful = (x for x in remedies if x[0] not in given and _changes(*x, recipe, sleep, machine))
-        name, value = (None, None) if fits else next(useful, (None, None))
-        if name is None:
+        yield Prediction(recipe, sleep, dict(added), last, step, fits, speed)
+        useful = (changes for remedy in remedies if (changes := _useful(remedy, given, recipe, sleep, machine)))
+        last = {} if fits else next(useful, {})
+        if not last:
             return
-        added[name] = value
-        if name in SleepSettings.__dataclass_fields__:
-            sleep = sleep | {name: value}
-        else:
-            recipe = replace(recipe, **{name: value})
+        added |= last
+        sleep = sleep | {name: value for name, value in last.items() if name in SleepSettings.__dataclass_fields__}
+        recipe = replace(recipe, **{name: value for name, value in last.items() if name not in sleep})
+
+
+def _useful(remedy: dict, given: frozenset[str], recipe: TrainConfig, sleep: dict, machine: Machine) -> dict:
+    """What of a remedy may be set and makes a difference; nothing if its first setting doesn't."""
+    found = {
+        name: value
+        for name, value in remedy.items()
+        if name not in given and _changes(name, value, recipe, sleep, machine)
+    }
+    return found if next(iter(remedy)) in found else {}
 
 
 def _changes(name: str, value: object, recipe: TrainConfig, sleep: dict, machine: Machine) -> bool:
@@ -139,7 +152,8 @@ def _changes(name: str, value: object, recipe: TrainConfig, sleep: dict, machine
     able = {
         "micro_batch": recipe.batch_size > (1 if recipe.split == "sequence" else machine.gpus),
         "parallel": machine.gpus > 1,
-        "recompute": sleep.get("activation_checkpointing", False),
+        "recompute": sleep.get("activation_checkpointing", False)
+        and (value != "window" or not (sleep.get("windows_at_once") or (shared and recipe.reshard == "call"))),
         "reshard": shared,
     }
     return able.get(name, True) and value != (sleep[name] if name in sleep else getattr(recipe, name, None))
