@@ -1,5 +1,6 @@
 """Rehearsed steps against real ones: the same bytes by phase and kind, in one process and in two."""
 
+import io
 import os
 import socket
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from sleep_ops.adapters.loading import load_model
 from sleep_ops.model.config import HybridConfig
 from sleep_ops.ops import linear, rms_norm
 from sleep_ops.tasks import Batch
-from sleep_ops.training import RunConfig, TrainConfig, Trainer
+from sleep_ops.training import RunConfig, TrainConfig, Trainer, rehearsal
 from sleep_ops.training.memory import LiveBytes
 from sleep_ops.training.rehearsal import rehearse, watched
 from sleep_ops.training.run import build_model
@@ -136,6 +137,26 @@ def test_two_processes(tmp_path):
     for way in TWO:
         assert_same(rehearsed(run_config(*TWO[way], 2), 2, kernels=False).phases, found[way])
     assert not dist.is_initialized()
+
+
+GATHERED = {
+    "blocks": (BLOCKS, {}, 4, ""),
+    "passes": (dict(activation_checkpointing=True), {}, 4, "reshard: a pass is recomputed at a time"),
+    "windows": (BLOCKS | dict(recompute="window"), {}, 4, "reshard: a window is recomputed at a time"),
+    "rows": (BLOCKS, dict(micro_batch=1), 3, "reshard: rows differ between processes"),
+}
+
+
+@pytest.mark.parametrize(("model", "train", "rows", "told"), GATHERED.values(), ids=GATHERED)
+def test_gathering_all_at_once_is_told_once(model, train, rows, told):
+    config = run_config(model, dict(parallel="fsdp", reshard="call", **train), 2)
+    with rehearsal._processes(2):
+        run = rehearsal.Rehearsal(lambda: build_model(config), config.train, 2, rehearsal._FakeBytes())
+        run.console = Console(file=io.StringIO())
+        for step in range(2):
+            run._alike(Tokens().batch(0, step, rows))
+    text = run.console.file.getvalue()
+    assert text.startswith(told) and text.count("reshard:") == bool(told)
 
 
 def test_products_are_counted():

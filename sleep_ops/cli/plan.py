@@ -90,8 +90,9 @@ def plan(
     last = found[-1]
     said = " ".join(f"--{name.replace('_', '-')}" + ("" if x is True else f" {x}") for name, x in last.added.items())
     if not last.fits:
+        failed = f"predicted: does not fit into {on.usable / 1e9:.0f} GB, whatever was tried"
         hint = "; --lora RANK would train adapters alone" if lora is None else ""
-        console.print(f"predicted: does not fit into {on.usable / 1e9:.0f} GB, whatever was tried{hint}", soft_wrap=True)
+        console.print(failed + hint, soft_wrap=True)
     elif last.added:
         console.print(f"predicted: fits with {said}", highlight=False, soft_wrap=True)
     else:

@@ -131,7 +131,7 @@ class Rehearsal(Trainer):
         self.division = Division(self.config.train, self.world)
         self.console, self.graphs, self.step = Console(quiet=True), None, 0
         self.skipped = self.skipped_in_row = 0
-        self._told, self.count = False, count
+        self._told, self.count = set(), count
         self.flops = lambda *_: 0  # type: ignore[assignment]
         with torch.device("meta"):
             model = _faked(build(), count.fakes)
