@@ -120,6 +120,8 @@ BATCHES = {
     "uneven": (2, dict(batch_size=3)),
     "uneven micro-batches": (2, dict(batch_size=11, micro_batch=2, param_dtype="bf16", parallel="fsdp")),
     "gathered at once": (8, dict(batch_size=9, micro_batch=1, parallel="fsdp", reshard="call")),
+    "more micro-batches, at once": (2, dict(batch_size=7, micro_batch=1, parallel="fsdp", reshard="call")),
+    "more micro-batches, by call": (2, dict(batch_size=8, micro_batch=1, parallel="fsdp", reshard="call")),
     "offloaded": (1, dict(batch_size=5, micro_batch=1, offload=True)),
     "gathered by call": (2, dict(batch_size=7, micro_batch=2, parallel="fsdp", reshard="call")),
 }
