@@ -10,7 +10,7 @@ from sleep_ops import HybridConfig, SleepHybridModel
 from sleep_ops.training import plan
 from sleep_ops.training.config import TrainConfig
 from sleep_ops.training.plan import Machine, predictions
-from sleep_ops.training.rehearsal import Step
+from sleep_ops.training.rehearsal import Step, rehearse
 
 RECIPE = TrainConfig(batch_size=4)
 SLEEP = dict(window=8, passes=2)
@@ -20,8 +20,8 @@ def build(param_dtype, **sleep):
     return SleepHybridModel(HybridConfig(vocab_size=32, hidden_size=32, layers=("attn", "gdn"), **sleep))
 
 
-def step(peak=100.0, flops=1e12, sent=1e9):
-    return Step({"backward": {"activations": peak}, "updates": {"updates": 1.0}}, 0, flops, sent)
+def step(peak=100.0, flops=1e12, sent=1e9, moved=0.0):
+    return Step({"backward": {"activations": peak}, "updates": {"updates": 1.0}}, 0, flops, sent, moved)
 
 
 @pytest.fixture
@@ -57,6 +57,30 @@ def test_settings_are_added_while_it_does_not_fit(tried):
     ]
 
 
+def recomputed(tried):
+    """How, from step to step."""
+    found = [sleep.get("recompute", "pass") for _, sleep in tried]
+    return [x for x, before in zip(found, ["pass", *found], strict=False) if x != before]
+
+
+def test_windows_are_recomputed_where_that_may_help(tried):
+    added(Machine())
+    assert recomputed(tried) == ["block", "window", "block"]  # back for --offload
+    assert tried[-1][0].offload
+    tried.clear()
+    added(Machine(gpus=2), recipe=replace(RECIPE, parallel="fsdp", reshard="call"))
+    assert recomputed(tried) == ["block"]
+    tried.clear()
+    added(Machine(), sleep=dict(window=8, windows_at_once=True))
+    assert recomputed(tried) == ["block"]
+    tried.clear()
+    added(Machine(), frozenset({"offload"}))
+    assert recomputed(tried) == ["block", "window"]
+    tried.clear()
+    added(Machine(), frozenset({"recompute"}), sleep=SLEEP | dict(activation_checkpointing=True, recompute="window"))
+    assert {sleep["recompute"] for _, sleep in tried} == {"window"} and tried[-1][0].offload
+
+
 def test_the_first_that_fits_is_the_last(monkeypatch):
     monkeypatch.setattr(plan, "_step", lambda *_: step(7.2e10))
     (only,) = predictions(build, RECIPE, SLEEP, Machine(), tokens=20)
@@ -66,7 +90,11 @@ def test_the_first_that_fits_is_the_last(monkeypatch):
 def test_speed():
     machine = Machine(gpus=2, peak=100, mfu=0.5, bandwidth=10)  # 0.02 s of computation, 0.1 s of gathering
     assert plan._seconds(step(), RECIPE, machine) == pytest.approx(0.12)
-    assert plan._seconds(step(), replace(RECIPE, parallel="fsdp", reshard="call"), machine) == pytest.approx(0.1)
+    by_call = replace(RECIPE, parallel="fsdp", reshard="call")
+    assert plan._seconds(step(), by_call, machine) == pytest.approx(0.1)
+    # What is offloaded goes on beside nothing.
+    slow = replace(machine, host_bandwidth=5)
+    assert plan._seconds(step(moved=2e9), by_call, slow) == pytest.approx(0.5)
 
 
 @pytest.mark.slow
@@ -80,10 +108,33 @@ def test_long_texts_from_short_ones(sleep, monkeypatch):
     assert found.flops == pytest.approx(exact.flops, rel=1e-6)
 
 
-def test_micro_batches_beyond_two_cost_work_alone():
-    sleep = dict(window=8, passes=1)
-    few, many = (plan._step(build, TrainConfig(batch_size=n, micro_batch=1), sleep, 8, 1) for n in (2, 6))
-    assert many.flops == 3 * few.flops and many.phases == few.phases
+def rehearsed(recipe, sleep, processes):
+    def model():
+        return build(recipe.param_dtype, **sleep, impl="triton", attention_backend="torch")
+
+    return rehearse(model, recipe, tokens=8, processes=processes)
+
+
+BATCHES = {
+    "micro-batches": (1, dict(batch_size=6, micro_batch=1)),
+    "uneven": (2, dict(batch_size=3)),
+    "uneven micro-batches": (2, dict(batch_size=11, micro_batch=2, param_dtype="bf16", parallel="fsdp")),
+    "gathered at once": (8, dict(batch_size=9, micro_batch=1, parallel="fsdp", reshard="call")),
+    "more micro-batches, at once": (2, dict(batch_size=7, micro_batch=1, parallel="fsdp", reshard="call")),
+    "more micro-batches, by call": (2, dict(batch_size=8, micro_batch=1, parallel="fsdp", reshard="call")),
+    "offloaded": (1, dict(batch_size=5, micro_batch=1, offload=True)),
+    "gathered by call": (2, dict(batch_size=7, micro_batch=2, parallel="fsdp", reshard="call")),
+}
+
+
+@pytest.mark.parametrize(("processes", "recipe"), BATCHES.values(), ids=BATCHES)
+def test_what_the_fullest_process_does(processes, recipe):
+    sleep, recipe = dict(window=8, passes=1), TrainConfig(**recipe)
+    found, exact = plan._step(build, recipe, sleep, 8, processes), rehearsed(recipe, sleep, processes)
+    assert found.phases.keys() == exact.phases.keys()
+    assert (found.flops, found.sent, found.moved) == (exact.flops, exact.sent, exact.moved)
+    for phase, kinds in exact.phases.items():  # but for masks and numbers of further micro-batches
+        assert found.phases[phase] == pytest.approx(kinds, abs=512)
 
 
 def test_texts_in_parts_are_read_by_all_processes():
@@ -100,6 +151,7 @@ BAD = [
     (dict(mfu=1.5), "mfu"),
     (dict(peak=-1.0), "peak"),
     (dict(bandwidth=float("inf")), "bandwidth"),
+    (dict(host_bandwidth=0.0), "host_bandwidth"),
 ]
 
 
@@ -134,4 +186,7 @@ def test_what_is_printed(tmp_path):
     text = run("plan", tmp_path, *"--tokens 16 --window 16 --passes 2 --batch 1".split())
     assert "predicted, GB of each of 1 GPUs" in text and "predicted: fits as it is" in text
     text = run("plan", tmp_path, *"--tokens 16 --window 16 --passes 2 --batch 1 --memory 1e-6 --no-offload".split())
-    assert "+ recompute block" in text and "+ offload" not in text and "does not fit" in text
+    assert "whatever was tried; --lora RANK would train adapters alone" in text
+    lines, _, table = text.partition("predicted, GB")
+    assert "as given: 0.0 GB, does not fit" in lines and "+ recompute block: 0.0 GB" in lines
+    assert "+ recompute block" in table and "+ offload" not in text and "does not fit" in text

@@ -1,5 +1,6 @@
 """Rehearsed steps against real ones: the same bytes by phase and kind, in one process and in two."""
 
+import io
 import os
 import socket
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from sleep_ops.adapters.loading import load_model
 from sleep_ops.model.config import HybridConfig
 from sleep_ops.ops import linear, rms_norm
 from sleep_ops.tasks import Batch
-from sleep_ops.training import RunConfig, TrainConfig, Trainer
+from sleep_ops.training import RunConfig, TrainConfig, Trainer, rehearsal
 from sleep_ops.training.memory import LiveBytes
 from sleep_ops.training.rehearsal import rehearse, watched
 from sleep_ops.training.run import build_model
@@ -26,6 +27,7 @@ ONE = {
     "plain": ({}, {}),
     "rounded": (BLOCKS, dict(param_dtype="bf16", micro_batch=1)),
     "bf16": (dict(tie_embeddings=True), dict(precision="bf16")),
+    "window": (dict(activation_checkpointing=True, recompute="window"), {}),
 }
 TWO = {
     "ddp": ({}, dict(param_dtype="bf16")),
@@ -89,6 +91,21 @@ def test_one_process(case, tmp_path):
     assert_same(rehearsed(config, kernels=False).phases, counted(config, tmp_path / "run"))
 
 
+@pytest.mark.parametrize(
+    ("family", "train"),
+    [
+        ("qwen3_5_moe", dict(param_dtype="bf16", micro_batch=1)),
+        pytest.param("qwen3_next_moe", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_experts(family, train, tmp_path):
+    hf_models.build(family).save_pretrained(tmp_path / "model")
+    described = {"folder": str(tmp_path / "model"), "window": 8, "passes": 2, **BLOCKS}
+    config = RunConfig({}, described, TrainConfig(batch_size=2, device="cpu", **train))
+    found = rehearsed(config, kernels=False)
+    assert_same(found.phases, counted(config, tmp_path / "run"))
+
+
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bf16"])
 def test_adapters(dtype, tmp_path):
     hf_models.build("qwen3_5").save_pretrained(tmp_path / "model")
@@ -122,6 +139,26 @@ def test_two_processes(tmp_path):
     assert not dist.is_initialized()
 
 
+GATHERED = {
+    "blocks": (BLOCKS, {}, 4, ""),
+    "passes": (dict(activation_checkpointing=True), {}, 4, "reshard: a pass is recomputed at a time"),
+    "windows": (BLOCKS | dict(recompute="window"), {}, 4, "reshard: a window is recomputed at a time"),
+    "rows": (BLOCKS, dict(micro_batch=1), 3, "reshard: rows differ between processes"),
+}
+
+
+@pytest.mark.parametrize(("model", "train", "rows", "told"), GATHERED.values(), ids=GATHERED)
+def test_gathering_all_at_once_is_told_once(model, train, rows, told):
+    config = run_config(model, dict(parallel="fsdp", reshard="call", **train), 2)
+    with rehearsal._processes(2):
+        run = rehearsal.Rehearsal(lambda: build_model(config), config.train, 2, rehearsal._FakeBytes())
+        run.console = Console(file=io.StringIO())
+        for step in range(2):
+            run._alike(Tokens().batch(0, step, rows))
+    text = run.console.file.getvalue()
+    assert text.startswith(told) and text.count("reshard:") == bool(told)
+
+
 def test_products_are_counted():
     """Six for each weight of a matrix and token: two forward, four backward, but for what is not needed."""
     config = run_config(dict(layers=("attn",), passes=1, window=None), {}, 1)
@@ -132,6 +169,19 @@ def test_products_are_counted():
     attention = 2 * 4 * 20 * 20 * 32  # forward, of two rows
     expected = 6 * 40 * weights + attention * 3.5 + optimizer
     assert rehearsed(config).flops == pytest.approx(expected, rel=0.03)
+
+
+def test_products_of_experts_are_counted(tmp_path):
+    few, many = (tmp_path / str(n) for n in (2, 4))
+    for folder, active in ((few, 2), (many, 4)):
+        hf_models.build("qwen3_5_moe", num_experts_per_tok=active).save_pretrained(folder)
+    recipe = TrainConfig(batch_size=2)
+    steps = [
+        rehearse(lambda: load_model(folder, weights=False, window=20), recipe, tokens=20)  # noqa: B023
+        for folder in (few, many)
+    ]
+    expert = 3 * 64 * 32  # weights; four layers have two more of them for each of 40 tokens
+    assert steps[1].flops - steps[0].flops == 6 * 40 * 4 * 2 * expert
 
 
 def test_kernels_keep_less_and_leave_no_trace(monkeypatch):
@@ -145,14 +195,16 @@ def test_offloaded_activations_are_the_hosts():
     plain, sent = (rehearsed(run_config(dict(impl="triton"), dict(offload=x), 1)) for x in (False, True))
     gone = plain.phases["backward"]["activations"] - sent.phases["backward"]["activations"]
     assert plain.host == 0 and sent.host > gone > 0
+    assert plain.moved == 0 and sent.moved == 2 * sent.host  # there, all at once at most, and back
 
 
-def test_experts_are_refused(tmp_path):
+def test_experts_one_by_one_are_refused(tmp_path):
     hf_models.build("qwen3_5_moe").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model: expected one without experts"):
-        rehearse(
-            lambda: load_model(tmp_path, weights=False, window=8, passes=1),
-            TrainConfig(batch_size=1),
-            tokens=8,
-            kernels=False,
-        )
+
+    def build():
+        model = load_model(tmp_path, weights=False, window=8, passes=1)
+        model.model.set_experts_implementation("eager")
+        return model
+
+    with pytest.raises(ValueError, match="model: expected .*grouped_mm.*, got 'aten.nonzero.default'"):
+        rehearse(build, TrainConfig(batch_size=1), tokens=8, kernels=False)

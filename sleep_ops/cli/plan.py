@@ -85,13 +85,14 @@ def plan(
         given = frozenset(recipe) | frozenset(sleep)
         for prediction in predictions(build, train, settings, on, tokens=tokens, given=given):
             found.append(prediction)
-            if console.is_terminal:
-                console.print(_told(prediction), highlight=False)
+            console.print(_told(prediction), highlight=False, soft_wrap=True)
     console.print(_table(found, on))
     last = found[-1]
     said = " ".join(f"--{name.replace('_', '-')}" + ("" if x is True else f" {x}") for name, x in last.added.items())
     if not last.fits:
-        console.print(f"predicted: does not fit into {on.usable / 1e9:.0f} GB, whatever was tried")
+        failed = f"predicted: does not fit into {on.usable / 1e9:.0f} GB, whatever was tried"
+        hint = "; --lora RANK would train adapters alone" if lora is None else ""
+        console.print(failed + hint, soft_wrap=True)
     elif last.added:
         console.print(f"predicted: fits with {said}", highlight=False, soft_wrap=True)
     else:
@@ -103,20 +104,18 @@ def _told(prediction: Prediction) -> str:
 
 
 def _added(prediction: Prediction) -> str:
-    """The last setting that was added."""
-    if not prediction.added:
+    """The settings that were added last."""
+    if not prediction.last:
         return "as given"
-    name, value = list(prediction.added.items())[-1]
-    return f"+ {name}" if value is True else f"+ {name} {value}"
+    return "+ " + ", ".join(name if value is True else f"{name} {value}" for name, value in prediction.last.items())
 
 
 def _table(found: list[Prediction], machine: Machine) -> Table:
     title = f"predicted, GB of each of {machine.gpus} GPUs ({machine.usable / 1e9:.0f} of {machine.memory:g} to use)"
     kinds = [k for k in _KINDS if any(p.step.kinds.get(k, 0) >= 5e7 for p in found)]
     table = Table("", "peak", *kinds, "host", "tokens/s", title=title)
-    table.caption = (
-        f"tokens/s if {machine.mfu:.0%} of {machine.peak:g} TFLOP/s and {machine.bandwidth:g} GB/s are reached"
-    )
+    rates = f"{machine.bandwidth:g} GB/s, and {machine.host_bandwidth:g} to and from the host,"
+    table.caption = f"tokens/s if {machine.mfu:.0%} of {machine.peak:g} TFLOP/s and {rates} are reached"
     for p in found:
         cells = (f"{p.step.kinds.get(k, 0) / 1e9:.1f}" for k in kinds)
         peak = f"{p.step.peak / 1e9:.1f}{'' if p.fits else ' !'}"

@@ -40,8 +40,8 @@ from sleep_ops.training.run import select_parameters
 from sleep_ops.training.trainer import Trainer
 
 _aten = torch.ops.aten
-_EXPERTS = (_aten._grouped_mm, _aten.nonzero)
 _FLOPS = flop_registry | {
+    _aten._grouped_mm: lambda a, b, *_, **__: 2 * a.numel() * b.shape[-1],  # every token's choices, whatever they are
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         _aten._scaled_dot_product_flash_attention_backward
@@ -57,12 +57,14 @@ class Step(NamedTuple):
     host: bytes in the host's memory at most.
     flops: floating-point operations of products of matrices and attention.
     sent: bytes that processes exchange, of each collective the whole.
+    moved: bytes that go to the host's memory and back, both ways added.
     """
 
     phases: dict[str, dict[str, float]]
     host: float
     flops: float
     sent: float
+    moved: float = 0
 
     @property
     def kinds(self) -> dict[str, float]:
@@ -91,10 +93,10 @@ class _FakeBytes(LiveBytes):
                 return func(*args, **kwargs)
         if func is _aten._local_scalar_dense.default and args[0].is_floating_point():
             return 0.0  # a loss or a norm, which is finite
-        expected = "one without experts, whose work depends on what tensors hold"
-        expect(func._overloadpacket not in _EXPERTS, "model", expected, func)
+        expected = "operations whose results' sizes don't depend on what tensors hold (experts: by grouped_mm)"
+        expect(func._overloadpacket is not _aten.nonzero, "model", expected, str(func))
         with self.fakes:
-            out = func(*args, **kwargs)
+            out = (_grouped_mm if func._overloadpacket is _aten._grouped_mm else func)(*args, **kwargs)
         if not given and isinstance(out, Tensor) and not out.is_floating_point():
             return func(*args, **kwargs)
         if func.namespace == "c10d":
@@ -102,6 +104,12 @@ class _FakeBytes(LiveBytes):
         if func._overloadpacket in _FLOPS:
             self.flops += _FLOPS[func._overloadpacket](*args, **kwargs, out_val=out)
         return out
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+    """An empty result, in every dtype: PyTorch's own form without values is for bfloat16 alone."""
+    groups = (len(offs),) if a.dim() == b.dim() == 2 else ()
+    return a.new_empty(*groups, a.shape[-2], b.shape[-1], dtype=out_dtype or a.dtype)
 
 
 class _First(World):
@@ -123,7 +131,7 @@ class Rehearsal(Trainer):
         self.division = Division(self.config.train, self.world)
         self.console, self.graphs, self.step = Console(quiet=True), None, 0
         self.skipped = self.skipped_in_row = 0
-        self._told, self.count = False, count
+        self._told, self.count = set(), count
         self.flops = lambda *_: 0  # type: ignore[assignment]
         with torch.device("meta"):
             model = _faked(build(), count.fakes)
@@ -146,7 +154,7 @@ class Rehearsal(Trainer):
             for optimizer in self.optimizers.values():
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        self.host = self.most_host = 0
+        self.host = self.most_host = self.moved = 0
 
     def _tokens(self, steps: int) -> int:
         return steps
@@ -154,7 +162,7 @@ class Rehearsal(Trainer):
     def _own_loss(self, batch: Batch, total: int, alike: bool) -> Tensor:
         if not self.offload:
             return super()._own_loss(batch, total, alike)
-        with saved_tensors_hooks(partial(_Away.send, self), _Away.fetch):
+        with saved_tensors_hooks(partial(_Away.send, self), partial(_Away.fetch, self)):
             return super()._own_loss(batch, total, alike)
 
 
@@ -186,6 +194,7 @@ class _Away:
         self.run, self.bytes = run, x.nbytes
         self.size, self.stride, self.dtype = x.size(), x.stride(), x.dtype
         run.host += self.bytes
+        run.moved += self.bytes
         run.most_host = max(run.most_host, run.host)
 
     def __del__(self):
@@ -197,8 +206,11 @@ class _Away:
         return x if recomputed or run.count.is_weight(x) else cls(run, x)
 
     @staticmethod
-    def fetch(kept: "Tensor | _Away") -> Tensor:
-        return kept if isinstance(kept, Tensor) else torch.empty_strided(kept.size, kept.stride, dtype=kept.dtype)
+    def fetch(run: Rehearsal, kept: "Tensor | _Away") -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        run.moved += kept.bytes
+        return torch.empty_strided(kept.size, kept.stride, dtype=kept.dtype)
 
 
 @contextmanager
@@ -262,12 +274,13 @@ def watched(run: Trainer, count: LiveBytes) -> Iterator[None]:
 def rehearse(
     build: Callable[[], nn.Module], recipe: TrainConfig, *, tokens: int, processes: int = 1, kernels: bool = True
 ) -> Step:
-    """A step of one process, each of whose `recipe.batch_size / processes` rows has `tokens` tokens, all with loss.
+    """A step of the first process, which has the most rows, on texts of `tokens` tokens, all with loss.
 
     build: makes the model, with its sleep settings, on the meta device.
     kernels: what is counted is what the Triton kernels keep, not the PyTorch forms for CPUs.
 
-    Raises ValueError for a mixture of experts, whose work depends on what its tensors hold.
+    Raises ValueError for experts that are not computed by grouped products: the sizes of their tensors
+    depend on what tokens choose.
     """
     count = _FakeBytes()
     with _processes(processes), _kernels(kernels), warnings.catch_warnings():
@@ -278,7 +291,7 @@ def rehearse(
         count.flops = count.sent = 0
         with watched(run, count):
             run._train_step(Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool)))
-    return Step(count.most, run.most_host, count.flops, count.sent)
+    return Step(count.most, run.most_host, count.flops, count.sent, run.moved)
 
 
 @contextmanager

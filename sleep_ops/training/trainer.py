@@ -155,7 +155,7 @@ class Trainer:
         self.flops, self.peak = ModelFlops(self.model), peak_flops(self.device)
         self.step, self.skipped, self.skipped_in_row, self.seconds = 0, 0, 0, 0.0
         self._saving: Saving | None = None
-        self._told = False  # that rows differ
+        self._told: set[str] = set()  # on the console, once each
         self.best: float | None = None  # of the evaluations, and how many since were no better
         self.stale = 0
         if self.world.rank:
@@ -360,11 +360,19 @@ class Trainer:
         """Whether blocks are gathered for each call: where all processes make the same ones."""
         if self.config.train.reshard != "call" or self.world.size == 1:
             return False
-        same = self.division.alike(batch, sleeping(self.model).settings)
-        if not same and not self._told:
-            self._told = True
-            self.console.print("reshard: rows differ between processes, so such a step gathers parameters all at once")
+        settings = sleeping(self.model).settings
+        same = self.division.alike(batch, settings)
+        if not same:
+            self._tell("reshard: rows differ between processes, so such a step gathers parameters all at once")
+        elif settings.activation_checkpointing and settings.recompute != "block":
+            recomputed = f"a {settings.recompute} is recomputed at a time, which gathers parameters all at once"
+            self._tell(f"reshard: {recomputed}; with recompute 'block' it is those of a block")
         return same
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self.console.print(text)
 
     def _own_loss(self, batch: Batch, total: int, alike: bool) -> Tensor:
         """What these rows add to the mean loss over `total` tokens, with its gradients."""
