@@ -15,7 +15,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 from test_adapter_loading import plain, word_tokenizer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sleep_ops import HybridConfig
 from sleep_ops.adapters.loading import load_model
@@ -23,9 +27,11 @@ from sleep_ops.experiments import finetuned, sweep
 from sleep_ops.experiments.figures import load_figure
 from sleep_ops.files import read_csv
 from sleep_ops.tasks import Rule110
-from sleep_ops.training import RunConfig, TrainConfig, Trainer, TrainingDiverged, graph, load_run, trainer
+from sleep_ops.training import RunConfig, TrainConfig, Trainer, TrainingDiverged, graph, load_run, sharded, trainer
 from sleep_ops.training.checkpoint import list_checkpoints, load_checkpoint
 from sleep_ops.training.finetune import FinetuneConfig, finetune
+from sleep_ops.training.muon import SteppedMuon
+from sleep_ops.training.optim import build_optimizers, split_parameters
 from sleep_ops.training.parallel import World, local_device
 
 QUIET = Console(quiet=True)
@@ -125,6 +131,40 @@ def stepped(run, distribute):
     return {name: whole(x) for name, x in run.model.state_dict().items()}
 
 
+class OneByOne(SteppedMuon):
+    """What shards are to give to the bit: whole matrices, one after the other."""
+
+    def _take_step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                step = sharded._orthogonal_step(p.grad.lerp(buffer, group["momentum"]), group)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step)
+
+
+def one_by_one(run):
+    rates = {name: getattr(TRAIN, name) for name in ("lr_muon", "lr_adamw", "weight_decay", "momentum")}
+    run.optimizers = build_optimizers(run.model, **rates, matrix_optimizer=OneByOne)
+    return run
+
+
+def noted(patch, events):
+    """`events` get the size of every exchange of matrices and of every matrix that is orthogonalised."""
+    exchange, step = dist.all_to_all_single, sharded._orthogonal_step
+
+    def exchanged(output, given, *args, **kwargs):
+        events.append(("exchange", output.numel(), given.numel()))
+        return exchange(output, given, *args, **kwargs)
+
+    def stepped(update, group):
+        events.append(("step", update.numel()))
+        return step(update, group)
+
+    patch.setattr(dist, "all_to_all_single", exchanged)
+    patch.setattr(sharded, "_orthogonal_step", stepped)
+
+
 def write_examples(place):
     place.mkdir(parents=True)
     for path in (paths := (place / "train.jsonl", place / "eval.jsonl")):
@@ -188,10 +228,15 @@ def worker(rank, port, folder):
         settings = tuning(folder, family, parallel="fsdp", reshard=reshard)
         found["finetune", family] = finetune(settings, folder / f"{family}-by-two", console=QUIET)
     trainer.build_model, found["devices"] = build, devices
-    found["stepped"] = stepped(
-        make(folder / "stepped", parallel="fsdp"),
-        lambda x, p: distribute_tensor(x, p.device_mesh, p.placements),
-    )
+    for way in ("fsdp", "hsdp"):
+        with pytest.MonkeyPatch.context() as patch:
+            noted(patch, events := [])
+            found["stepped", way] = stepped(
+                make(folder / f"{way}-stepped", **WAYS[way]),
+                lambda x, p: distribute_tensor(x, p.device_mesh, p.placements),
+            )
+        found["events", way] = [kind for kind, *_ in events]
+    found["one by one"] = stepped(one_by_one(make(folder / "one-by-one")), lambda x, p: x)
     wrote = []
     sweep.write_csv = lambda path, rows: wrote.append(path.name)
     finetuned.write_problems = lambda place, *args, **kwargs: wrote.append("problems") or write_examples(place)
@@ -412,10 +457,51 @@ def test_one_process_of_a_sweep_writes_its_table_and_data(ranks):
 
 
 @pytest.mark.slow
-def test_optimisers_of_shards_are_those_of_whole_matrices(folder, ranks):
-    expected = stepped(make(folder / "whole-stepped"), lambda x, p: x)
-    for name, x in ranks[0]["stepped"].items():
-        torch.testing.assert_close(x, expected[name], rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("way", ["fsdp", "hsdp"])
+def test_optimisers_of_shards_are_those_of_whole_matrices(way, folder, ranks):
+    run = make(folder / f"whole-{way}-stepped")
+    expected, matrices = stepped(run, lambda x, p: x), split_parameters(run.model)[0]
+    for rank in ranks:
+        for name, x in rank["stepped", way].items():
+            torch.testing.assert_close(x, expected[name], rtol=1e-6, atol=1e-7)
+            assert name not in matrices or torch.equal(x, rank["one by one"][name]), name
+
+
+@pytest.mark.slow
+def test_processes_orthogonalise_at_the_same_time(folder, ranks):
+    matrices = len(split_parameters(make(folder / "counted").model)[0])
+    rounds = 2 * -(-matrices // 2)  # of two steps
+    first, second = (rank["events", "fsdp"] for rank in ranks)
+    assert first == ["exchange", "step", "exchange"] * rounds
+    assert (
+        second.count("step") == 2 * (matrices // 2) and [x for x in second if x != "step"] == ["exchange"] * 2 * rounds
+    )
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_matrices_are_exchanged_before_and_after_all_have_stepped(rank, monkeypatch):
+    """Three processes, of which this is one, take three at a time, largest first; it holds no more than one as a whole.
+
+    Nothing is sent, so the values are not looked at."""
+    dist.init_process_group("fake", rank=rank, world_size=3, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (3,), mesh_dim_names=("shard",))
+        shapes = [(2, 3), (7, 5), (4, 2), (7, 5), (1, 4), (5, 5), (6, 6)]
+        model = nn.ModuleList(nn.Linear(columns, rows, bias=False) for rows, columns in shapes)
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        noted(monkeypatch, events := [])
+        sharded.ShardedMuon(model.parameters()).step()
+        expected = []
+        for together in ([(6, 6), (7, 5), (7, 5)], [(5, 5), (4, 2), (2, 3)], [(1, 4)]):
+            parts = sum(len(range(rows)[rank * -(-rows // 3) :][: -(-rows // 3)]) * n for rows, n in together)
+            own = together[rank][0] * together[rank][1] if rank < len(together) else 0
+            expected += [("exchange", own, parts), *([("step", own)] if own else []), ("exchange", parts, own)]
+        assert events == expected
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow
