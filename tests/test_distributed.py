@@ -27,8 +27,18 @@ from sleep_ops.experiments import finetuned, sweep
 from sleep_ops.experiments.figures import load_figure
 from sleep_ops.files import read_csv
 from sleep_ops.tasks import Rule110
-from sleep_ops.training import RunConfig, TrainConfig, Trainer, TrainingDiverged, graph, load_run, sharded, trainer
-from sleep_ops.training.checkpoint import list_checkpoints, load_checkpoint
+from sleep_ops.training import (
+    RunConfig,
+    TrainConfig,
+    Trainer,
+    TrainingDiverged,
+    checkpoint,
+    graph,
+    load_run,
+    sharded,
+    trainer,
+)
+from sleep_ops.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, load_newest
 from sleep_ops.training.finetune import FinetuneConfig, finetune
 from sleep_ops.training.muon import SteppedMuon
 from sleep_ops.training.optim import build_optimizers, split_parameters
@@ -175,8 +185,43 @@ def write_examples(place):
 def refusal(function):
     try:
         function()
-    except (ValueError, TrainingDiverged) as error:
+    except (ValueError, OSError, TrainingDiverged, CheckpointError) as error:
         return f"{type(error).__name__} {error}"
+
+
+def damaged(out, rank):
+    """What each process reads through of its checkpoints, and what it is told of damaged ones and of a full disk."""
+    find, read, told, world = checkpoint._fingerprint, [], [], World.join(torch.device("cpu"))
+    recipe = dict(parallel="fsdp", async_checkpoints=True, checkpoint_every=2)
+
+    def damage(step, shard):
+        if rank == 1:
+            (path,) = out.glob(f"checkpoints/step-{step:08}/shard-{shard:05}-*")
+            path.write_bytes(path.read_bytes()[:-9] + b"?" * 9)
+        dist.barrier()
+
+    def newest():
+        return load_newest(out / "checkpoints", told.append, world).step
+
+    def full(path):
+        if rank == 1:
+            raise OSError("disk full")
+        return find(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_fingerprint", lambda path: read.append(path.name) or find(path))
+        make(out, "replay", **recipe).fit()
+        found = {"written": read.copy()}
+        read.clear()
+        assert make(out, "replay", **recipe).step == 4
+        found["checked"] = read.copy()
+        damage(4, shard=2)
+        found["one damaged"] = newest(), told.copy()
+        damage(2, shard=1)
+        found["both damaged"] = refusal(newest)
+        patch.setattr(checkpoint, "_fingerprint", full)
+        found["full"] = refusal(make(out.with_name("full"), "replay", **recipe).fit)
+    return found
 
 
 def worker(rank, port, folder):
@@ -236,6 +281,7 @@ def worker(rank, port, folder):
                 lambda x, p: distribute_tensor(x, p.device_mesh, p.placements),
             )
         found["events", way] = [kind for kind, *_ in events]
+    found["damaged"] = damaged(folder / "damaged", rank)
     found["one by one"] = stepped(one_by_one(make(folder / "one-by-one")), lambda x, p: x)
     wrote = []
     sweep.write_csv = lambda path, rows: wrote.append(path.name)
@@ -252,6 +298,7 @@ def worker(rank, port, folder):
     found["device"] = refusal(lambda: local_device("cuda:0"))
     world = World.join(torch.device("cpu"))
     found["world"] = world.all_gather(rank), world.max([rank, -rank]), world.on_main(lambda: rank)
+    found["together"] = world.together(lambda: rank), refusal(lambda: world.together(lambda: rank or int("x")))
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -505,9 +552,27 @@ def test_matrices_are_exchanged_before_and_after_all_have_stepped(rank, monkeypa
 
 
 @pytest.mark.slow
+def test_each_reads_through_files_of_its_own_and_all_know_what_is_damaged(folder, ranks):
+    first, second = (rank["damaged"] for rank in ranks)
+    one, two = (f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2))
+    assert first["written"] == [one, "state.json"] * 2 and second["written"] == [two] * 2
+    assert first["checked"] == [one, "state.json"] and second["checked"] == [two]
+    for rank in (first, second):
+        step, (text,) = rank["one damaged"]
+        assert step == 2 and f"step-00000004/{two}: damaged" in text
+        assert (
+            rank["both damaged"].startswith("CheckpointError") and "none of its 2 checkpoints" in rank["both damaged"]
+        )
+        assert rank["full"] == "OSError disk full"
+    assert not any((folder / "full/checkpoints").iterdir())
+
+
+@pytest.mark.slow
 def test_what_processes_tell_one_another(ranks):
+    assert [rank["together"][0] for rank in ranks] == [0, 1]
     for rank in ranks:
         assert rank["world"] == ([0, 1], [1, 0], 0)
+        assert rank["together"][1].startswith("ValueError invalid literal")
         assert rank["other-way"] is None  # how the work is shared out is free to change
         assert "batch_size: expected at least 2, one per process, got 1" in rank["small"]
         assert "device: expected auto, cuda or cpu with several processes" in rank["device"]
@@ -517,6 +582,9 @@ def test_one_process_alone(monkeypatch):
     world = World.join(torch.device("cpu"))
     assert (world.rank, world.size, world.main) == (0, 1, True)
     assert (world.all_gather(3), world.max([1, 2]), world.on_main(lambda: 4)) == ([3], [1, 2], 4)
+    assert world.together(lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        world.together(lambda: 1 // 0)
     tensor = torch.ones(2)
     assert world.sum(tensor) is tensor and local_device("cuda:1") == "cuda:1"
     monkeypatch.setenv("RANK", "3")
