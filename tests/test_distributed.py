@@ -15,7 +15,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 from test_adapter_loading import plain, word_tokenizer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sleep_ops import HybridConfig
 from sleep_ops.adapters.loading import load_model
@@ -23,9 +27,21 @@ from sleep_ops.experiments import finetuned, sweep
 from sleep_ops.experiments.figures import load_figure
 from sleep_ops.files import read_csv
 from sleep_ops.tasks import Rule110
-from sleep_ops.training import RunConfig, TrainConfig, Trainer, TrainingDiverged, graph, load_run, trainer
-from sleep_ops.training.checkpoint import list_checkpoints, load_checkpoint
+from sleep_ops.training import (
+    RunConfig,
+    TrainConfig,
+    Trainer,
+    TrainingDiverged,
+    checkpoint,
+    graph,
+    load_run,
+    sharded,
+    trainer,
+)
+from sleep_ops.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, load_newest
 from sleep_ops.training.finetune import FinetuneConfig, finetune
+from sleep_ops.training.muon import SteppedMuon
+from sleep_ops.training.optim import build_optimizers, split_parameters
 from sleep_ops.training.parallel import World, local_device
 
 QUIET = Console(quiet=True)
@@ -125,6 +141,40 @@ def stepped(run, distribute):
     return {name: whole(x) for name, x in run.model.state_dict().items()}
 
 
+class OneByOne(SteppedMuon):
+    """What shards are to give to the bit: whole matrices, one after the other."""
+
+    def _take_step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                step = sharded._orthogonal_step(p.grad.lerp(buffer, group["momentum"]), group)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step)
+
+
+def one_by_one(run):
+    rates = {name: getattr(TRAIN, name) for name in ("lr_muon", "lr_adamw", "weight_decay", "momentum")}
+    run.optimizers = build_optimizers(run.model, **rates, matrix_optimizer=OneByOne)
+    return run
+
+
+def noted(patch, events):
+    """`events` get the size of every exchange of matrices and of every matrix that is orthogonalised."""
+    exchange, step = dist.all_to_all_single, sharded._orthogonal_step
+
+    def exchanged(output, given, *args, **kwargs):
+        events.append(("exchange", output.numel(), given.numel()))
+        return exchange(output, given, *args, **kwargs)
+
+    def stepped(update, group):
+        events.append(("step", update.numel()))
+        return step(update, group)
+
+    patch.setattr(dist, "all_to_all_single", exchanged)
+    patch.setattr(sharded, "_orthogonal_step", stepped)
+
+
 def write_examples(place):
     place.mkdir(parents=True)
     for path in (paths := (place / "train.jsonl", place / "eval.jsonl")):
@@ -135,8 +185,43 @@ def write_examples(place):
 def refusal(function):
     try:
         function()
-    except (ValueError, TrainingDiverged) as error:
+    except (ValueError, OSError, TrainingDiverged, CheckpointError) as error:
         return f"{type(error).__name__} {error}"
+
+
+def damaged(out, rank):
+    """What each process reads through of its checkpoints, and what it is told of damaged ones and of a full disk."""
+    find, read, told, world = checkpoint._fingerprint, [], [], World.join(torch.device("cpu"))
+    recipe = dict(parallel="fsdp", async_checkpoints=True, checkpoint_every=2)
+
+    def damage(step, shard):
+        if rank == 1:
+            (path,) = out.glob(f"checkpoints/step-{step:08}/shard-{shard:05}-*")
+            path.write_bytes(path.read_bytes()[:-9] + b"?" * 9)
+        dist.barrier()
+
+    def newest():
+        return load_newest(out / "checkpoints", told.append, world).step
+
+    def full(path):
+        if rank == 1:
+            raise OSError("disk full")
+        return find(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_fingerprint", lambda path: read.append(path.name) or find(path))
+        make(out, "replay", **recipe).fit()
+        found = {"written": read.copy()}
+        read.clear()
+        assert make(out, "replay", **recipe).step == 4
+        found["checked"] = read.copy()
+        damage(4, shard=2)
+        found["one damaged"] = newest(), told.copy()
+        damage(2, shard=1)
+        found["both damaged"] = refusal(newest)
+        patch.setattr(checkpoint, "_fingerprint", full)
+        found["full"] = refusal(make(out.with_name("full"), "replay", **recipe).fit)
+    return found
 
 
 def worker(rank, port, folder):
@@ -189,10 +274,16 @@ def worker(rank, port, folder):
         settings = tuning(folder, family, parallel="fsdp", reshard=reshard)
         found["finetune", family] = finetune(settings, folder / f"{family}-by-two", console=QUIET)
     trainer.build_model, found["devices"] = build, devices
-    found["stepped"] = stepped(
-        make(folder / "stepped", parallel="fsdp"),
-        lambda x, p: distribute_tensor(x, p.device_mesh, p.placements),
-    )
+    for way in ("fsdp", "hsdp"):
+        with pytest.MonkeyPatch.context() as patch:
+            noted(patch, events := [])
+            found["stepped", way] = stepped(
+                make(folder / f"{way}-stepped", **WAYS[way]),
+                lambda x, p: distribute_tensor(x, p.device_mesh, p.placements),
+            )
+        found["events", way] = [kind for kind, *_ in events]
+    found["damaged"] = damaged(folder / "damaged", rank)
+    found["one by one"] = stepped(one_by_one(make(folder / "one-by-one")), lambda x, p: x)
     wrote = []
     sweep.write_csv = lambda path, rows: wrote.append(path.name)
     finetuned.write_problems = lambda place, *args, **kwargs: wrote.append("problems") or write_examples(place)
@@ -208,6 +299,7 @@ def worker(rank, port, folder):
     found["device"] = refusal(lambda: local_device("cuda:0"))
     world = World.join(torch.device("cpu"))
     found["world"] = world.all_gather(rank), world.max([rank, -rank]), world.on_main(lambda: rank)
+    found["together"] = world.together(lambda: rank), refusal(lambda: world.together(lambda: rank or int("x")))
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -416,16 +508,75 @@ def test_one_process_of_a_sweep_writes_its_table_and_data(ranks):
 
 
 @pytest.mark.slow
-def test_optimisers_of_shards_are_those_of_whole_matrices(folder, ranks):
-    expected = stepped(make(folder / "whole-stepped"), lambda x, p: x)
-    for name, x in ranks[0]["stepped"].items():
-        torch.testing.assert_close(x, expected[name], rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("way", ["fsdp", "hsdp"])
+def test_optimisers_of_shards_are_those_of_whole_matrices(way, folder, ranks):
+    run = make(folder / f"whole-{way}-stepped")
+    expected, matrices = stepped(run, lambda x, p: x), split_parameters(run.model)[0]
+    for rank in ranks:
+        for name, x in rank["stepped", way].items():
+            torch.testing.assert_close(x, expected[name], rtol=1e-6, atol=1e-7)
+            assert name not in matrices or torch.equal(x, rank["one by one"][name]), name
+
+
+@pytest.mark.slow
+def test_processes_orthogonalise_at_the_same_time(folder, ranks):
+    matrices = len(split_parameters(make(folder / "counted").model)[0])
+    rounds = 2 * -(-matrices // 2)  # of two steps
+    first, second = (rank["events", "fsdp"] for rank in ranks)
+    assert first == ["exchange", "step", "exchange"] * rounds
+    assert (
+        second.count("step") == 2 * (matrices // 2) and [x for x in second if x != "step"] == ["exchange"] * 2 * rounds
+    )
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_matrices_are_exchanged_before_and_after_all_have_stepped(rank, monkeypatch):
+    """Three processes, of which this is one, take three at a time, largest first; it holds no more than one as a whole.
+
+    Nothing is sent, so the values are not looked at."""
+    dist.init_process_group("fake", rank=rank, world_size=3, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (3,), mesh_dim_names=("shard",))
+        shapes = [(2, 3), (7, 5), (4, 2), (7, 5), (1, 4), (5, 5), (6, 6)]
+        model = nn.ModuleList(nn.Linear(columns, rows, bias=False) for rows, columns in shapes)
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        noted(monkeypatch, events := [])
+        sharded.ShardedMuon(model.parameters()).step()
+        expected = []
+        for together in ([(6, 6), (7, 5), (7, 5)], [(5, 5), (4, 2), (2, 3)], [(1, 4)]):
+            parts = sum(len(range(rows)[rank * -(-rows // 3) :][: -(-rows // 3)]) * n for rows, n in together)
+            own = together[rank][0] * together[rank][1] if rank < len(together) else 0
+            expected += [("exchange", own, parts), *([("step", own)] if own else []), ("exchange", parts, own)]
+        assert events == expected
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_each_reads_through_files_of_its_own_and_all_know_what_is_damaged(folder, ranks):
+    first, second = (rank["damaged"] for rank in ranks)
+    one, two = (f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2))
+    assert first["written"] == [one, "state.json"] * 2 and second["written"] == [two] * 2
+    assert first["checked"] == [one, "state.json"] and second["checked"] == [two]
+    for rank in (first, second):
+        step, (text,) = rank["one damaged"]
+        assert step == 2 and f"step-00000004/{two}: damaged" in text
+        assert (
+            rank["both damaged"].startswith("CheckpointError") and "none of its 2 checkpoints" in rank["both damaged"]
+        )
+        assert rank["full"] == "OSError disk full"
+    assert not any((folder / "full/checkpoints").iterdir())
 
 
 @pytest.mark.slow
 def test_what_processes_tell_one_another(ranks):
+    assert [rank["together"][0] for rank in ranks] == [0, 1]
     for rank in ranks:
         assert rank["world"] == ([0, 1], [1, 0], 0)
+        assert rank["together"][1].startswith("ValueError invalid literal")
         assert rank["other-way"] is None  # how the work is shared out is free to change
         assert "batch_size: expected at least 2, one per process, got 1" in rank["small"]
         assert "device: expected auto, cuda or cpu with several processes" in rank["device"]
@@ -435,6 +586,9 @@ def test_one_process_alone(monkeypatch):
     world = World.join(torch.device("cpu"))
     assert (world.rank, world.size, world.main) == (0, 1, True)
     assert (world.all_gather(3), world.max([1, 2]), world.on_main(lambda: 4)) == ([3], [1, 2], 4)
+    assert world.together(lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        world.together(lambda: 1 // 0)
     tensor = torch.ones(2)
     assert world.sum(tensor) is tensor and local_device("cuda:1") == "cuda:1"
     monkeypatch.setenv("RANK", "3")

@@ -18,7 +18,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,7 @@ class Saving:
 
     def wait(self) -> Path:
         """Its folder, once it is whole; every process has to ask. CheckpointError where it could not be written."""
+        wait([self._written])  # the writers' group is free then
         return self.world.on_main(self._written.result)
 
 
@@ -119,15 +120,22 @@ def save_checkpoint(
         written: Future = dcp.async_save(tensors, storage_writer=writer, process_group=world.writers)  # type: ignore[assignment]
         unfinished = stack.pop_all()
 
+    def own_files() -> dict[str, dict]:
+        try:
+            written.result()
+        except dcp.CheckpointException as error:
+            (first, _), *_ = error.failures.values()
+            raise CheckpointError(f"{final}: not written ({first})") from error
+        return {path.name: _fingerprint(path) for path in temporary.glob(f"shard-{world.rank + 1:05}-*")}
+
     def finish() -> Path:
         with unfinished:
-            try:
-                written.result()
-            except dcp.CheckpointException as error:
-                (first, _), *_ = error.failures.values()
-                raise CheckpointError(f"{final}: not written ({first})") from error
+            own = world.together(own_files, world.writers)
+            files = {name: x for of in world.all_gather(own, world.writers) for name, x in of.items()}
+            if not world.main:
+                return final
             (temporary / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-            files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+            files[STATE_FILE] = _fingerprint(temporary / STATE_FILE)
             manifest = {"version": _VERSION, "step": step, "files": files}
             (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if keep is not None:  # what was just written stays, whatever stands behind it in number
@@ -136,8 +144,6 @@ def save_checkpoint(
                 remove(old)
         return final
 
-    if not world.main:
-        return Saving(world, written)
     pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     finished = pool.submit(finish)
     pool.shutdown(wait=False)
@@ -152,12 +158,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
+def load_checkpoint(path: Path, world: World | None = None) -> Checkpoint:
     """What one checkpoint folder holds; its tensors are read when they are asked for.
 
-    Raises CheckpointError unless every byte is as it was written (verify=False: unless all files
-    are there).
+    world: every process calls this, and looks at files of its own.
+
+    Raises CheckpointError unless every byte is as it was written, in all processes the same.
     """
+    world = world or World()
+    return world.together(lambda: _look(path, world))
+
+
+def _look(path: Path, world: World) -> Checkpoint:
+    """What the folder holds; of its files this process reads through every one that is its turn."""
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
         if manifest["version"] != _VERSION:
@@ -167,9 +180,9 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
             raise CheckpointError(f"{path}: damaged (its manifest is of step {step})")
         if STATE_FILE not in files or not any(name.endswith(".safetensors") for name in files):
             raise CheckpointError(f"{path}: damaged (its manifest lists no state or no tensors)")
-        for name, expected in files.items():
-            size = (path / name).stat().st_size
-            if size != expected["bytes"] or (verify and _fingerprint(path / name) != expected):
+        for i, (name, expected) in enumerate(files.items()):
+            size, mine = (path / name).stat().st_size, i % world.size == world.rank
+            if size != expected["bytes"] or (mine and _fingerprint(path / name) != expected):
                 raise CheckpointError(f"{path / name}: damaged (it is not what the manifest describes)")
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         import torch.distributed.checkpoint as dcp
@@ -181,15 +194,17 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
         raise CheckpointError(f"{path}: incomplete or damaged ({error})") from error
 
 
-def load_newest(folder: Path, warn: Callable[[str], object]) -> Checkpoint | None:
+def load_newest(folder: Path, warn: Callable[[str], object], world: World | None = None) -> Checkpoint | None:
     """The newest checkpoint of `folder` that is whole, or None where there is none at all.
 
     `warn(text)` is told of each damaged one passed over; CheckpointError where all are damaged.
+    world: every process calls this, and all find the same.
     """
-    found = list_checkpoints(folder)
+    world = world or World()
+    found = world.on_main(lambda: list_checkpoints(folder))
     for path in reversed(found):
         try:
-            return load_checkpoint(path)
+            return load_checkpoint(path, world)
         except CheckpointError as error:
             warn(f"passed over {error}")
     if found:

@@ -86,11 +86,26 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.hosts)
         return tensor.tolist()
 
-    def all_gather(self, value: object) -> list:
-        """Every process's value, in the order of their ranks."""
+    def together(self, function: Callable[[], Any], group: Any = None) -> Any:
+        """function() in every process; each returns its own result, or all raise what the first of them raises.
+
+        group: to tell one another by; `hosts` where it is None.
+        """
+        result = error = None
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+        for told in self.all_gather(error, group):
+            if told is not None:
+                raise told
+        return result
+
+    def all_gather(self, value: object, group: Any = None) -> list:
+        """Every process's value, in the order of their ranks; group as above."""
         found = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(found, value, group=self.hosts)
+            dist.all_gather_object(found, value, group=self.hosts if group is None else group)
         return found
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from sleep_ops.model.hybrid import HybridConfig, SleepHybridModel
 from sleep_ops.tasks import Task, build_task
 from sleep_ops.training.checkpoint import Checkpoint, load_newest, model_tensors
 from sleep_ops.training.config import CONFIG_FILE, RunConfig, resolve_device
+from sleep_ops.training.parallel import World
 
 METRICS_FILE, EVAL_FILE = "metrics.csv", "eval.csv"
 CHECKPOINTS, BOARD, PROFILE = "checkpoints", "tensorboard", "profile"
@@ -84,14 +85,29 @@ def load_run(folder: Path, *, device: str = "auto", warn=print) -> tuple[RunConf
     return config, build_task(config.task), model.to(resolve_device(device)).eval(), checkpoint.step
 
 
-def newest_checkpoint(config: RunConfig, folder: Path, warn, *, extend: bool = False) -> Checkpoint | None:
+def newest_checkpoint(
+    config: RunConfig, folder: Path, warn, *, extend: bool = False, world: World | None = None
+) -> Checkpoint | None:
     """The newest whole checkpoint of `folder`, or None for a new run.
 
     extend: a run that has taken all its steps may be given more.
+    world: every process calls this, and all find the same.
 
     ValueError where the folder holds a run with other settings, a run's files without one, or files
     for folders.
     """
+    world = world or World()
+    steps = world.on_main(lambda: _steps(config, folder, extend))
+    if steps is None:
+        return None
+    checkpoint = load_newest(folder / CHECKPOINTS, warn, world)
+    if steps < config.train.steps and (checkpoint is None or checkpoint.step < steps):
+        world.on_main(lambda: config.check_resumable(folder))
+    return checkpoint
+
+
+def _steps(config: RunConfig, folder: Path, extend: bool) -> int | None:
+    """How many the run in `folder` is to take, if it can be resumed; None where there is none."""
     if not (folder / CONFIG_FILE).exists():
         found = [name for name in OWN if kind(folder / name)]
         if found:
@@ -107,10 +123,7 @@ def newest_checkpoint(config: RunConfig, folder: Path, warn, *, extend: bool = F
         for path in (folder / name for name in names):
             if kind(path) not in ("", expected):
                 raise ValueError(f"{path}: expected {expected} in a run folder, got {kind(path)}")
-    checkpoint = load_newest(folder / CHECKPOINTS, warn)
-    if extended and (checkpoint is None or checkpoint.step < steps):
-        config.check_resumable(folder)
-    return checkpoint
+    return steps
 
 
 @contextmanager

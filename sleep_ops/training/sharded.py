@@ -34,35 +34,45 @@ _REPLICATE, _SHARD = "replicate", "shard"
 class ShardedMuon(SteppedMuon):
     """Muon for sharded matrices: momentum stays in parts, updates are orthogonalised whole.
 
-    Each is so in one of the processes that share a matrix, which take turns.
+    W processes that share matrices take W at a time: parts are exchanged until each process has an
+    update of its own as a whole, all orthogonalise theirs at once, and parts go back. Beside what it
+    keeps a process then holds its own update, what becomes of it, and its parts of W updates, which
+    come to the size of one: what it holds does not grow with W.
     """
 
     def _take_step(self) -> None:
-        turn = 0
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group, turn)
-                    turn += 1
+            for parameters in _rounds([p for p in group["params"] if p.grad is not None]):
+                self._update(parameters, group)
 
-    def _update(self, p: nn.Parameter, group: dict, turn: int) -> None:
+    def _update(self, parameters: list[nn.Parameter], group: dict) -> None:
+        """Of a matrix for each process, in the order of their ranks; the last ones may have none."""
+        mesh = parameters[0].device_mesh[_SHARD]
+        rank, processes = mesh.get_local_rank(), mesh.get_group()
+        sizes = [_part_sizes(p, mesh.size()) for p in parameters]
+        sizes += [[0] * mesh.size()] * (mesh.size() - len(parameters))
+        here, own = [size[rank] for size in sizes], sizes[rank]  # parts of all matrices, all parts of one
+        parts = torch.cat([self._direction(p, group).flatten() for p in parameters])
+        whole = parts.new_empty(sum(own))
+        dist.all_to_all_single(whole, parts, own, here, group=processes)
+        if rank < len(parameters):
+            whole.copy_(_orthogonal_step(whole.view(parameters[rank].shape), group).flatten())
+        dist.all_to_all_single(parts, whole, here, own, group=processes)
+        for p, step in zip(parameters, parts.split(here), strict=False):
+            part = p.to_local()
+            part.mul_(1 - group["lr"] * group["weight_decay"])
+            part.add_(step.view_as(part))
+        for exchanged in (parts, whole):  # gloo's threads may hold on to them into the next round
+            exchanged.untyped_storage().resize_(0)
+
+    def _direction(self, p: nn.Parameter, group: dict) -> Tensor:
+        """This process's part of what is to be orthogonalised: the gradient, with momentum."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p.grad)
-        part, gradient, buffer = (x.to_local() for x in (p, p.grad, state["momentum_buffer"]))
+        gradient, buffer = p.grad.to_local(), state["momentum_buffer"].to_local()
         buffer.lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-        mesh, placements = p.device_mesh[_SHARD], p.placements[-1:]
-        whole = DTensor.from_local(update, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
-        whole, owner = whole.full_tensor(), turn % mesh.size()
-        # One step of torch's Muon without momentum, from zero, is minus the learning rate times the whole update.
-        step = nn.Parameter(torch.zeros(p.shape, device=part.device, dtype=part.dtype))
-        if mesh.get_local_rank() == owner:
-            step.grad = whole
-            kept = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
-            Muon([step], weight_decay=0.0, momentum=0.0, nesterov=False, **kept).step()
-        part.mul_(1 - group["lr"] * group["weight_decay"])
-        part.add_(distribute_tensor(step.detach(), mesh, placements, src_data_rank=owner).to_local())
+        return gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
 
 
 class Sharded(Replicated):
@@ -196,3 +206,27 @@ def _units(module: nn.Module) -> Iterator[nn.Module]:
             yield from child.children()
         else:
             yield from _units(child)
+
+
+def _rounds(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """As many at a time as processes share them, of one dtype, and alike in size: all wait for the largest."""
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        alike = sorted((p for p in parameters if p.dtype == dtype), key=torch.numel, reverse=True)
+        many = alike[0].device_mesh[_SHARD].size()
+        yield from (alike[i : i + many] for i in range(0, len(alike), many))
+
+
+def _part_sizes(p: nn.Parameter, processes: int) -> list[int]:
+    """Numbers of each process's part of a matrix: rows are dealt as `torch.chunk` does it."""
+    rows, columns = p.shape
+    most = -(-rows // processes)
+    return [min(max(rows - i * most, 0), most) * columns for i in range(processes)]
+
+
+def _orthogonal_step(update: Tensor, group: dict) -> Tensor:
+    """Minus the learning rate times the update, orthogonalised: a step of torch's Muon, without momentum, from zero."""
+    step = nn.Parameter(torch.zeros_like(update))
+    step.grad = update
+    kept = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+    Muon([step], weight_decay=0.0, momentum=0.0, nesterov=False, **kept).step()
+    return step.detach()

@@ -23,8 +23,6 @@ from sleep_ops.training.checkpoint import (
     RNG,
     Checkpoint,
     Saving,
-    checkpoint_path,
-    load_checkpoint,
     load_optimizers,
     model_tensors,
     optimizer_tensors,
@@ -463,21 +461,12 @@ class Trainer:
         return Sharded(model, self.world, self.device, dtype, reshard=t.reshard, replicas=t.replicas)
 
     def _newest(self, extend: bool) -> Checkpoint | None:
-        """The checkpoint to go on from: the first process chooses it, and all read it."""
-        found = None
+        """The checkpoint to go on from."""
 
         def warn(text: str) -> None:
             self.console.print(f"[yellow]{text}[/yellow]")
 
-        def look() -> int | None:
-            nonlocal found
-            found = newest_checkpoint(self.config, self.out, warn, extend=extend)
-            return None if found is None else found.step
-
-        step = self.world.on_main(look)
-        if step is None or self.world.main:
-            return found
-        return load_checkpoint(checkpoint_path(self.out / CHECKPOINTS, step), verify=False)
+        return newest_checkpoint(self.config, self.out, warn, extend=extend, world=self.world)
 
     def _begin(self, resumed: bool) -> None:
         """Make the run's folder, or check that it is free to go on in."""
