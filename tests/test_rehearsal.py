@@ -91,6 +91,15 @@ def test_one_process(case, tmp_path):
     assert_same(rehearsed(config, kernels=False).phases, counted(config, tmp_path / "run"))
 
 
+def test_what_processes_send():
+    """Whole models: sums of gradients. Shards: gathered parameters, sums of gradients in parts, and what Muon sends."""
+    size, found = 4 * sum(p.numel() for p in build_model(run_config({}, {}, 2)).parameters()), {}
+    for way, train in {"ddp": {}, "fsdp": dict(parallel="fsdp"), "call": dict(parallel="fsdp", reshard="call")}.items():
+        found[way] = rehearsed(run_config(BLOCKS, train, 2), 2).sent
+    assert found["ddp"] == 2 * size + 2 * 4  # and the loss
+    assert 2 * size < found["fsdp"] < 4 * size < found["call"]
+
+
 @pytest.mark.parametrize(
     ("family", "train"),
     [

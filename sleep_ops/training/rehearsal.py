@@ -40,6 +40,7 @@ from sleep_ops.training.run import select_parameters
 from sleep_ops.training.trainer import Trainer
 
 _aten = torch.ops.aten
+_COLLECTIVES = ("c10d", "_c10d_functional")
 _FLOPS = flop_registry | {
     _aten._grouped_mm: lambda a, b, *_, **__: 2 * a.numel() * b.shape[-1],  # every token's choices, whatever they are
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
@@ -56,7 +57,7 @@ class Step(NamedTuple):
         they are a phase of their own, "updates") has the most of them; see `watched`.
     host: bytes in the host's memory at most.
     flops: floating-point operations of products of matrices and attention.
-    sent: bytes that processes exchange, of each collective the whole.
+    sent: bytes that processes exchange, of each collective the whole, of a sum for all twice that.
     moved: bytes that go to the host's memory and back, both ways added.
     """
 
@@ -99,8 +100,9 @@ class _FakeBytes(LiveBytes):
             out = (_grouped_mm if func._overloadpacket is _aten._grouped_mm else func)(*args, **kwargs)
         if not given and isinstance(out, Tensor) and not out.is_floating_point():
             return func(*args, **kwargs)
-        if func.namespace == "c10d":
-            self.sent += max(x.nbytes for x in given)
+        if func.namespace in _COLLECTIVES and func._overloadpacket is not torch.ops._c10d_functional.wait_tensor:
+            whole = max(x.nbytes for x in tree_leaves((given, out)) if isinstance(x, Tensor))
+            self.sent += whole * (2 if "allreduce" in func.__name__ else 1)  # parts are added up, then gathered
         if func._overloadpacket in _FLOPS:
             self.flops += _FLOPS[func._overloadpacket](*args, **kwargs, out_val=out)
         return out
@@ -117,9 +119,6 @@ class _First(World):
 
     def max(self, values: Sequence[int]) -> list[int]:
         return list(values)
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        return tensor
 
 
 class Rehearsal(Trainer):
