@@ -91,6 +91,13 @@ def test_one_process(case, tmp_path):
     assert_same(rehearsed(config, kernels=False).phases, counted(config, tmp_path / "run"))
 
 
+def test_muon_makes_updates_of_a_stack_at_a_time(monkeypatch):
+    config = run_config(dict(hidden_size=64, layers=("attn", "gdn") * 4), {}, 1)
+    whole = 4 * sum(p.numel() for p in build_model(config).parameters())
+    monkeypatch.setattr("sleep_ops.training.muon._TOGETHER", 1)
+    assert 0 < rehearsed(config).phases["updates"]["updates"] < whole / 4
+
+
 def test_what_processes_send():
     """Whole models: sums of gradients. Shards: gathered parameters, sums of gradients in parts, and what Muon sends."""
     size, found = 4 * sum(p.numel() for p in build_model(run_config({}, {}, 2)).parameters()), {}

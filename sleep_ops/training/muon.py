@@ -41,10 +41,12 @@ class StackedMuon(SteppedMuon):
 
 def _step(group: dict, parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor]) -> None:
     torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-    updates = torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["nesterov"] else buffers
     torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-    for stack in _stacks(updates):
-        together = torch.stack([updates[i] for i in stack])
+    for stack in _stacks(gradients):
+        updates = [buffers[i] for i in stack]
+        if group["nesterov"]:
+            updates = torch._foreach_lerp([gradients[i] for i in stack], updates, group["momentum"])
+        together = torch.stack(updates)
         rows, columns = together.shape[1:]
         rate = group["lr"] * max(1, rows / columns) ** 0.5
         directions = _orthogonalised(together, group["ns_coefficients"], group["ns_steps"], group["eps"])
