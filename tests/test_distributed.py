@@ -304,6 +304,23 @@ def worker(rank, port, folder):
     dist.destroy_process_group()
 
 
+def one_of_four(rank, port, folder):
+    """A run of two groups of two processes, in each of which the model is shared out."""
+    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in torchrun.items()}
+    torch.set_num_threads(1)
+    run = make(folder / "four", "refine", parallel="fsdp", replicas=2)
+    first = gradients(run)
+    torch.save((first, run.fit().finished), folder / f"four-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What one process does, then what two do."""
@@ -318,10 +335,7 @@ def folder(tmp_path_factory):
         plain(folder / family, family)
         finetune(tuning(folder, family), folder / f"{family}-by-one", console=QUIET)
     word_tokenizer(plain(folder / "words", "ouro"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(port, folder), nprocs=2)
+    mp.spawn(worker, args=(free_port(), folder), nprocs=2)
     return folder
 
 
@@ -446,6 +460,19 @@ class TestTwoProcesses:
         expected = last(folder / way / list(CASES)[-1]).read("model.")
         found = first.state_dict()
         assert found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+@pytest.mark.slow
+def test_two_groups_of_two_learn_as_one_process(folder):
+    mp.spawn(one_of_four, args=(free_port(), folder), nprocs=4)
+    _, (loss, expected) = torch.load(folder / "one-refine.pt")
+    for rank in range(4):
+        (found, of), finished = torch.load(folder / f"four-{rank}.pt")
+        assert finished
+        torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+        for name, x in expected.items():
+            assert (of[name] - x).norm() <= 1e-4 * x.norm(), name
+    assert_same_losses(folder / "four", folder / "one" / "refine", 2e-3)
 
 
 @pytest.mark.slow
