@@ -150,15 +150,22 @@ def _ridge(x: Tensor, y: Tensor, asked: Tensor) -> Iterator[Tensor]:
         yield asked @ solution + mean
 
 
+Curves = dict[tuple[str, int], dict[float, list[float]]]  # {(features, passes): {row: cones, one of each run}}
+
+
+def _curves(rows: Sequence[dict]) -> Curves:
+    found: Curves = {}
+    for row in rows:
+        found.setdefault((row["features"], row["passes"]), {}).setdefault(row["step"], []).append(row["cone"])
+    return found
+
+
 def table(rows: Sequence[dict]) -> Table:
     """The cone's accuracy: a line for the string, and for each model after each n; a column for each row."""
     steps = sorted({row["step"] for row in rows})
     result = Table("", *(f"row {j}" for j in steps), title="cells that a linear probe reads right")
-    for name, n in dict.fromkeys((row["features"], row["passes"]) for row in rows):
-        means = [
-            fmean(r["cone"] for r in rows if (r["features"], r["passes"], r["step"]) == (name, n, j)) for j in steps
-        ]
-        result.add_row(_label(name, n), *(f"{mean:.1%}" for mean in means))
+    for (name, n), points in _curves(rows).items():
+        result.add_row(_label(name, n), *(f"{fmean(points[j]):.1%}" if j in points else "" for j in steps))
     return result
 
 
@@ -174,13 +181,9 @@ def plot(rows: Sequence[dict], path: Path) -> None:
     passes = sorted({row["passes"] for row in rows if row["features"] != STRING})
     shades = {n: plt.get_cmap("viridis")(0.9 * place / max(len(passes) - 1, 1)) for place, n in enumerate(passes)}
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for name, n in dict.fromkeys((row["features"], row["passes"]) for row in rows):
+    for (name, n), points in _curves(rows).items():
         style = {"color": shades.get(n, "black"), "label": _label(name, n)}
         style |= {"marker": "o"} if name == TRAINED else {"linestyle": "--", "alpha": 0.6}
-        points: dict[float, list[float]] = {}
-        for row in rows:
-            if (row["features"], row["passes"]) == (name, n):
-                points.setdefault(row["step"], []).append(row["cone"])
         draw_means(axes, points, dots=False, **style)
     axes.set(xlabel="row of the automaton: steps after the string", ylabel="cells that a linear probe reads right")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
