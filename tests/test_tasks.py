@@ -132,7 +132,7 @@ def test_settings_come_back():
 BAD = {
     Rule110: [
         {"t": -1}, {"t": 1.5}, {"strings": 0}, {"bits": 2}, {"boundary": "open"}, {"held_out": 0.9},
-        {"held_out": 0.1, "bits": 5}, {"repeats": 0},
+        {"held_out": 0.1, "bits": 5}, {"repeats": 0}, {"first_t": 9}, {"first_t": -1}, {"stage": 0},
     ],
     Depo: [
         {"min_nodes": 1}, {"max_nodes": 2}, {"vocabulary": 8}, {"shortest_name": 0}, {"longest_name": 1},

