@@ -196,8 +196,8 @@ def published(folder: Path) -> None:
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
-def train(task: Notes, folder: Path, passes: int, seed: int, steps: int, out: Path, console: Console) -> nn.Module:
-    """Trains blocks inserted in every sixth layer of the middle, or takes them from a finished run."""
+def train(task: Notes, model: dict, seed: int, steps: int, out: Path, console: Console) -> nn.Module:
+    """Trains the inserted blocks of `model` (see `RunConfig`), or takes them from a finished run."""
     recipe = TrainConfig(
         steps=steps,
         batch_size=12,
@@ -212,9 +212,8 @@ def train(task: Notes, folder: Path, passes: int, seed: int, steps: int, out: Pa
         checkpoint_every=100,
         keep_checkpoints=1,
     )
-    sleep = {"window": task.window, "passes": passes, "loop": [8, 22], "insert": [9, 15, 21]}
-    run = RunConfig(task.to_dict(), {"folder": str(folder.resolve()), **sleep}, recipe)
-    trainer = Trainer(run, out, task=task, label=f"N={passes}, seed {seed}", console=console)
+    label = f"N={model['passes']}, seed {seed}"
+    trainer = Trainer(RunConfig(task.to_dict(), model, recipe), out, task=task, label=label, console=console)
     if trainer.step < steps and trainer.fit().signal is not None:
         raise SystemExit("stopped, saved; the same command goes on")
     return trainer.model
@@ -267,6 +266,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--passes", type=integers, default=[1, 2], help="N of each run, such as 1,2")
     parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="such as 0-2")
     parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--insert", type=integers, default=[9, 15, 21], help="layers after which a block is inserted")
+    parser.add_argument("--loop", type=integers, default=list(range(8, 23)), help="layers that refine, such as 8-22")
     parser.add_argument("--samples", type=int, default=512, help="notes of the last evaluation")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrained"))
     given = parser.parse_args(arguments)
@@ -283,11 +284,13 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         rows.append({"model": name, "passes": "", "seed": "", **view[name]})
     del model
 
+    sleep = {"window": task.window, "loop": [given.loop[0], given.loop[-1]], "insert": given.insert}
     curves, said = {}, []
     for passes in given.passes:
         for seed in given.seeds:
             run = given.out / f"passes={passes},seed={seed}"
-            model = train(task, given.folder, passes, seed, given.steps, run, console)
+            settings = {"folder": str(given.folder.resolve()), "passes": passes} | sleep
+            model = train(task, settings, seed, given.steps, run, console)
             curves.setdefault(passes, []).append(run)
             rows.append({"model": "sleeps", "passes": passes, "seed": seed})
             rows[-1] |= task.evaluate(model, samples=given.samples)

@@ -8,6 +8,8 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
@@ -26,6 +28,64 @@ def test_a_memory_saved_by_one_session_answers_in_another(tmp_path):
     assert names == {f"blocks.{i}.{part}" for i in (0, 2) for part in ("fast_weights", "conv_state")} | {
         f"blocks.1.{part}" for part in ("keys", "values")
     }
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    return runpy.run_path(str(EXAMPLES / "pretrained_sleeps.py"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pretrained, tmp_path_factory):
+    """A tiny Llama of random weights that knows the names, and a token for every other word."""
+    folder = tmp_path_factory.mktemp("llama")
+    names = pretrained["PEOPLE"] + pretrained["CITIES"]
+    words = ["<unk>", "\n", ".", "'s", "lives", "in", "works", "with", "colleague", *names]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    pattern = Regex(r"\n|'s|\w+|\.")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), num_key_value_heads=1, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_every_answer_stands_in_evicted_notes(pretrained, checkpoint, split):
+    task = pretrained["Notes"](str(checkpoint))
+    tokenizer = pretrained["load_tokenizer"](checkpoint)
+    batch, notes = task.batch(3, 5, 16, split=split), task.notes(3, 5, 16, split)
+    assert batch.input_ids.shape == (16, task.seq_len) and task.context % task.window == 0
+    assert not batch.loss_mask[:, : task.context].any() and (batch.loss_mask.sum(1) == task.asked).all()
+    for row, note in enumerate(notes):
+        homes = dict(fact.rstrip(".").split(" lives in ") for fact in note.facts if " lives in " in fact)
+        work = dict(fact.rstrip(".").split(" works with ") for fact in note.facts if " works with " in fact)
+        assert len(homes) == len(work) == task.pairs and not set(homes) & set(work)
+        assert tokenizer.decode(batch.input_ids[row, : task.context]) == tokenizer.decode(
+            task.words(" ".join(note.facts))
+        )
+        for place, (question, answer, hops) in zip(batch.loss_mask[row].nonzero(), note.questions, strict=True):
+            name = question.removesuffix(" lives in").removesuffix("'s colleague")
+            assert answer == (homes[name] if hops == 1 else homes[work[name]])
+            assert tokenizer.decode(batch.labels[row, int(place)]) == answer
+            start = int(place) + 1 - len(task.words(question))
+            assert batch.input_ids[row, start : int(place) + 1].tolist() == task.words(question)
+
+
+def test_a_pretrained_model_learns_and_is_compared(pretrained, checkpoint, tmp_path):
+    short = ["--steps", "2", "--samples", "8", "--insert", "0,1", "--loop", "0-1", "--seeds", "0-1"]
+    command = [str(checkpoint), *short, "--out", str(tmp_path)]
+    rows = pretrained["main"](command)
+    assert [(row["model"], row["passes"], row["seed"]) for row in rows] == [
+        *[("notes in view", "", ""), ("without the notes", "", "")],
+        *[("sleeps", passes, seed) for passes in (1, 2) for seed in (0, 1)],
+    ]
+    assert all(0 <= row["right"] <= 1 and row["loss"] > 0 for row in rows)
+    assert (tmp_path / "answers.png").stat().st_size > 1000
+    said = (tmp_path / "transcripts.txt").read_text(encoding="utf-8")
+    assert said.count("lives in") > 12 and said.startswith("N = 1, seed 1")
+    assert pretrained["main"](command) == rows  # runs that are finished are taken up
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
