@@ -25,7 +25,7 @@ from sleep_ops.kernels.arguments import (
     load_gate,
     load_keys,
     make_dims,
-    store_gate,
+    store_vector,
 )
 from sleep_ops.kernels.configs import ChunkConfig, block_size
 from sleep_ops.kernels.primitives import (
@@ -184,10 +184,10 @@ def block_below(row, column):
 
 
 @triton.jit
-def store_block(A, b_A, i, j, chunk, C: tl.constexpr, HV: tl.constexpr):
-    """Store block i, j of a chunk's A [C, C]."""
-    p_A = A + (chunk.start * HV + chunk.i_hv) * C + j * BLOCK
-    store_tile(p_A, b_A, tl.arange(0, BLOCK) + i * BLOCK, tl.arange(0, BLOCK), HV * C, chunk.num_rows, BLOCK)
+def store_block(A, b_A, i, j, number, C: tl.constexpr):
+    """Store block i, j of A [C, C] with that number."""
+    p_A = A + number * (C * C) + i * (BLOCK * C) + j * BLOCK
+    store_tile(p_A, b_A, tl.arange(0, BLOCK), tl.arange(0, BLOCK), C, BLOCK, BLOCK)
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs"])
@@ -209,21 +209,20 @@ def chunk_prepare_kernel(
     """
     i_hv = tl.program_id(1)
     start, num_rows = locate_chunk(tl.program_id(0), packing, T, num_seqs, C)
-    if num_rows <= 0:
-        return
-    chunk = Chunk(start, num_rows, i_hv // (dims.HV // dims.H), i_hv)
+    i_h = i_hv // (dims.HV // dims.H)
+    number = tl.program_id(0).to(tl.int64) * dims.HV + i_hv
     dtype: tl.constexpr = tokens.k.dtype.element_ty
     zero = tl.full([BLOCK, BLOCK], 0.0, tl.float32)
     G_before = tl.full([], 0.0, prepared.G.dtype.element_ty)  # of the token before a block
     blocks = ()
     A = ()  # the blocks of A, row by row up to the diagonal
     for i in tl.static_range(0, C // BLOCK):
-        rows = Chunk(start + i * BLOCK, num_rows - i * BLOCK, chunk.i_h, i_hv)
+        rows = Chunk(start + i * BLOCK, num_rows - i * BLOCK, i_h, i_hv, number * (C // BLOCK) + i)
         b_G, b_beta = activate_gates(gates, rows, dtype, BETA_SCALE, dims)
         b_G += G_before
         G_before = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, b_G, 0.0))
-        store_gate(prepared.G, b_G, rows, dims)
-        store_gate(prepared.beta, b_beta, rows, dims)
+        store_vector(prepared.G, b_G, rows, dims)
+        store_vector(prepared.beta, b_beta, rows, dims)
         if prepared.A is not None:
             block = Block(load_keys(tokens, rows, dims), b_G, b_beta)
             b_A = delta_rule_inverse(block.b_k, b_G, b_beta, BLOCK)
@@ -232,13 +231,13 @@ def chunk_prepare_kernel(
                 for m in tl.static_range(j, i):
                     b_LA += block_product(block_below(block, blocks[m]), A[m * (m + 1) // 2 + j], dtype)
                 b_A_ij = -block_product(b_A, b_LA, dtype)
-                store_block(prepared.A, b_A_ij, i, j, chunk, C, dims.HV)
+                store_block(prepared.A, b_A_ij, i, j, number, C)
                 A = A + (b_A_ij,)
             A = A + (b_A,)
             blocks = blocks + (block,)
-            store_block(prepared.A, b_A, i, i, chunk, C, dims.HV)
+            store_block(prepared.A, b_A, i, i, number, C)
             for j in tl.static_range(i + 1, C // BLOCK):
-                store_block(prepared.A, zero, i, j, chunk, C, dims.HV)
+                store_block(prepared.A, zero, i, j, number, C)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -276,8 +275,8 @@ def gate_backward_kernel(gates, active, dG, d_active, dg, dbeta, partial, packin
 
     A decay below LOWEST_LOG_DECAY gets none.
     Reads g, A_log and dt_bias of the gates, and
-        active [rows, HV] float32, the active beta,
-        dG [rows, HV] in G's dtype, d_active [rows, HV] float32, the cotangents of G and of the active beta.
+        active [chunks, HV, C] float32, the active beta,
+        dG [chunks, HV, C] in G's dtype, d_active [chunks, HV, C] float32, the cotangents of G and of the active beta.
     Writes
         dg, dbeta [rows, HV],
         partial [chunks, 2, HV] float32, with A_log: the chunk's part of the cotangents of A_log and dt_bias (zero past
@@ -290,8 +289,9 @@ def gate_backward_kernel(gates, active, dG, d_active, dg, dbeta, partial, packin
     o_i = tl.arange(0, dims.C)
     o_h = tl.program_id(1) * dims.BH + tl.arange(0, dims.BH)
     o_gate = start * dims.HV
+    o_chunk = i_c.to(tl.int64) * dims.HV * dims.C
 
-    b_dG = load_tile(dG + o_gate, o_i, o_h, dims.HV, num_rows, dims.HV)
+    b_dG = tl.trans(load_tile(dG + o_chunk, o_h, o_i, dims.C, dims.HV, num_rows))
     b_dg = (tl.cumsum(b_dG, 0, reverse=True) * LOG2E).to(tl.float32)
     b_x = load_tile(gates.g + o_gate, o_i, o_h, dims.HV, num_rows, dims.HV).to(tl.float32)
     if gates.A_log is None:
@@ -306,9 +306,9 @@ def gate_backward_kernel(gates, active, dG, d_active, dg, dbeta, partial, packin
         tl.store(p_partial + dims.HV + o_h, tl.sum(b_dg, 0), mask=m_h)
     store_tile(dg + o_gate, b_dg, o_i, o_h, dims.HV, num_rows, dims.HV)
 
-    b_dbeta = load_tile(d_active + o_gate, o_i, o_h, dims.HV, num_rows, dims.HV)
+    b_dbeta = tl.trans(load_tile(d_active + o_chunk, o_h, o_i, dims.C, dims.HV, num_rows))
     if dims.BETA_SCALE > 0:
-        b_beta = load_tile(active + o_gate, o_i, o_h, dims.HV, num_rows, dims.HV)
+        b_beta = tl.trans(load_tile(active + o_chunk, o_h, o_i, dims.C, dims.HV, num_rows))
         b_dbeta *= b_beta * (1.0 - b_beta / dims.BETA_SCALE)
     store_tile(dbeta + o_gate, b_dbeta, o_i, o_h, dims.HV, num_rows, dims.HV)
 
@@ -333,16 +333,16 @@ def chunk_prepare(
 
     Of the tokens k is enough.
     """
-    B, T, H, K = tokens.k.shape
-    HV, device = gates.g.shape[2], tokens.k.device
+    T, H, K = tokens.k.shape[1:]
+    HV, C, device = gates.g.shape[2], config.chunk, tokens.k.device
     prepared = Prepared(
-        torch.empty(B, T, HV, dtype=decay_dtype(tokens.k.dtype), device=device),
-        torch.empty(B, T, HV, dtype=torch.float32, device=device),
-        torch.empty(B, T, HV, config.chunk, dtype=tokens.k.dtype, device=device) if rule == "delta" else None,
+        torch.empty(num_chunks, HV, C, dtype=decay_dtype(tokens.k.dtype), device=device),
+        torch.empty(num_chunks, HV, C, dtype=torch.float32, device=device),
+        torch.empty(num_chunks, HV, C, C, dtype=tokens.k.dtype, device=device) if rule == "delta" else None,
     )
     dims = make_dims(H, HV, K, 0, BLOCK.value, config.prepare.block_v)
     chunk_prepare_kernel[(num_chunks, HV)](
-        tokens, gates, prepared, packing, T, packing.num_seqs, beta_scale, config.chunk, dims, **config.prepare.options
+        tokens, gates, prepared, packing, T, packing.num_seqs, beta_scale, C, dims, **config.prepare.options
     )
     return prepared
 
@@ -374,7 +374,7 @@ def gate_backward(
 ) -> Gates:
     """Cotangents of chunk_prepare's gates, in their dtypes, from those of its G and active beta; all contiguous.
 
-    Of the gates beta, whose dtype is beta_dtype, is not needed, but the active one [B, T, HV].
+    Of the gates beta, whose dtype is beta_dtype, is not needed, but the active one.
     """
     B, T, HV = gates.g.shape
     A_log, dt_bias, device = gates.A_log, gates.dt_bias, active.device
