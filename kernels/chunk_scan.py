@@ -105,6 +105,11 @@ def chunk_scan_kernel(
             b_Y = b_beta[:, None] * (b_v - b_e[:, None] * b_kS)
             b_U = tl.dot(b_A, b_Y.to(dtype), input_precision="ieee")  # U = A (beta Y)  [C, BV]
 
+        G_C = load_last(prepared.G, chunk, dims)
+        b_write = (decay(G_C - b_G)[:, None] * b_U).to(dtype)
+        # S <- e^{G_C} S + K^T (e^{G_C - G} U)  [BK, BV]
+        b_S_next = decay(G_C) * b_S + tl.dot(tl.trans(b_k), b_write, input_precision="ieee")
+
         if output is not None:
             b_q = load_queries(tokens, chunk, dims)
             b_QK = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # Q K^T  [C, C]
@@ -112,11 +117,7 @@ def chunk_scan_kernel(
             b_O = b_e[:, None] * tl.dot(b_q, b_S.to(dtype), input_precision="ieee")  # Q S  [C, BV]
             b_O += tl.dot(b_QK.to(dtype), b_U.to(dtype), input_precision="ieee")  # QK U  [C, BV]
             store_columns(output, scale * b_O, chunk, o_v, dims.V, dims.V, dims)
-
-        G_C = load_last(prepared.G, chunk, dims)
-        b_write = (decay(G_C - b_G)[:, None] * b_U).to(dtype)
-        # S <- e^{G_C} S + K^T (e^{G_C - G} U)  [BK, BV]
-        b_S = decay(G_C) * b_S + tl.dot(tl.trans(b_k), b_write, input_precision="ieee")
+        b_S = b_S_next
 
     if final_state is not None:
         store_tile(final_state + o_state, b_S, o_k, o_v, dims.width, dims.K, num_cols)
@@ -159,11 +160,11 @@ def chunk_reverse_kernel(
         i_t = num_chunks - 1 - i_r
         num_rows = tl.minimum(length - i_t * dims.C, dims.C)
         chunk = Chunk(start + i_t * dims.C, num_rows, i_h, i_hv, (chunk0 + i_t) * dims.HV + i_hv)
+        G_C = G_next
+        G_next = tl.load(p_G + tl.maximum(i_t - 1, 0) * (dims.HV * dims.C))
         store_tile(d_states + chunk.number * dims.K * dims.V, b_dS, o_k, o_v, dims.V, dims.K, dims.V)
 
         b_G = load_vector(prepared.G, chunk, dims)
-        G_C = G_next
-        G_next = tl.load(p_G + tl.maximum(i_t - 1, 0) * (dims.HV * dims.C))
         b_e = decay(b_G)
         b_k = load_keys(tokens, chunk, dims)
         dtype = b_k.dtype
@@ -185,8 +186,8 @@ def chunk_reverse_kernel(
             b_A = load_square(prepared.A, chunk, dims)
             b_beta = load_vector(prepared.beta, chunk, dims)
             b_dX = tl.dot(tl.trans(b_A), b_dU.to(dtype), input_precision="ieee")  # A^T dU  [C, BV]
-            b_dkS = ((b_e * b_beta)[:, None] * b_dX).to(dtype)
-            b_dS_next -= tl.dot(tl.trans(b_k), b_dkS, input_precision="ieee")  # K^T (e^G dY)  [BK, BV]
+            b_dkS = (-(b_e * b_beta)[:, None] * b_dX).to(dtype)
+            b_dS_next += tl.dot(tl.trans(b_k), b_dkS, input_precision="ieee")  # -K^T (e^G dY)  [BK, BV]
         b_dS = b_dS_next
 
     if d_initial_state is not None:
