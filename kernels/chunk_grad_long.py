@@ -58,7 +58,7 @@ class Values(NamedTuple):
     dY: [rows, HV, width].
     ds: [chunks, HV, C, C], None without a cotangent of the output.
     dKK: [chunks, HV, C, C], None for the Hebbian rule.
-    dG: [chunks, HV, C] (natural), but for what comes through Q S0: without a cotangent of the output the gradient itself.
+    dG: [chunks, HV, C] (natural), but for what comes through Q S0: all of it without an output.
     """
 
     U_decayed: Any
@@ -69,7 +69,7 @@ class Values(NamedTuple):
 
 
 @triton.jit
-def values_head(tokens, prepared, states, cotangents, values, gradients, chunk, scale, dims: tl.constexpr):
+def values_head(b_q, b_k, tokens, prepared, states, cotangents, values, gradients, chunk, scale, dims: tl.constexpr):
     """Of one value head what needs no sum of [C, K]: values and dbeta."""
     num_rows = chunk.num_rows
     o_i = tl.arange(0, dims.C)
@@ -80,7 +80,6 @@ def values_head(tokens, prepared, states, cotangents, values, gradients, chunk, 
     b_beta = load_vector(prepared.beta, chunk, dims)
     b_e = decay(b_G)
     b_end = decay(G_C - b_G)
-    b_k = load_keys(tokens, chunk, dims)
     dtype = b_k.dtype
     G_DTYPE: tl.constexpr = prepared.G.dtype.element_ty
     b_dbeta = tl.full([dims.C], 0.0, G_DTYPE)
@@ -92,7 +91,6 @@ def values_head(tokens, prepared, states, cotangents, values, gradients, chunk, 
         b_AT = tl.trans(b_A)
         b_dL = tl.full([dims.C, dims.C], 0.0, tl.float32)
     if cotangents.output is not None:
-        b_q = load_queries(tokens, chunk, dims)
         b_QKT = scale * pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
         b_QKT = (b_QKT * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")).to(dtype)  # QK^T  [C, C]
         b_dQK = tl.full([dims.C, dims.C], 0.0, tl.float32)
@@ -150,7 +148,7 @@ def values_head(tokens, prepared, states, cotangents, values, gradients, chunk, 
 
 
 @triton.jit
-def queries_head(b_dq, tokens, prepared, states, cotangents, values, gradients, chunk, scale, dims: tl.constexpr):
+def queries_head(b_dq, b_q, b_k, prepared, states, cotangents, values, gradients, chunk, scale, dims: tl.constexpr):
     """dq [C, BK] with one value head's part added; its dG, which is complete now, is stored."""
     o_k = tl.arange(0, dims.BK)
     G_DTYPE: tl.constexpr = prepared.G.dtype.element_ty
@@ -161,14 +159,14 @@ def queries_head(b_dq, tokens, prepared, states, cotangents, values, gradients, 
         b_S = load_tile(states + chunk.number * dims.K * dims.V, o_k, o_v, dims.V, dims.K, dims.V)
         b_dqS += tl.dot(b_dO, tl.trans(b_S), input_precision="ieee")  # dO S0^T  [C, BK]
     b_dqS *= scale * decay(load_vector(prepared.G, chunk, dims))[:, None]
-    b_dG = tl.sum((load_queries(tokens, chunk, dims) * b_dqS).to(G_DTYPE), 1)
+    b_dG = tl.sum((b_q * b_dqS).to(G_DTYPE), 1)
     store_vector(gradients.g, load_vector(values.dG, chunk, dims) + b_dG * LN2, chunk, dims)
     b_ds = load_square(values.ds, chunk, dims)
-    return b_dq + b_dqS + tl.dot(b_ds, load_keys(tokens, chunk, dims), input_precision="ieee")  # ds K  [C, BK]
+    return b_dq + b_dqS + tl.dot(b_ds, b_k, input_precision="ieee")  # ds K  [C, BK]
 
 
 @triton.jit
-def keys_head(b_dk, tokens, prepared, states, cotangents, values, chunk, dims: tl.constexpr):
+def keys_head(b_dk, b_q, b_k, prepared, states, cotangents, values, chunk, dims: tl.constexpr):
     """dk [C, BK] with one value head's part added."""
     o_k = tl.arange(0, dims.BK)
     b_e = decay(load_vector(prepared.G, chunk, dims))
@@ -184,13 +182,12 @@ def keys_head(b_dk, tokens, prepared, states, cotangents, values, chunk, dims: t
             b_S = load_tile(states + o_state, o_k, o_v, dims.width, dims.K, num_cols)
             b_dk += tl.dot(b_dkS, tl.trans(b_S), input_precision="ieee")  # -e^G dY S0^T  [C, BK]
     if values.dKK is not None:
-        b_k = load_keys(tokens, chunk, dims)
         b_dKK = load_square(values.dKK, chunk, dims)
         b_dk += tl.dot(b_dKK, b_k, input_precision="ieee")  # dKK K  [C, BK]
         b_dk += tl.dot(tl.trans(b_dKK), b_k, input_precision="ieee")  # dKK^T K  [C, BK]
     if values.ds is not None:
         b_ds = load_square(values.ds, chunk, dims)
-        b_dk += tl.dot(tl.trans(b_ds), load_queries(tokens, chunk, dims), input_precision="ieee")  # ds^T Q  [C, BK]
+        b_dk += tl.dot(tl.trans(b_ds), b_q, input_precision="ieee")  # ds^T Q  [C, BK]
     return b_dk
 
 
@@ -213,22 +210,27 @@ def chunk_grad_long_kernel(
     number0 = i_c.to(tl.int64) * dims.HV
     first = i_h * (dims.HV // dims.H)
     last = first + dims.HV // dims.H
+    b_k = load_keys(tokens, rows, dims)
+    b_q = None
+    if cotangents.output is not None:
+        b_q = load_queries(tokens, rows, dims)
 
     for i_hv in range(first, last):
         chunk = Chunk(start, num_rows, i_h, i_hv, number0 + i_hv)
-        values_head(tokens, prepared, states, cotangents, values, gradients, chunk, scale, dims)
+        values_head(b_q, b_k, tokens, prepared, states, cotangents, values, gradients, chunk, scale, dims)
     tl.debug_barrier()
     if cotangents.output is not None:
+        b_q = load_queries(tokens, rows, dims)  # again: a sum reads it, which would hold registers from the start
         b_dq = tl.full([dims.C, dims.BK], 0.0, tl.float32)
         for i_hv in range(first, last):
             chunk = Chunk(start, num_rows, i_h, i_hv, number0 + i_hv)
-            b_dq = queries_head(b_dq, tokens, prepared, states, cotangents, values, gradients, chunk, scale, dims)
+            b_dq = queries_head(b_dq, b_q, b_k, prepared, states, cotangents, values, gradients, chunk, scale, dims)
         store_key_gradient(gradients.q, b_dq, tokens.q, tokens.stride_q, prepared.rq, rows, dims)
         tl.debug_barrier()
     b_dk = tl.full([dims.C, dims.BK], 0.0, tl.float32)
     for i_hv in range(first, last):
         chunk = Chunk(start, num_rows, i_h, i_hv, number0 + i_hv)
-        b_dk = keys_head(b_dk, tokens, prepared, states, cotangents, values, chunk, dims)
+        b_dk = keys_head(b_dk, b_q, b_k, prepared, states, cotangents, values, chunk, dims)
     store_key_gradient(gradients.k, b_dk, tokens.k, tokens.stride_k, prepared.rk, rows, dims)
 
 
