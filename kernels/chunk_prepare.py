@@ -175,6 +175,14 @@ class Block(NamedTuple):
 
 
 @triton.jit
+def block_of(b_x, i):
+    """Block i of a chunk's numbers [C]  [BLOCK]."""
+    b_x = tl.reshape(b_x, [b_x.shape[0] // BLOCK, BLOCK])
+    m_i = tl.arange(0, b_x.shape[0]) == i
+    return tl.sum(tl.where(m_i[:, None], b_x, 0.0), 0)
+
+
+@triton.jit
 def block_below(row, column):
     """The block of L in the rows of one block of tokens and the columns of an earlier one  [BLOCK, BLOCK]."""
     b_k, b_G, b_beta = row
@@ -192,9 +200,17 @@ def store_block(A, b_A, i, j, number, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "num_seqs"])
 def chunk_prepare_kernel(
-    tokens, gates, prepared, packing, T, num_seqs, BETA_SCALE: tl.constexpr, C: tl.constexpr, dims: tl.constexpr
+    tokens,
+    gates,
+    prepared,
+    packing,
+    T,
+    num_seqs,
+    BETA_SCALE: tl.constexpr,
+    dims: tl.constexpr,
+    block_dims: tl.constexpr,
 ):
-    """Gates and inverse of one chunk of C tokens and value head, block by block of dims.C = BLOCK tokens.
+    """Gates of one chunk and value head, and the inverse, block by block of BLOCK tokens, which block_dims are of.
 
     With L_ij and A_ij the blocks of L and of its inverse, A_ij = -A_ii (L_ij A_jj + ... + L_i,i-1 A_i-1,j) for j < i.
 
@@ -208,24 +224,23 @@ def chunk_prepare_kernel(
     Grid (chunks, HV). Mirrors `log_decay`, `write_strength` and `l2_normalise` of sleep_ops/reference.py.
     """
     i_hv = tl.program_id(1)
+    C: tl.constexpr = dims.C
     start, num_rows = locate_chunk(tl.program_id(0), packing, T, num_seqs, C)
     i_h = i_hv // (dims.HV // dims.H)
     number = tl.program_id(0).to(tl.int64) * dims.HV + i_hv
+    chunk = Chunk(start, num_rows, i_h, i_hv, number)
     dtype: tl.constexpr = tokens.k.dtype.element_ty
-    zero = tl.full([BLOCK, BLOCK], 0.0, tl.float32)
-    G_before = tl.full([], 0.0, prepared.G.dtype.element_ty)  # of the token before a block
-    blocks = ()
-    A = ()  # the blocks of A, row by row up to the diagonal
-    for i in tl.static_range(0, C // BLOCK):
-        rows = Chunk(start + i * BLOCK, num_rows - i * BLOCK, i_h, i_hv, number * (C // BLOCK) + i)
-        b_G, b_beta = activate_gates(gates, rows, dtype, BETA_SCALE, dims)
-        b_G += G_before
-        G_before = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, b_G, 0.0))
-        store_vector(prepared.G, b_G, rows, dims)
-        store_vector(prepared.beta, b_beta, rows, dims)
-        if prepared.A is not None:
-            block = Block(load_keys(tokens, rows, dims), b_G, b_beta)
-            b_A = delta_rule_inverse(block.b_k, b_G, b_beta, BLOCK)
+    b_G, b_beta = activate_gates(gates, chunk, dtype, BETA_SCALE, dims)
+    store_vector(prepared.G, b_G, chunk, dims)
+    store_vector(prepared.beta, b_beta, chunk, dims)
+    if prepared.A is not None:
+        zero = tl.full([BLOCK, BLOCK], 0.0, tl.float32)
+        blocks = ()
+        A = ()  # the blocks of A, row by row up to the diagonal
+        for i in tl.static_range(0, C // BLOCK):
+            rows = Chunk(start + i * BLOCK, num_rows - i * BLOCK, i_h, i_hv, None)
+            block = Block(load_keys(tokens, rows, block_dims), block_of(b_G, i), block_of(b_beta, i))
+            b_A = delta_rule_inverse(*block, BLOCK)
             for j in tl.static_range(0, i):
                 b_LA = zero
                 for m in tl.static_range(j, i):
@@ -340,9 +355,9 @@ def chunk_prepare(
         torch.empty(num_chunks, HV, C, dtype=torch.float32, device=device),
         torch.empty(num_chunks, HV, C, C, dtype=tokens.k.dtype, device=device) if rule == "delta" else None,
     )
-    dims = make_dims(H, HV, K, 0, BLOCK.value, config.prepare.block_v)
+    dims = [make_dims(H, HV, K, 0, rows, config.prepare.block_v) for rows in (C, BLOCK.value)]
     chunk_prepare_kernel[(num_chunks, HV)](
-        tokens, gates, prepared, packing, T, packing.num_seqs, beta_scale, C, dims, **config.prepare.options
+        tokens, gates, prepared, packing, T, packing.num_seqs, beta_scale, *dims, **config.prepare.options
     )
     return prepared
 
