@@ -52,15 +52,21 @@ def block_product(b_x, b_y, dtype: tl.constexpr):
     """x y of two blocks of float32  [BLOCK, BLOCK], of tensor cores where the inverse is stored in 16 bits.
 
     As sums of three products of parts, whose errors are about 2^-21 of the factors, and 2^-16 for bfloat16. So beside
-    the rounding of an inverse they are nothing, save that of keys which repeat without decay at beta = 2.
+    the rounding of an inverse they are nothing, save that of keys which repeat without decay at beta = 2. The parts in
+    bfloat16 are formed here: Triton's "bf16x3" tests each sum for NaN besides.
     """
-    if dtype == tl.float32:
-        precision: tl.constexpr = "ieee"
-    elif dtype == tl.bfloat16:
-        precision: tl.constexpr = "bf16x3"
+    if dtype == tl.bfloat16:
+        b_x0 = b_x.to(dtype)
+        b_y0 = b_y.to(dtype)
+        b_x1 = (b_x - b_x0).to(dtype)
+        b_y1 = (b_y - b_y0).to(dtype)
+        b_xy = tl.dot(b_x1, b_y0, input_precision="ieee")  # (x - x0) y0  [BLOCK, BLOCK]
+        b_xy += tl.dot(b_x0, b_y1, input_precision="ieee")  # x0 (y - y0)  [BLOCK, BLOCK]
+        b_xy += tl.dot(b_x0, b_y0, input_precision="ieee")  # x0 y0  [BLOCK, BLOCK]
     else:
-        precision: tl.constexpr = "tf32x3"
-    return tl.dot(b_x, b_y, input_precision=precision)  # x y  [BLOCK, BLOCK]
+        precision: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32x3"
+        b_xy = tl.dot(b_x, b_y, input_precision=precision)  # x y  [BLOCK, BLOCK]
+    return b_xy
 
 
 @triton.jit
@@ -176,7 +182,7 @@ class Block(NamedTuple):
 
 @triton.jit
 def block_of(b_x, i):
-    """Block i of a chunk's numbers [C]  [BLOCK]."""
+    """Block i of numbers of a chunk's tokens [C]: those of its own tokens [BLOCK]."""
     b_x = tl.reshape(b_x, [b_x.shape[0] // BLOCK, BLOCK])
     m_i = tl.arange(0, b_x.shape[0]) == i
     return tl.sum(tl.where(m_i[:, None], b_x, 0.0), 0)
@@ -193,7 +199,7 @@ def block_below(row, column):
 
 @triton.jit
 def store_block(A, b_A, i, j, number, C: tl.constexpr):
-    """Store block i, j of A [C, C] with that number."""
+    """Store block i, j of A [chunks, HV, C, C] of the chunk and value head with that number."""
     p_A = A + number * (C * C) + i * (BLOCK * C) + j * BLOCK
     store_tile(p_A, b_A, tl.arange(0, BLOCK), tl.arange(0, BLOCK), C, BLOCK, BLOCK)
 
@@ -210,7 +216,7 @@ def chunk_prepare_kernel(
     dims: tl.constexpr,
     block_dims: tl.constexpr,
 ):
-    """Gates of one chunk and value head, and the inverse, block by block of BLOCK tokens, which block_dims are of.
+    """Gates and inverse of one chunk of C tokens (dims) and value head, A block by block of BLOCK tokens (block_dims).
 
     With L_ij and A_ij the blocks of L and of its inverse, A_ij = -A_ii (L_ij A_jj + ... + L_i,i-1 A_i-1,j) for j < i.
 
