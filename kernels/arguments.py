@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from sleep_ops.kernels.configs import block_size
-from sleep_ops.kernels.primitives import load_decay, load_key_tile, load_rows, load_tile, store_tile
+from sleep_ops.kernels.primitives import load_key_tile, load_rows, load_tile, store_tile
 
 
 class Tokens(NamedTuple):
@@ -47,9 +47,10 @@ class Gates(NamedTuple):
 class Prepared(NamedTuple):
     """What chunk_prepare makes of tokens and gates, contiguous, and what normalised q and k were scaled by.
 
-    G: [B, T, HV], the base-2 log decay summed from the chunk's start to each token, float32 or float64.
-    beta: [B, T, HV] float32, the active write strength.
-    A: [B, T, HV, C], the delta rule's inverse; None for the Hebbian rule.
+    G: [chunks, HV, C], the base-2 log decay summed from the chunk's start to each token, float32 or float64; past the
+    last token its sum stays.
+    beta: [chunks, HV, C] float32, the active write strength, zero past the last token.
+    A: [chunks, HV, C, C], the delta rule's inverse; None for the Hebbian rule.
     rq, rk: [B, T, H] float32, the inverse norms of rows of q and k before `normalise`; None where they are as given.
     """
 
@@ -128,12 +129,16 @@ def make_dims(H: int, HV: int, K: int, V: int, C: int, BV: int, widened: bool = 
 
 
 class Chunk(NamedTuple):
-    """Where a chunk lies: row of its first token (int64), its number of tokens, its heads of q and k, and of v."""
+    """Where a chunk lies: row of its first token (int64), its number of tokens, its heads of q and k, and of v.
+
+    number: of the chunk and its value head in tensors [chunks, HV, ...] (int64).
+    """
 
     start: Any
     num_rows: Any
     i_h: Any
     i_hv: Any
+    number: Any
 
 
 @triton.jit
@@ -183,17 +188,29 @@ def load_gate(x, chunk, dims: tl.constexpr):
 
 
 @triton.jit
-def load_G(prepared, chunk, dims: tl.constexpr):
-    """G [C], that of the last token repeated after it."""
+def store_gate(x, b_x, chunk, dims: tl.constexpr):
+    """Store what load_gate would load."""
+    o_i = tl.arange(0, dims.C)
     o_gate = chunk.start * dims.HV + chunk.i_hv
-    return load_decay(prepared.G + o_gate, tl.arange(0, dims.C), dims.HV, chunk.num_rows)
+    tl.store(x + o_gate + o_i * dims.HV, b_x.to(x.dtype.element_ty), mask=o_i < chunk.num_rows)
 
 
 @triton.jit
-def load_G_C(prepared, chunk, dims: tl.constexpr):
-    """G of the last token, which is the chunk's whole decay."""
-    o_gate = chunk.start * dims.HV + chunk.i_hv
-    return tl.load(prepared.G + o_gate + (chunk.num_rows - 1) * dims.HV)
+def load_vector(x, chunk, dims: tl.constexpr):
+    """The chunk's [C] of x [chunks, HV, C], such as G."""
+    return tl.load(x + chunk.number * dims.C + tl.arange(0, dims.C))
+
+
+@triton.jit
+def store_vector(x, b_x, chunk, dims: tl.constexpr):
+    """Store what load_vector would load."""
+    tl.store(x + chunk.number * dims.C + tl.arange(0, dims.C), b_x.to(x.dtype.element_ty))
+
+
+@triton.jit
+def load_last(x, chunk, dims: tl.constexpr):
+    """The last of what load_vector would load: of G the chunk's whole decay."""
+    return tl.load(x + chunk.number * dims.C + (dims.C - 1))
 
 
 @triton.jit
@@ -212,19 +229,13 @@ def store_columns(x, b_x, chunk, o_c, width, num_cols, dims: tl.constexpr):
 
 @triton.jit
 def load_square(x, chunk, dims: tl.constexpr):
-    """The chunk's [C, C] tile of x [rows, HV, C], such as A."""
-    return load_columns(x, chunk, tl.arange(0, dims.C), dims.C, dims.C, dims)
+    """The chunk's [C, C] of x [chunks, HV, C, C], such as A."""
+    o_i = tl.arange(0, dims.C)
+    return load_tile(x + chunk.number * (dims.C * dims.C), o_i, o_i, dims.C, dims.C, dims.C)
 
 
 @triton.jit
 def store_square(x, b_x, chunk, dims: tl.constexpr):
     """Store what load_square would load."""
-    store_columns(x, b_x, chunk, tl.arange(0, dims.C), dims.C, dims.C, dims)
-
-
-@triton.jit
-def store_gate(x, b_x, chunk, dims: tl.constexpr):
-    """Store one number for each token [C] in x [rows, HV]."""
     o_i = tl.arange(0, dims.C)
-    o_gate = chunk.start * dims.HV + chunk.i_hv
-    tl.store(x + o_gate + o_i * dims.HV, b_x.to(x.dtype.element_ty), mask=o_i < chunk.num_rows)
+    store_tile(x + chunk.number * (dims.C * dims.C), b_x, o_i, o_i, dims.C, dims.C, dims.C)

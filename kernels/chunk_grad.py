@@ -33,15 +33,14 @@ from sleep_ops.kernels.arguments import (
     Tokens,
     key_stride,
     load_columns,
-    load_G,
-    load_G_C,
-    load_gate,
     load_keys,
+    load_last,
     load_queries,
     load_square,
     load_values,
+    load_vector,
     make_dims,
-    store_gate,
+    store_vector,
 )
 from sleep_ops.kernels.configs import ChunkConfig
 from sleep_ops.kernels.primitives import (
@@ -70,15 +69,15 @@ class ChunkGates(NamedTuple):
 
 
 @triton.jit
-def value_head_gradient(b_dq, b_dk, gates, tokens, chunk, S0, cotangents, dv, dS0, i_state, scale, dims: tl.constexpr):
+def value_head_gradient(b_dq, b_dk, gates, tokens, chunk, S0, cotangents, dv, dS0, scale, dims: tl.constexpr):
     """Gradients of one chunk and value head: dq and dk with its part added, dG (natural) and dbeta, [C] float32.
 
     Reads q, k, v of tokens, and where they are not None for zero
-        S0 [., K, width] at number i_state, in any float dtype,
+        S0 [., K, width] at the chunk's number, in any float dtype,
         cotangents of the output and of the state, dS1, which is the one of that number.
     Writes
         dv [rows, HV, V],
-        dS0 at number i_state, where given: e^{G_C} dS1 + Q^T (scale e^G dO) - K^T (e^G dY).
+        dS0 at that number, where given: e^{G_C} dS1 + Q^T (scale e^G dO) - K^T (e^G dY).
     """
     b_G, G_C, b_beta, b_A, b_AT = gates
     d_output = cotangents.output
@@ -111,7 +110,7 @@ def value_head_gradient(b_dq, b_dk, gates, tokens, chunk, S0, cotangents, dv, dS
 
     for i_v in range(0, dims.tiles):
         o_v, num_cols, column0, has_values = state_columns(i_v, dims)
-        o_state = i_state * dims.K * dims.width + column0
+        o_state = chunk.number * dims.K * dims.width + column0
         value_rows = tl.where(has_values, chunk.num_rows, 0)
         if S0 is not None:
             b_S = load_tile(S0 + o_state, o_k, o_v, dims.width, dims.K, num_cols)
@@ -256,15 +255,15 @@ def chunk_grad_kernel(tokens, prepared, packing, states, cotangents, gradients, 
     b_dk = tl.full([dims.C, dims.BK], 0.0, tl.float32)
 
     for i_hv in range(i_h * (dims.HV // dims.H), (i_h + 1) * (dims.HV // dims.H)):
-        chunk = Chunk(start, num_rows, i_h, i_hv)
+        chunk = Chunk(start, num_rows, i_h, i_hv, i_c.to(tl.int64) * dims.HV + i_hv)
         b_A = None
         b_AT = None
         if prepared.A is not None:
             b_A = load_square(prepared.A, chunk, dims)
             b_AT = tl.trans(b_A)
-        b_G = load_G(prepared, chunk, dims)
-        G_C = load_G_C(prepared, chunk, dims)
-        b_beta = load_gate(prepared.beta, chunk, dims)
+        b_G = load_vector(prepared.G, chunk, dims)
+        G_C = load_last(prepared.G, chunk, dims)
+        b_beta = load_vector(prepared.beta, chunk, dims)
         b_dq, b_dk, b_dG, b_dbeta = value_head_gradient(
             b_dq,
             b_dk,
@@ -275,14 +274,13 @@ def chunk_grad_kernel(tokens, prepared, packing, states, cotangents, gradients, 
             cotangents,
             gradients.v,
             None,
-            i_c.to(tl.int64) * dims.HV + i_hv,
             scale,
             dims,
         )
-        store_gate(gradients.g, b_dG * LN2, chunk, dims)
-        store_gate(gradients.beta, b_dbeta, chunk, dims)
+        store_vector(gradients.g, b_dG * LN2, chunk, dims)
+        store_vector(gradients.beta, b_dbeta, chunk, dims)
 
-    rows = Chunk(start, num_rows, i_h, None)
+    rows = Chunk(start, num_rows, i_h, None, None)
     store_key_gradient(gradients.k, b_dk, tokens.k, tokens.stride_k, prepared.rk, rows, dims)
     if cotangents.output is not None:
         store_key_gradient(gradients.q, b_dq, tokens.q, tokens.stride_q, prepared.rq, rows, dims)

@@ -27,17 +27,16 @@ from sleep_ops.kernels.arguments import (
     Prepared,
     Tokens,
     load_columns,
-    load_G,
-    load_G_C,
-    load_gate,
     load_keys,
+    load_last,
     load_queries,
     load_square,
     load_values,
+    load_vector,
     make_dims,
     store_columns,
-    store_gate,
     store_square,
+    store_vector,
 )
 from sleep_ops.kernels.chunk_grad import store_key_gradient
 from sleep_ops.kernels.configs import ChunkConfig
@@ -57,9 +56,9 @@ class Values(NamedTuple):
 
     U_decayed: [rows, HV, width], e^{G_C - G} U.
     dY: [rows, HV, width].
-    ds: [rows, HV, C], None without a cotangent of the output.
-    dKK: [rows, HV, C], None for the Hebbian rule.
-    dG: [rows, HV] (natural), but for what comes through Q S0: without a cotangent of the output the gradient itself.
+    ds: [chunks, HV, C, C], None without a cotangent of the output.
+    dKK: [chunks, HV, C, C], None for the Hebbian rule.
+    dG: [chunks, HV, C] (natural), but for what comes through Q S0: all of it without an output.
     """
 
     U_decayed: Any
@@ -70,18 +69,17 @@ class Values(NamedTuple):
 
 
 @triton.jit
-def values_head(tokens, prepared, states, cotangents, values, gradients, chunk, i_state, scale, dims: tl.constexpr):
-    """Of one value head what needs no sum of [C, K]: values and dbeta; its S0 and dS1 are number i_state."""
+def values_head(b_q, b_k, tokens, prepared, states, cotangents, values, gradients, chunk, scale, dims: tl.constexpr):
+    """Of one value head what needs no sum of [C, K]: values and dbeta."""
     num_rows = chunk.num_rows
     o_i = tl.arange(0, dims.C)
     o_k = tl.arange(0, dims.BK)
     o_c = tl.arange(0, dims.BV)
-    b_G = load_G(prepared, chunk, dims)
-    G_C = load_G_C(prepared, chunk, dims)
-    b_beta = load_gate(prepared.beta, chunk, dims)
+    b_G = load_vector(prepared.G, chunk, dims)
+    G_C = load_last(prepared.G, chunk, dims)
+    b_beta = load_vector(prepared.beta, chunk, dims)
     b_e = decay(b_G)
     b_end = decay(G_C - b_G)
-    b_k = load_keys(tokens, chunk, dims)
     dtype = b_k.dtype
     G_DTYPE: tl.constexpr = prepared.G.dtype.element_ty
     b_dbeta = tl.full([dims.C], 0.0, G_DTYPE)
@@ -93,14 +91,13 @@ def values_head(tokens, prepared, states, cotangents, values, gradients, chunk, 
         b_AT = tl.trans(b_A)
         b_dL = tl.full([dims.C, dims.C], 0.0, tl.float32)
     if cotangents.output is not None:
-        b_q = load_queries(tokens, chunk, dims)
         b_QKT = scale * pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
         b_QKT = (b_QKT * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")).to(dtype)  # QK^T  [C, C]
         b_dQK = tl.full([dims.C, dims.C], 0.0, tl.float32)
 
     for i_v in range(0, dims.tiles):
         o_v, num_cols, column0, has_values = state_columns(i_v, dims)
-        o_state = i_state * dims.K * dims.width + column0
+        o_state = chunk.number * dims.K * dims.width + column0
         b_S = load_tile(states + o_state, o_k, o_v, dims.width, dims.K, num_cols)
         b_dS = load_tile(cotangents.state + o_state, o_k, o_v, dims.width, dims.K, num_cols)
         b_SdS += tl.dot(tl.trans(b_S), b_dS, input_precision="ieee")  # S0^T dS1  [BV, BV]
@@ -146,14 +143,12 @@ def values_head(tokens, prepared, states, cotangents, values, gradients, chunk, 
     b_written = tl.where(o_i < num_rows - 1, b_written, 0.0)  # as in chunk_grad.py
     b_dG = tl.sum(b_dP, 1) - tl.sum(b_dP, 0) - b_beta * b_read - b_written
     b_dG += tl.where(o_i == num_rows - 1, decay(G_C) * SdS + tl.sum(b_written), 0.0)
-    store_gate(values.dG, b_dG * LN2, chunk, dims)
-    store_gate(gradients.beta, b_dbeta, chunk, dims)
+    store_vector(values.dG, b_dG * LN2, chunk, dims)
+    store_vector(gradients.beta, b_dbeta, chunk, dims)
 
 
 @triton.jit
-def queries_head(
-    b_dq, tokens, prepared, states, cotangents, values, gradients, chunk, i_state, scale, dims: tl.constexpr
-):
+def queries_head(b_dq, b_q, b_k, prepared, states, cotangents, values, gradients, chunk, scale, dims: tl.constexpr):
     """dq [C, BK] with one value head's part added; its dG, which is complete now, is stored."""
     o_k = tl.arange(0, dims.BK)
     G_DTYPE: tl.constexpr = prepared.G.dtype.element_ty
@@ -161,23 +156,23 @@ def queries_head(
     for i_v in range(0, dims.tiles):
         o_v = i_v * dims.BV + tl.arange(0, dims.BV)
         b_dO = load_columns(cotangents.output, chunk, o_v, dims.V, dims.V, dims)
-        b_S = load_tile(states + i_state * dims.K * dims.V, o_k, o_v, dims.V, dims.K, dims.V)
+        b_S = load_tile(states + chunk.number * dims.K * dims.V, o_k, o_v, dims.V, dims.K, dims.V)
         b_dqS += tl.dot(b_dO, tl.trans(b_S), input_precision="ieee")  # dO S0^T  [C, BK]
-    b_dqS *= scale * decay(load_G(prepared, chunk, dims))[:, None]
-    b_dG = tl.sum((load_queries(tokens, chunk, dims) * b_dqS).to(G_DTYPE), 1)
-    store_gate(gradients.g, load_gate(values.dG, chunk, dims) + b_dG * LN2, chunk, dims)
+    b_dqS *= scale * decay(load_vector(prepared.G, chunk, dims))[:, None]
+    b_dG = tl.sum((b_q * b_dqS).to(G_DTYPE), 1)
+    store_vector(gradients.g, load_vector(values.dG, chunk, dims) + b_dG * LN2, chunk, dims)
     b_ds = load_square(values.ds, chunk, dims)
-    return b_dq + b_dqS + tl.dot(b_ds, load_keys(tokens, chunk, dims), input_precision="ieee")  # ds K  [C, BK]
+    return b_dq + b_dqS + tl.dot(b_ds, b_k, input_precision="ieee")  # ds K  [C, BK]
 
 
 @triton.jit
-def keys_head(b_dk, tokens, prepared, states, cotangents, values, chunk, i_state, dims: tl.constexpr):
+def keys_head(b_dk, b_q, b_k, prepared, states, cotangents, values, chunk, dims: tl.constexpr):
     """dk [C, BK] with one value head's part added."""
     o_k = tl.arange(0, dims.BK)
-    b_e = decay(load_G(prepared, chunk, dims))
+    b_e = decay(load_vector(prepared.G, chunk, dims))
     for i_v in range(0, dims.tiles):
         o_v, num_cols, column0, _ = state_columns(i_v, dims)
-        o_state = i_state * dims.K * dims.width + column0
+        o_state = chunk.number * dims.K * dims.width + column0
         b_U = load_columns(values.U_decayed + column0, chunk, o_v, dims.width, num_cols, dims)
         b_dS = load_tile(cotangents.state + o_state, o_k, o_v, dims.width, dims.K, num_cols)
         b_dk += tl.dot(b_U, tl.trans(b_dS), input_precision="ieee")  # (e^{G_C - G} U) dS1^T  [C, BK]
@@ -187,13 +182,12 @@ def keys_head(b_dk, tokens, prepared, states, cotangents, values, chunk, i_state
             b_S = load_tile(states + o_state, o_k, o_v, dims.width, dims.K, num_cols)
             b_dk += tl.dot(b_dkS, tl.trans(b_S), input_precision="ieee")  # -e^G dY S0^T  [C, BK]
     if values.dKK is not None:
-        b_k = load_keys(tokens, chunk, dims)
         b_dKK = load_square(values.dKK, chunk, dims)
         b_dk += tl.dot(b_dKK, b_k, input_precision="ieee")  # dKK K  [C, BK]
         b_dk += tl.dot(tl.trans(b_dKK), b_k, input_precision="ieee")  # dKK^T K  [C, BK]
     if values.ds is not None:
         b_ds = load_square(values.ds, chunk, dims)
-        b_dk += tl.dot(tl.trans(b_ds), load_queries(tokens, chunk, dims), input_precision="ieee")  # ds^T Q  [C, BK]
+        b_dk += tl.dot(tl.trans(b_ds), b_q, input_precision="ieee")  # ds^T Q  [C, BK]
     return b_dk
 
 
@@ -212,28 +206,31 @@ def chunk_grad_long_kernel(
     start, num_rows = locate_chunk(i_c, packing, T, num_seqs, dims.C)
     if num_rows <= 0:
         return
-    rows = Chunk(start, num_rows, i_h, None)
-    state0 = i_c.to(tl.int64) * dims.HV
+    rows = Chunk(start, num_rows, i_h, None, None)
+    number0 = i_c.to(tl.int64) * dims.HV
     first = i_h * (dims.HV // dims.H)
     last = first + dims.HV // dims.H
+    b_k = load_keys(tokens, rows, dims)
+    b_q = None
+    if cotangents.output is not None:
+        b_q = load_queries(tokens, rows, dims)
 
     for i_hv in range(first, last):
-        chunk = Chunk(start, num_rows, i_h, i_hv)
-        values_head(tokens, prepared, states, cotangents, values, gradients, chunk, state0 + i_hv, scale, dims)
+        chunk = Chunk(start, num_rows, i_h, i_hv, number0 + i_hv)
+        values_head(b_q, b_k, tokens, prepared, states, cotangents, values, gradients, chunk, scale, dims)
     tl.debug_barrier()
     if cotangents.output is not None:
+        b_q = load_queries(tokens, rows, dims)  # again: a sum reads it, which would hold registers from the start
         b_dq = tl.full([dims.C, dims.BK], 0.0, tl.float32)
         for i_hv in range(first, last):
-            chunk = Chunk(start, num_rows, i_h, i_hv)
-            b_dq = queries_head(
-                b_dq, tokens, prepared, states, cotangents, values, gradients, chunk, state0 + i_hv, scale, dims
-            )
+            chunk = Chunk(start, num_rows, i_h, i_hv, number0 + i_hv)
+            b_dq = queries_head(b_dq, b_q, b_k, prepared, states, cotangents, values, gradients, chunk, scale, dims)
         store_key_gradient(gradients.q, b_dq, tokens.q, tokens.stride_q, prepared.rq, rows, dims)
         tl.debug_barrier()
     b_dk = tl.full([dims.C, dims.BK], 0.0, tl.float32)
     for i_hv in range(first, last):
-        chunk = Chunk(start, num_rows, i_h, i_hv)
-        b_dk = keys_head(b_dk, tokens, prepared, states, cotangents, values, chunk, state0 + i_hv, dims)
+        chunk = Chunk(start, num_rows, i_h, i_hv, number0 + i_hv)
+        b_dk = keys_head(b_dk, b_q, b_k, prepared, states, cotangents, values, chunk, dims)
     store_key_gradient(gradients.k, b_dk, tokens.k, tokens.stride_k, prepared.rk, rows, dims)
 
 
@@ -254,7 +251,7 @@ def chunk_grad_long(
     dtype, device = tokens.k.dtype, tokens.k.device
     U_decayed, dY = (torch.empty(B, T, HV, states.shape[3], dtype=dtype, device=device) for _ in range(2))
     ds, dKK = (
-        None if missing else torch.empty(B, T, HV, config.chunk, dtype=dtype, device=device)
+        None if missing else torch.empty(*prepared.G.shape, config.chunk, dtype=dtype, device=device)
         for missing in (cotangents.output is None, prepared.A is None)
     )
     dG = torch.empty_like(prepared.G)

@@ -25,7 +25,7 @@ from sleep_ops.kernels.arguments import (
     load_gate,
     load_keys,
     make_dims,
-    store_gate,
+    store_vector,
 )
 from sleep_ops.kernels.configs import ChunkConfig, block_size
 from sleep_ops.kernels.primitives import (
@@ -52,15 +52,21 @@ def block_product(b_x, b_y, dtype: tl.constexpr):
     """x y of two blocks of float32  [BLOCK, BLOCK], of tensor cores where the inverse is stored in 16 bits.
 
     As sums of three products of parts, whose errors are about 2^-21 of the factors, and 2^-16 for bfloat16. So beside
-    the rounding of an inverse they are nothing, save that of keys which repeat without decay at beta = 2.
+    the rounding of an inverse they are nothing, save that of keys which repeat without decay at beta = 2. The parts in
+    bfloat16 are formed here: Triton's "bf16x3" tests each sum for NaN besides.
     """
-    if dtype == tl.float32:
-        precision: tl.constexpr = "ieee"
-    elif dtype == tl.bfloat16:
-        precision: tl.constexpr = "bf16x3"
+    if dtype == tl.bfloat16:
+        b_x0 = b_x.to(dtype)
+        b_y0 = b_y.to(dtype)
+        b_x1 = (b_x - b_x0).to(dtype)
+        b_y1 = (b_y - b_y0).to(dtype)
+        b_xy = tl.dot(b_x1, b_y0, input_precision="ieee")  # (x - x0) y0  [BLOCK, BLOCK]
+        b_xy += tl.dot(b_x0, b_y1, input_precision="ieee")  # x0 (y - y0)  [BLOCK, BLOCK]
+        b_xy += tl.dot(b_x0, b_y0, input_precision="ieee")  # x0 y0  [BLOCK, BLOCK]
     else:
-        precision: tl.constexpr = "tf32x3"
-    return tl.dot(b_x, b_y, input_precision=precision)  # x y  [BLOCK, BLOCK]
+        precision: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32x3"
+        b_xy = tl.dot(b_x, b_y, input_precision=precision)  # x y  [BLOCK, BLOCK]
+    return b_xy
 
 
 @triton.jit
@@ -175,6 +181,14 @@ class Block(NamedTuple):
 
 
 @triton.jit
+def block_of(b_x, i):
+    """Block i of numbers of a chunk's tokens [C]: those of its own tokens [BLOCK]."""
+    b_x = tl.reshape(b_x, [b_x.shape[0] // BLOCK, BLOCK])
+    m_i = tl.arange(0, b_x.shape[0]) == i
+    return tl.sum(tl.where(m_i[:, None], b_x, 0.0), 0)
+
+
+@triton.jit
 def block_below(row, column):
     """The block of L in the rows of one block of tokens and the columns of an earlier one  [BLOCK, BLOCK]."""
     b_k, b_G, b_beta = row
@@ -184,17 +198,25 @@ def block_below(row, column):
 
 
 @triton.jit
-def store_block(A, b_A, i, j, chunk, C: tl.constexpr, HV: tl.constexpr):
-    """Store block i, j of a chunk's A [C, C]."""
-    p_A = A + (chunk.start * HV + chunk.i_hv) * C + j * BLOCK
-    store_tile(p_A, b_A, tl.arange(0, BLOCK) + i * BLOCK, tl.arange(0, BLOCK), HV * C, chunk.num_rows, BLOCK)
+def store_block(A, b_A, i, j, number, C: tl.constexpr):
+    """Store block i, j of A [chunks, HV, C, C] of the chunk and value head with that number."""
+    p_A = A + number * (C * C) + i * (BLOCK * C) + j * BLOCK
+    store_tile(p_A, b_A, tl.arange(0, BLOCK), tl.arange(0, BLOCK), C, BLOCK, BLOCK)
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs"])
 def chunk_prepare_kernel(
-    tokens, gates, prepared, packing, T, num_seqs, BETA_SCALE: tl.constexpr, C: tl.constexpr, dims: tl.constexpr
+    tokens,
+    gates,
+    prepared,
+    packing,
+    T,
+    num_seqs,
+    BETA_SCALE: tl.constexpr,
+    dims: tl.constexpr,
+    block_dims: tl.constexpr,
 ):
-    """Gates and inverse of one chunk of C tokens and value head, block by block of dims.C = BLOCK tokens.
+    """Gates and inverse of one chunk of C tokens (dims) and value head, A block by block of BLOCK tokens (block_dims).
 
     With L_ij and A_ij the blocks of L and of its inverse, A_ij = -A_ii (L_ij A_jj + ... + L_i,i-1 A_i-1,j) for j < i.
 
@@ -208,37 +230,35 @@ def chunk_prepare_kernel(
     Grid (chunks, HV). Mirrors `log_decay`, `write_strength` and `l2_normalise` of sleep_ops/reference.py.
     """
     i_hv = tl.program_id(1)
+    C: tl.constexpr = dims.C
     start, num_rows = locate_chunk(tl.program_id(0), packing, T, num_seqs, C)
-    if num_rows <= 0:
-        return
-    chunk = Chunk(start, num_rows, i_hv // (dims.HV // dims.H), i_hv)
+    i_h = i_hv // (dims.HV // dims.H)
+    number = tl.program_id(0).to(tl.int64) * dims.HV + i_hv
+    chunk = Chunk(start, num_rows, i_h, i_hv, number)
     dtype: tl.constexpr = tokens.k.dtype.element_ty
-    zero = tl.full([BLOCK, BLOCK], 0.0, tl.float32)
-    G_before = tl.full([], 0.0, prepared.G.dtype.element_ty)  # of the token before a block
-    blocks = ()
-    A = ()  # the blocks of A, row by row up to the diagonal
-    for i in tl.static_range(0, C // BLOCK):
-        rows = Chunk(start + i * BLOCK, num_rows - i * BLOCK, chunk.i_h, i_hv)
-        b_G, b_beta = activate_gates(gates, rows, dtype, BETA_SCALE, dims)
-        b_G += G_before
-        G_before = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, b_G, 0.0))
-        store_gate(prepared.G, b_G, rows, dims)
-        store_gate(prepared.beta, b_beta, rows, dims)
-        if prepared.A is not None:
-            block = Block(load_keys(tokens, rows, dims), b_G, b_beta)
-            b_A = delta_rule_inverse(block.b_k, b_G, b_beta, BLOCK)
+    b_G, b_beta = activate_gates(gates, chunk, dtype, BETA_SCALE, dims)
+    store_vector(prepared.G, b_G, chunk, dims)
+    store_vector(prepared.beta, b_beta, chunk, dims)
+    if prepared.A is not None:
+        zero = tl.full([BLOCK, BLOCK], 0.0, tl.float32)
+        blocks = ()
+        A = ()  # the blocks of A, row by row up to the diagonal
+        for i in tl.static_range(0, C // BLOCK):
+            rows = Chunk(start + i * BLOCK, num_rows - i * BLOCK, i_h, i_hv, None)
+            block = Block(load_keys(tokens, rows, block_dims), block_of(b_G, i), block_of(b_beta, i))
+            b_A = delta_rule_inverse(*block, BLOCK)
             for j in tl.static_range(0, i):
                 b_LA = zero
                 for m in tl.static_range(j, i):
                     b_LA += block_product(block_below(block, blocks[m]), A[m * (m + 1) // 2 + j], dtype)
                 b_A_ij = -block_product(b_A, b_LA, dtype)
-                store_block(prepared.A, b_A_ij, i, j, chunk, C, dims.HV)
+                store_block(prepared.A, b_A_ij, i, j, number, C)
                 A = A + (b_A_ij,)
             A = A + (b_A,)
             blocks = blocks + (block,)
-            store_block(prepared.A, b_A, i, i, chunk, C, dims.HV)
+            store_block(prepared.A, b_A, i, i, number, C)
             for j in tl.static_range(i + 1, C // BLOCK):
-                store_block(prepared.A, zero, i, j, chunk, C, dims.HV)
+                store_block(prepared.A, zero, i, j, number, C)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -276,8 +296,8 @@ def gate_backward_kernel(gates, active, dG, d_active, dg, dbeta, partial, packin
 
     A decay below LOWEST_LOG_DECAY gets none.
     Reads g, A_log and dt_bias of the gates, and
-        active [rows, HV] float32, the active beta,
-        dG [rows, HV] in G's dtype, d_active [rows, HV] float32, the cotangents of G and of the active beta.
+        active [chunks, HV, C] float32, the active beta,
+        dG [chunks, HV, C] in G's dtype, d_active [chunks, HV, C] float32, the cotangents of G and of the active beta.
     Writes
         dg, dbeta [rows, HV],
         partial [chunks, 2, HV] float32, with A_log: the chunk's part of the cotangents of A_log and dt_bias (zero past
@@ -290,8 +310,9 @@ def gate_backward_kernel(gates, active, dG, d_active, dg, dbeta, partial, packin
     o_i = tl.arange(0, dims.C)
     o_h = tl.program_id(1) * dims.BH + tl.arange(0, dims.BH)
     o_gate = start * dims.HV
+    o_chunk = i_c.to(tl.int64) * dims.HV * dims.C
 
-    b_dG = load_tile(dG + o_gate, o_i, o_h, dims.HV, num_rows, dims.HV)
+    b_dG = tl.trans(load_tile(dG + o_chunk, o_h, o_i, dims.C, dims.HV, num_rows))
     b_dg = (tl.cumsum(b_dG, 0, reverse=True) * LOG2E).to(tl.float32)
     b_x = load_tile(gates.g + o_gate, o_i, o_h, dims.HV, num_rows, dims.HV).to(tl.float32)
     if gates.A_log is None:
@@ -306,9 +327,9 @@ def gate_backward_kernel(gates, active, dG, d_active, dg, dbeta, partial, packin
         tl.store(p_partial + dims.HV + o_h, tl.sum(b_dg, 0), mask=m_h)
     store_tile(dg + o_gate, b_dg, o_i, o_h, dims.HV, num_rows, dims.HV)
 
-    b_dbeta = load_tile(d_active + o_gate, o_i, o_h, dims.HV, num_rows, dims.HV)
+    b_dbeta = tl.trans(load_tile(d_active + o_chunk, o_h, o_i, dims.C, dims.HV, num_rows))
     if dims.BETA_SCALE > 0:
-        b_beta = load_tile(active + o_gate, o_i, o_h, dims.HV, num_rows, dims.HV)
+        b_beta = tl.trans(load_tile(active + o_chunk, o_h, o_i, dims.C, dims.HV, num_rows))
         b_dbeta *= b_beta * (1.0 - b_beta / dims.BETA_SCALE)
     store_tile(dbeta + o_gate, b_dbeta, o_i, o_h, dims.HV, num_rows, dims.HV)
 
@@ -333,16 +354,16 @@ def chunk_prepare(
 
     Of the tokens k is enough.
     """
-    B, T, H, K = tokens.k.shape
-    HV, device = gates.g.shape[2], tokens.k.device
+    T, H, K = tokens.k.shape[1:]
+    HV, C, device = gates.g.shape[2], config.chunk, tokens.k.device
     prepared = Prepared(
-        torch.empty(B, T, HV, dtype=decay_dtype(tokens.k.dtype), device=device),
-        torch.empty(B, T, HV, dtype=torch.float32, device=device),
-        torch.empty(B, T, HV, config.chunk, dtype=tokens.k.dtype, device=device) if rule == "delta" else None,
+        torch.empty(num_chunks, HV, C, dtype=decay_dtype(tokens.k.dtype), device=device),
+        torch.empty(num_chunks, HV, C, dtype=torch.float32, device=device),
+        torch.empty(num_chunks, HV, C, C, dtype=tokens.k.dtype, device=device) if rule == "delta" else None,
     )
-    dims = make_dims(H, HV, K, 0, BLOCK.value, config.prepare.block_v)
+    dims = [make_dims(H, HV, K, 0, rows, config.prepare.block_v) for rows in (C, BLOCK.value)]
     chunk_prepare_kernel[(num_chunks, HV)](
-        tokens, gates, prepared, packing, T, packing.num_seqs, beta_scale, config.chunk, dims, **config.prepare.options
+        tokens, gates, prepared, packing, T, packing.num_seqs, beta_scale, *dims, **config.prepare.options
     )
     return prepared
 
@@ -374,7 +395,7 @@ def gate_backward(
 ) -> Gates:
     """Cotangents of chunk_prepare's gates, in their dtypes, from those of its G and active beta; all contiguous.
 
-    Of the gates beta, whose dtype is beta_dtype, is not needed, but the active one [B, T, HV].
+    Of the gates beta, whose dtype is beta_dtype, is not needed, but the active one.
     """
     B, T, HV = gates.g.shape
     A_log, dt_bias, device = gates.A_log, gates.dt_bias, active.device

@@ -29,13 +29,12 @@ from sleep_ops.kernels.arguments import (
     Prepared,
     Tokens,
     load_columns,
-    load_G,
-    load_G_C,
-    load_gate,
     load_keys,
+    load_last,
     load_queries,
     load_square,
     load_values,
+    load_vector,
     make_dims,
     store_columns,
 )
@@ -87,15 +86,15 @@ def chunk_scan_kernel(
 
     for i_t in range(0, tl.cdiv(length, dims.C)):
         num_rows = tl.minimum(length - i_t * dims.C, dims.C)
-        chunk = Chunk(start + i_t * dims.C, num_rows, i_h, i_hv)
+        chunk = Chunk(start + i_t * dims.C, num_rows, i_h, i_hv, (chunk0 + i_t) * dims.HV + i_hv)
         if states is not None:
-            o_chunk = ((chunk0 + i_t) * dims.HV + i_hv) * dims.K * dims.width + column0
+            o_chunk = chunk.number * dims.K * dims.width + column0
             store_tile(states + o_chunk, b_S, o_k, o_v, dims.width, dims.K, num_cols)
 
         b_k = load_keys(tokens, chunk, dims)
         b_v = load_values(tokens, chunk, o_v, tl.where(has_values, num_rows, 0), dims)
-        b_G = load_G(prepared, chunk, dims)
-        b_beta = load_gate(prepared.beta, chunk, dims)
+        b_G = load_vector(prepared.G, chunk, dims)
+        b_beta = load_vector(prepared.beta, chunk, dims)
         b_e = decay(b_G)
         dtype = b_k.dtype
         if prepared.A is None:
@@ -106,6 +105,11 @@ def chunk_scan_kernel(
             b_Y = b_beta[:, None] * (b_v - b_e[:, None] * b_kS)
             b_U = tl.dot(b_A, b_Y.to(dtype), input_precision="ieee")  # U = A (beta Y)  [C, BV]
 
+        G_C = load_last(prepared.G, chunk, dims)
+        b_write = (decay(G_C - b_G)[:, None] * b_U).to(dtype)
+        # S <- e^{G_C} S + K^T (e^{G_C - G} U)  [BK, BV]
+        b_S_next = decay(G_C) * b_S + tl.dot(tl.trans(b_k), b_write, input_precision="ieee")
+
         if output is not None:
             b_q = load_queries(tokens, chunk, dims)
             b_QK = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # Q K^T  [C, C]
@@ -113,11 +117,7 @@ def chunk_scan_kernel(
             b_O = b_e[:, None] * tl.dot(b_q, b_S.to(dtype), input_precision="ieee")  # Q S  [C, BV]
             b_O += tl.dot(b_QK.to(dtype), b_U.to(dtype), input_precision="ieee")  # QK U  [C, BV]
             store_columns(output, scale * b_O, chunk, o_v, dims.V, dims.V, dims)
-
-        G_C = load_G_C(prepared, chunk, dims)
-        b_write = (decay(G_C - b_G)[:, None] * b_U).to(dtype)
-        # S <- e^{G_C} S + K^T (e^{G_C - G} U)  [BK, BV]
-        b_S = decay(G_C) * b_S + tl.dot(tl.trans(b_k), b_write, input_precision="ieee")
+        b_S = b_S_next
 
     if final_state is not None:
         store_tile(final_state + o_state, b_S, o_k, o_v, dims.width, dims.K, num_cols)
@@ -153,18 +153,18 @@ def chunk_reverse_kernel(
         b_dS = load_tile(cotangents.state + o_state, o_k, o_v, dims.V, dims.K, dims.V)
 
     num_chunks = tl.cdiv(length, dims.C)
-    p_G = prepared.G + start * dims.HV + i_hv
-    G_next = tl.load(p_G + (length - 1) * dims.HV, mask=length > 0, other=0.0)  # loaded a chunk ahead
+    p_G = prepared.G + (chunk0 * dims.HV + i_hv) * dims.C + (dims.C - 1)
+    # Loaded a chunk ahead.
+    G_next = tl.load(p_G + (num_chunks - 1) * (dims.HV * dims.C), mask=length > 0, other=0.0)
     for i_r in range(0, num_chunks):
         i_t = num_chunks - 1 - i_r
         num_rows = tl.minimum(length - i_t * dims.C, dims.C)
-        chunk = Chunk(start + i_t * dims.C, num_rows, i_h, i_hv)
-        p_dS = d_states + ((chunk0 + i_t) * dims.HV + i_hv) * dims.K * dims.V
-        store_tile(p_dS, b_dS, o_k, o_v, dims.V, dims.K, dims.V)
-
-        b_G = load_G(prepared, chunk, dims)
+        chunk = Chunk(start + i_t * dims.C, num_rows, i_h, i_hv, (chunk0 + i_t) * dims.HV + i_hv)
         G_C = G_next
-        G_next = tl.load(p_G + (tl.maximum(i_t * dims.C, 1) - 1) * dims.HV)
+        G_next = tl.load(p_G + tl.maximum(i_t - 1, 0) * (dims.HV * dims.C))
+        store_tile(d_states + chunk.number * dims.K * dims.V, b_dS, o_k, o_v, dims.V, dims.K, dims.V)
+
+        b_G = load_vector(prepared.G, chunk, dims)
         b_e = decay(b_G)
         b_k = load_keys(tokens, chunk, dims)
         dtype = b_k.dtype
@@ -184,10 +184,10 @@ def chunk_reverse_kernel(
                 b_QKT = scale * b_decay * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # QK^T  [C, C]
                 b_dU += tl.dot(b_QKT.to(dtype), b_dO.to(dtype), input_precision="ieee")  # QK^T dO  [C, BV]
             b_A = load_square(prepared.A, chunk, dims)
-            b_beta = load_gate(prepared.beta, chunk, dims)
+            b_beta = load_vector(prepared.beta, chunk, dims)
             b_dX = tl.dot(tl.trans(b_A), b_dU.to(dtype), input_precision="ieee")  # A^T dU  [C, BV]
-            b_dkS = ((b_e * b_beta)[:, None] * b_dX).to(dtype)
-            b_dS_next -= tl.dot(tl.trans(b_k), b_dkS, input_precision="ieee")  # K^T (e^G dY)  [BK, BV]
+            b_dkS = (-(b_e * b_beta)[:, None] * b_dX).to(dtype)
+            b_dS_next += tl.dot(tl.trans(b_k), b_dkS, input_precision="ieee")  # -K^T (e^G dY)  [BK, BV]
         b_dS = b_dS_next
 
     if d_initial_state is not None:
@@ -247,7 +247,7 @@ def chunk_reverse(
     The states may be widened ones. The cotangents are those of chunk_scan's results, contiguous.
     """
     B, T, H, K = tokens.k.shape
-    HV, device = prepared.G.shape[2], tokens.k.device
+    HV, device = prepared.G.shape[1], tokens.k.device
     N = B if packing.cu_seqlens is None else packing.num_seqs
     launch = sweep_launch(config.reverse, N * HV, width, device)
     dims = make_dims(H, HV, K, width, config.chunk, launch.block_v)

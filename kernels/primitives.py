@@ -101,15 +101,6 @@ def load_rows(p, o_r, stride, num_rows):
 
 
 @triton.jit
-def load_decay(p, o_r, stride, num_rows):
-    """Cumulative log decay of a chunk's rows, that of the last token repeated after it.
-
-    So later rows minus earlier ones is never positive, and the tile's last row is the chunk's whole decay.
-    """
-    return tl.load(p + tl.minimum(o_r, num_rows - 1) * stride)
-
-
-@triton.jit
 def decay(b_x):
     """exp2 of a summed base-2 log decay, or of a difference of two, float32; differences are taken in their dtype."""
     return tl.exp2(b_x.to(tl.float32))

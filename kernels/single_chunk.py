@@ -58,7 +58,7 @@ def single_chunk_forward_kernel(
     """
     i_bh = tl.program_id(0)
     i_hv = i_bh % dims.HV
-    chunk = Chunk((i_bh // dims.HV).to(tl.int64) * T, T, i_hv // (dims.HV // dims.H), i_hv)
+    chunk = Chunk((i_bh // dims.HV).to(tl.int64) * T, T, i_hv // (dims.HV // dims.H), i_hv, i_bh.to(tl.int64))
     o_i = tl.arange(0, dims.C)
     o_k = tl.arange(0, dims.BK)
 
@@ -76,7 +76,7 @@ def single_chunk_forward_kernel(
 
     for i_v in range(0, dims.tiles):
         o_v = i_v * dims.BV + tl.arange(0, dims.BV)
-        o_state = i_bh.to(tl.int64) * dims.K * dims.V
+        o_state = chunk.number * dims.K * dims.V
         b_U = load_values(tokens, chunk, o_v, T, dims)
         if initial_state is not None:
             b_S = load_tile(initial_state + o_state, o_k, o_v, dims.V, dims.K, dims.V)
@@ -159,7 +159,7 @@ def single_chunk_backward_kernel(
 
     for i_group in range(0, dims.HV // dims.H):
         i_hv = i_h * (dims.HV // dims.H) + i_group
-        chunk = Chunk(start, T, i_h, i_hv)
+        chunk = Chunk(start, T, i_h, i_hv, i_b.to(tl.int64) * dims.HV + i_hv)
         b_G, b_beta = activate_gates(gates, chunk, tokens.k.dtype.element_ty, BETA_SCALE, dims)
         b_A = None
         b_AT = None
@@ -179,14 +179,13 @@ def single_chunk_backward_kernel(
             cotangents,
             gradients.v,
             d_initial_state,
-            i_b.to(tl.int64) * dims.HV + i_hv,
             scale,
             dims,
         )
 
         store_gate_gradients(gradients, partial, b_dg, b_dbeta, gates, b_beta, i_b, chunk, BETA_SCALE, dims)
 
-    rows = Chunk(start, T, i_h, None)
+    rows = Chunk(start, T, i_h, None, None)
     store_key_gradient(gradients.k, b_dk, tokens.k, tokens.stride_k, None, rows, dims)
     if cotangents.output is not None:
         store_key_gradient(gradients.q, b_dq, tokens.q, tokens.stride_q, None, rows, dims)

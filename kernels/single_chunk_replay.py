@@ -150,7 +150,7 @@ def replay_forward_kernel(
     """
     i_bh = tl.program_id(0)
     i_hv = i_bh % dims.HV
-    chunk = Chunk((i_bh // dims.HV).to(tl.int64) * T, T, i_hv // (dims.HV // dims.H), i_hv)
+    chunk = Chunk((i_bh // dims.HV).to(tl.int64) * T, T, i_hv // (dims.HV // dims.H), i_hv, i_bh.to(tl.int64))
     o_i = tl.arange(0, dims.C)
     o_k = tl.arange(0, dims.BK)
     HAS_W: tl.constexpr = IS_DELTA and initial_state is not None
@@ -177,7 +177,7 @@ def replay_forward_kernel(
 
     for i_v in range(0, dims.tiles):
         o_v = i_v * dims.BV + tl.arange(0, dims.BV)
-        o_state = i_bh.to(tl.int64) * dims.K * dims.V
+        o_state = chunk.number * dims.K * dims.V
         b_v = load_values(tokens, chunk, o_v, T, dims).to(dtype)
         b_Z = product(b_MV, b_v, dtype)  # (Sigma A beta) V  [C, BV]
         if initial_state is not None:
@@ -234,8 +234,8 @@ def replay_backward_kernel(
 
     for i_group in range(0, dims.HV // dims.H):
         i_hv = i_h * (dims.HV // dims.H) + i_group
-        chunk = Chunk(start, T, i_h, i_hv)
-        o_state = (i_b.to(tl.int64) * dims.HV + i_hv) * dims.K * dims.V
+        chunk = Chunk(start, T, i_h, i_hv, i_b.to(tl.int64) * dims.HV + i_hv)
+        o_state = chunk.number * dims.K * dims.V
         b_k = load_keys(tokens, chunk, dims)
         b_G, b_beta = activate_gates(gates, chunk, dtype, BETA_SCALE, dims)
         G_C = tl.sum(tl.where(o_i == dims.C - 1, b_G, 0.0))
@@ -343,7 +343,7 @@ def replay_backward_kernel(
         b_dG += tl.where(o_i == T - 1, dG_C, 0.0)
         store_gate_gradients(gradients, partial, b_dG, b_dbeta, gates, b_beta, i_b, chunk, BETA_SCALE, dims)
 
-    rows = Chunk(start, T, i_h, None)
+    rows = Chunk(start, T, i_h, None, None)
     store_key_gradient(gradients.k, b_dk, tokens.k, tokens.stride_k, None, rows, dims)
 
 

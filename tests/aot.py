@@ -118,11 +118,11 @@ def chunk_cases(
         if not l2norm:
             absent = (*absent, "rq", "rk")
         wide = "d_output" in absent and columns == V
-        rows = BLOCK.value if kernel is chunk_prepare_kernel else config.chunk
-        dims = make_dims(4, 4 * groups, K, columns, rows, launch.block_v, wide)
+        dims = make_dims(4, 4 * groups, K, columns, config.chunk, launch.block_v, wide)
+        block_dims = make_dims(4, 4 * groups, K, columns, BLOCK.value, launch.block_v)
         if kernel is gate_backward_kernel:
             dims = GateDims(4 * groups, config.chunk, 4 * groups, 1.0)
-        arguments = _chunk_arguments(kernel, dtype, absent) | {"dims": dims, "C": config.chunk}
+        arguments = _chunk_arguments(kernel, dtype, absent) | {"dims": dims, "block_dims": block_dims}
         yield Case(f"{name}-{label}", kernel, arguments, launch.warps, launch.stages, archs)
 
 

@@ -59,11 +59,11 @@ def _chunk_offsets(cu_seqlens: Tensor | None, chunk: int) -> Tensor | None:
     return F.pad(counts.cumsum(0), (1, 0))
 
 
-def _cleared(x: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+def _cleared(x: Tensor | None, borders: Tensor | None) -> Tensor | None:
     """x [1, T, ...] with zeros behind the last border, where kernels write nothing; without a look at the device."""
-    if x is None or cu_seqlens is None:
+    if x is None or borders is None:
         return x
-    behind = torch.arange(x.shape[1], device=x.device) >= cu_seqlens[-1]
+    behind = torch.arange(x.shape[1], device=x.device) >= borders[-1]
     return x.masked_fill_(behind.view(-1, *(1,) * (x.ndim - 2)), 0)
 
 
@@ -87,10 +87,11 @@ def _prepare_backward(
 
 
 def _prepare_shapes(k, g, beta, A_log, dt_bias, cu_seqlens, chunk_offsets, longest, head_v_dim, rule, beta_scale):
-    G = k.new_empty(g.shape, dtype=prepare_kernels.decay_dtype(k.dtype))
-    active = k.new_empty(g.shape, dtype=torch.float32)
     chunk = _config(k, head_v_dim, longest).chunk
-    return G, active, k.new_empty((*g.shape, chunk)) if rule == "delta" else None
+    shape = (_num_chunks(k, cu_seqlens, chunk), g.shape[2], chunk)
+    G = k.new_empty(shape, dtype=prepare_kernels.decay_dtype(k.dtype))
+    active = k.new_empty(shape, dtype=torch.float32)
+    return G, active, k.new_empty((*shape, chunk)) if rule == "delta" else None
 
 
 @differentiable(
@@ -113,7 +114,7 @@ def chunk_prepare(
     rule: str,
     beta_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """G [B, T, HV] in decay_dtype(k.dtype), active beta, float32, and A [B, T, HV, C] in k's dtype (or none).
+    """G [chunks, HV, C] in decay_dtype(k.dtype), active beta, float32, and A [chunks, HV, C, C] in k's dtype (or none).
 
     longest: tokens of the longest sequence, which with the head dims decides the chunk's length.
     """
@@ -192,6 +193,7 @@ def _scan_backward(
     gradient = chunk_grad_long if config.chunk == 64 else chunk_grad
     dq, dk, dv, dG, dbeta = gradient(*inputs, states, Cotangents(d_output, d_states), widened=widened, **common)
     dq, dk, dv = (_cleared(x, cu_seqlens) for x in (dq, dk, dv))
+    dG, dbeta = (_cleared(x[None], chunk_offsets)[0] for x in (dG, dbeta))
     return dq, dk, dv, dG, dbeta, d_initial_state
 
 
