@@ -156,7 +156,7 @@ def _against_x(axes, figure: Figure, rows: list[dict[str, str]]) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(levels, labels=[str(level) for level in levels], minor=False)
         axes.minorticks_off()
-    if figure.x == "model.passes":
+    if figure.x in ("model.passes", "task.t"):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel=figure.x_label or _LABELS.get(figure.x, figure.x), ylabel=_LABELS.get(figure.metric, figure.metric))
     axes.set_ylim(bottom=0)
