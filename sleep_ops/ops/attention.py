@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sleep_ops.checks import BACKENDS
 
-SHORT = 256  # keys up to which a CPU attends to 16 bits in float32: PyTorch's backward for them takes up to 6x as long
+SHORT = 256  # keys up to which a CPU attends to 16 bits in float32: PyTorch's own backward for them is slow there
 
 # Preferred first: flash-attn 3 (Hopper alone), 4 (Hopper and later), 2. With the compute capabilities and the largest
 # head dim each is asked for.
