@@ -120,6 +120,16 @@ def test_sizes_and_hops_are_drawn_as_said():
     assert sum((n - mean) ** 2 / mean for n in hops.values()) < 15 + 5 * 30**0.5
 
 
+def test_stages_ask_for_one_hop_more_each():
+    task, whole = Depo(max_hops=4, first_hops=2), Depo(max_hops=4)
+    assert (task.stages, whole.stages) == (3, 1)
+    for stage, most in ((0, 2), (1, 3), (2, 4), (None, 4)):
+        ids = task.batch(3, 1, 64, stage=stage).input_ids
+        asked = ids[(ids > task.hop_token(0)) & (ids <= task.hop_token(4))] - task.hop_token(0)
+        assert asked.unique().tolist() == list(range(1, most + 1))
+    assert torch.equal(task.batch(3, 1, 8).input_ids, whole.batch(3, 1, 8).input_ids)
+
+
 def test_edges_come_in_random_order():
     """Where an edge stands says nothing about where the next one along the cycle does."""
     task = Depo(**DEPO | {"min_nodes": 7})

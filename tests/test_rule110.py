@@ -56,8 +56,7 @@ def test_every_sequence_is_what_the_oracle_says(task, seed, step, split):
     for row, target in zip(ids.tolist(), labels.tolist(), strict=True):
         once = row[: task.strings * task.bits]
         strings = [once[i : i + task.bits] for i in range(0, len(once), task.bits)]
-        t = task.t if split == "eval" else task.t_of(step)
-        answers = [oracle(s, t, task.boundary)[0] for s in strings]
+        answers = [oracle(s, task.t, task.boundary)[0] for s in strings]
         assert set(once) <= {0, 1} and row == once * task.repeats + [SEP, *answers[:-1]]
         assert target == [IGNORE_INDEX] * context + answers
 
@@ -72,14 +71,14 @@ def test_an_instance_is_readable():
         assert oracle(map(int, string), 3, "periodic")[0] == int(answer)
 
 
-def test_a_curriculum_rises_to_t_in_training_alone():
-    task, whole = Rule110(t=6, first_t=4, stage=10), Rule110(t=6)
-    assert [task.t_of(step) for step in (0, 9, 10, 19, 20, 29, 10**6)] == [4, 4, 5, 5, 6, 6, 6]
-    for step in (0, 10):
-        assert torch.equal(task.batch(1, step, 8, split="eval").labels, whole.batch(1, step, 8, split="eval").labels)
-    first, last = (task.batch(1, step, 512).labels for step in (0, 25))
-    assert torch.equal(last, whole.batch(1, 25, 512).labels) and not torch.equal(first, whole.batch(1, 0, 512).labels)
-    assert torch.equal(first, Rule110(t=4).batch(1, 0, 512).labels)
+def test_stages_are_steps_of_the_automaton():
+    task = Rule110(t=6, first_t=4)
+    assert (task.stages, Rule110(t=6).stages, Rule110(t=6, first_t=6).stages) == (3, 1, 1)
+    for stage, t in ((0, 4), (1, 5), (2, 6), (None, 6)):
+        assert torch.equal(task.batch(1, 7, 64, stage=stage).labels, Rule110(t=t).batch(1, 7, 64).labels)
+    for stage in (-1, 3):
+        with pytest.raises(ValueError, match=r"^stage: expected None, or an integer in \[0, 2\], got"):
+            task.batch(1, 7, 64, stage=stage)
 
 
 def test_paper_setting():

@@ -132,11 +132,12 @@ def test_settings_come_back():
 BAD = {
     Rule110: [
         {"t": -1}, {"t": 1.5}, {"strings": 0}, {"bits": 2}, {"boundary": "open"}, {"held_out": 0.9},
-        {"held_out": 0.1, "bits": 5}, {"repeats": 0}, {"first_t": 9}, {"first_t": -1}, {"stage": 0},
+        {"held_out": 0.1, "bits": 5}, {"repeats": 0}, {"first_t": 9}, {"first_t": -1}, {"first_t": True},
     ],
     Depo: [
         {"min_nodes": 1}, {"max_nodes": 2}, {"vocabulary": 8}, {"shortest_name": 0}, {"longest_name": 1},
         {"longest_name": 9}, {"queries": 0}, {"max_hops": 1.5}, {"repeats": True}, {"pads": "seen"}, {"window": 0},
+        {"first_hops": 0}, {"first_hops": 17},
     ],
     MQAR: [
         {"num_pairs": 0}, {"num_queries": 0}, {"num_queries": 65}, {"vocab_size": 127}, {"vocab_size": 8192.0},
@@ -146,6 +147,7 @@ BAD = {
     VariableTracking: [
         {"chains": 0}, {"hops": -1}, {"queries": 0}, {"queries": 33}, {"queries": 5, "ask": "variables"},
         {"ask": "names"}, {"order": "backward"}, {"variables": 31}, {"values": 3}, {"window": 0}, {"window": 25},
+        {"first_hops": 8}, {"first_hops": 1, "queries": 9}, {"first_hops": 3, "ask": "variables"},
     ],
     GSMInfinite: [
         {"seq_len": 200}, {"seq_len": 1000.0}, {"shortest": 200}, {"shortest": 4000}, {"min_op": 0},

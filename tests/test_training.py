@@ -178,6 +178,8 @@ def test_learning_rate_schedule():
         ({"profile": (3, 2)}, "profile"),
         ({"profile": (0, 2)}, "profile"),
         ({"profile": 3}, "profile"),
+        ({"stage_loss": 0.0}, "stage_loss"),
+        ({"stage_loss": math.inf}, "stage_loss"),
     ],
     ids=str,
 )

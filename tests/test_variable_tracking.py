@@ -102,6 +102,18 @@ def test_values_are_asked_at_every_depth():
     assert sorted(depths) == [0, 1, 2] and all(abs(n - 1000) < 5 * 1000**0.5 for n in depths.values())
 
 
+def test_stages_ask_for_one_hop_more_each():
+    task = VariableTracking(**VARIABLES, first_hops=0)
+    assert (task.stages, VariableTracking(**VARIABLES).stages) == (3, 1)
+    for stage, most in ((0, 0), (1, 1), (2, 2), (None, 2)):
+        depths = Counter()
+        for row in task.batch(0, 0, 500, stage=stage).input_ids.tolist():
+            assigned = read_program(task, row[:27])
+            depths.update(trace(task, assigned, variable)[1] for variable in row[28::2])
+        share = 1500 / (most + 1)
+        assert sorted(depths) == list(range(most + 1)) and all(abs(n - share) < 5 * share**0.5 for n in depths.values())
+
+
 def deep(task, ids, depth):
     """bool [B, T]: questions about a variable so many assignments from its value; for "variables", labels that are."""
     found = torch.zeros_like(ids, dtype=torch.bool)

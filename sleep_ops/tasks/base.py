@@ -61,6 +61,9 @@ class Task(Protocol):
 
     `batch` is a pure function of (seed, step, split): a resumed run sees exactly the batches it would have seen.
     Training and evaluation draw from streams that never meet, whatever their seeds.
+
+    A task may have `stages` of difficulty, so many, that training rises through; its `batch` then takes stage=, 0 ..
+    stages - 1, that of a training batch, and None is the last.
     """
 
     @property

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sleep_ops.checks import expect
 from sleep_ops.model.loss import scored
 from sleep_ops.model.sleeping import find_sleeping
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch, Task
@@ -17,6 +18,25 @@ def as_batch(input_ids: np.ndarray, labels: np.ndarray, device: torch.device | s
     """A batch of int64 arrays [B, T]; the loss is taken wherever there is a label."""
     # Compared in numpy: torch would wake its threads for it, which on a busy machine takes longer than all the rest.
     return Batch(*map(torch.from_numpy, (input_ids, labels, labels != IGNORE_INDEX))).to(device)  # type: ignore[arg-type]
+
+
+def check_first(task: object, name: str, least: int, last: int) -> None:
+    """ValueError unless the field `name`, where a curriculum begins, is None or an integer from `least` to `last`."""
+    first = getattr(task, name)
+    inside = type(first) is int and least <= first <= last
+    expect(first is None or inside, name, f"None, or an integer in [{least}, {last}]", first)
+
+
+def stages_from(first: int | None, last: int) -> int:
+    """Stages of a curriculum that begins at `first` and ends at `last`, one more each."""
+    return 1 if first is None else last - first + 1
+
+
+def at_stage(stage: int | None, first: int | None, last: int) -> int:
+    """Where such a curriculum is at `stage`, 0 .. stages - 1 (None: at its end). ValueError for another one."""
+    stages = stages_from(first, last)
+    expect(stage is None or 0 <= stage < stages, "stage", f"None, or an integer in [0, {stages - 1}]", stage)
+    return last if stage is None else last - stages + 1 + stage
 
 
 class Scores(NamedTuple):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from sleep_ops.checks import check_choice, check_counts
 from sleep_ops.streams import Stream
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import as_batch, by_level, score
+from sleep_ops.tasks.common import as_batch, at_stage, by_level, check_first, score, stages_from
 
 PADS = ("masked", "tokens")
 
@@ -42,6 +42,8 @@ class Depo:
     shortest_name, longest_name  tokens per name, each length equally likely.
     queries                      per sequence, each about another node.
     max_hops                     in training, k is uniform in 1 .. max_hops.
+    first_hops                   a curriculum: that limit in training's first stage, one more in each that follows; None
+                                 for max_hops from the start.
     repeats                      how often the context is read, without a gap: a baseline for sleep.
     pads                         "masked": `attention_mask` marks the padding, which the model then does not see;
                                  "tokens": padding is read like any token.
@@ -57,6 +59,7 @@ class Depo:
     longest_name: int = 2
     queries: int = 10
     max_hops: int = 16
+    first_hops: int | None = None
     repeats: int = 1
     pads: str = "masked"
     window: int = 75
@@ -69,6 +72,7 @@ class Depo:
         check_counts(self, **lowest, window=1)
         check_counts(self, max_nodes=self.min_nodes, longest_name=self.shortest_name)
         check_choice("pads", self.pads, PADS)
+        check_first(self, "first_hops", 1, self.max_hops)
         if self.vocabulary**self.shortest_name < self.max_nodes:
             raise ValueError(
                 f"vocabulary: expected {self.max_nodes} different names of {self.shortest_name} tokens, got "
@@ -106,6 +110,10 @@ class Depo:
         """The powers of two up to max_hops."""
         return tuple(2**i for i in range(self.max_hops.bit_length()))
 
+    @property
+    def stages(self) -> int:
+        return stages_from(self.first_hops, self.max_hops)
+
     def to_dict(self) -> dict:
         return {"name": self.name, **asdict(self)}
 
@@ -118,7 +126,14 @@ class Depo:
         return input_ids != self.pad_token if self.pads == "masked" else None
 
     def batch(
-        self, seed: int, step: int, size: int, device: torch.device | str = "cpu", *, split: str = "train"
+        self,
+        seed: int,
+        step: int,
+        size: int,
+        device: torch.device | str = "cpu",
+        *,
+        split: str = "train",
+        stage: int | None = None,
     ) -> Batch:
         """Batch number `step` of the stream (seed, split): `size` sequences of `seq_len` tokens.
 
@@ -126,7 +141,7 @@ class Depo:
         batch has an attention_mask, and windows end at columns. All but loss_mask come on `device`.
         """
         stream = Stream(seed, step, size, split)
-        nodes, hops = self._sizes(stream, size, split)
+        nodes, hops = self._sizes(stream, size, split, at_stage(stage, self.first_hops, self.max_hops))
         names, lengths = self._names(stream, size)
         rows, most = np.arange(size)[:, None], self.max_nodes
         absent = np.arange(most) >= nodes[:, None]
@@ -240,8 +255,8 @@ class Depo:
                 current = []
         return names
 
-    def _sizes(self, stream: Stream, size: int, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Nodes n int64 [size], and hops k int64 [size, queries]."""
+    def _sizes(self, stream: Stream, size: int, split: str, hops: int) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes n int64 [size], and hops k int64 [size, queries], in training at most `hops`."""
         count = min(self.queries, self.max_nodes)
         if split == "eval":
             every = np.resize(self.test_hops, size * count)
@@ -249,7 +264,7 @@ class Depo:
         sizes = np.arange(self.min_nodes, self.max_nodes + 1)
         weights = np.cumsum(1 / (sizes + self.max_nodes**0.5))
         nodes = sizes[np.searchsorted(weights, stream.uniform(size) * weights[-1], side="right")]
-        return nodes, 1 + stream.below(self.max_hops, size, count)
+        return nodes, 1 + stream.below(hops, size, count)
 
     def _names(self, stream: Stream, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Different names for every row: tokens int64 [size, max_nodes, longest_name], lengths int64 [size, max_nodes].

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from sleep_ops.checks import check_counts, expect
+from sleep_ops.checks import check_counts
 from sleep_ops.streams import Stream, source
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import as_batch, score
+from sleep_ops.tasks.common import as_batch, at_stage, check_first, score, stages_from
 
 SEP = 2  # tokens 0 and 1 are the cells
 BOUNDARIES = ("periodic", "zero")
@@ -55,9 +55,8 @@ class Rule110:
     held_out  fraction of all strings, chosen by a fixed hash, that never occur in training; evaluation then draws from
               these only. 0: both splits are uniform over all strings (the paper's setting), from disjoint streams.
     repeats   how often the strings are read, one after another each time: a baseline for sleep.
-    first_t   a curriculum: steps of the automaton in the first training batches, or None for t in all. Evaluation is
-              after t steps at any time.
-    stage     with first_t, training batches until there is one step more, and again, up to t.
+    first_t   a curriculum: steps of the automaton in training's first stage, one more in each that follows; None for t
+              from the start.
     """
 
     t: int = 8
@@ -67,17 +66,14 @@ class Rule110:
     held_out: float = 0.0
     repeats: int = 1
     first_t: int | None = None
-    stage: int = 160
 
     name: ClassVar[str] = "rule110"
     metric: ClassVar[str] = "exact"
     vocab_size: ClassVar[int] = 3
 
     def __post_init__(self):
-        check_counts(self, t=0, strings=1, bits=3, repeats=1, stage=1)
-        if self.first_t is not None:
-            check_counts(self, first_t=0)
-            expect(self.first_t <= self.t, "first_t", f"None, or an integer <= t = {self.t}", self.first_t)
+        check_counts(self, t=0, strings=1, bits=3, repeats=1)
+        check_first(self, "first_t", 0, self.t)
         if self.boundary not in BOUNDARIES:
             raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {self.boundary!r}")
         if self.held_out and not (0.01 <= self.held_out <= 0.5 and self.bits >= 10):
@@ -99,18 +95,29 @@ class Rule110:
     def window(self) -> int:
         return self.bits
 
+    @property
+    def stages(self) -> int:
+        return stages_from(self.first_t, self.t)
+
     def to_dict(self) -> dict:
         return {"name": self.name, **asdict(self)}
 
     def batch(
-        self, seed: int, step: int, size: int, device: torch.device | str = "cpu", *, split: str = "train"
+        self,
+        seed: int,
+        step: int,
+        size: int,
+        device: torch.device | str = "cpu",
+        *,
+        split: str = "train",
+        stage: int | None = None,
     ) -> Batch:
         """Batch number `step` of the stream (seed, split): `size` sequences of `seq_len` tokens.
 
         input_ids and labels come on `device`, loss_mask on the CPU.
         """
         cells = self._strings(seed, step, size, split)
-        answers = self._answers(cells, self.t_of(step) if split == "train" else self.t)
+        answers = self._answers(cells, at_stage(stage, self.first_t, self.t))
         n, context = self.strings, self.context
         input_ids = np.empty((size, self.seq_len), dtype=np.int64)
         input_ids[:, :context] = np.tile(cells.reshape(size, -1), self.repeats)
@@ -119,10 +126,6 @@ class Rule110:
         labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
         labels[:, context:] = answers
         return as_batch(input_ids, labels, device)
-
-    def t_of(self, step: int) -> int:
-        """Steps of the automaton in training batch number `step`."""
-        return self.t if self.first_t is None else min(self.t, self.first_t + step // self.stage)
 
     def evaluate(
         self,

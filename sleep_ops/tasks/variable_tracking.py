@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sleep_ops.checks import check_choice, check_counts
+from sleep_ops.checks import check_choice, check_counts, expect
 from sleep_ops.streams import Stream
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import as_batch, by_level, score
+from sleep_ops.tasks.common import as_batch, at_stage, by_level, check_first, score, stages_from
 
 ASKS = ("values", "variables")
 ORDERS = ("forward", "shuffled")
@@ -32,21 +32,24 @@ ORDERS = ("forward", "shuffled")
 class VariableTracking:
     """The variable tracking task.
 
-    chains     of assignments, each from a value of its own; those not asked about distract.
-    hops       assignments from variable to variable in each chain.
-    queries    "values": different variables asked for, from anywhere in any chain; "variables": chains.
-    ask        "values": a variable is given, its value the answer; "variables": a value is given, all variables that
-               have it, in their chain's order, are the answer.
-    order      "forward": a variable is assigned before it is read, as in a program; "shuffled": in any order.
-    variables  tokens that are variables; those of a sequence all differ.
-    values     tokens that are values; those of a sequence all differ.
-    window     the natural one; it must divide the statements' 3 chains (hops + 1) tokens.
+    chains      of assignments, each from a value of its own; those not asked about distract.
+    hops        assignments from variable to variable in each chain.
+    first_hops  a curriculum, of "values": the most hops that training's first stage asks about, one more in each that
+                follows; None for `hops` from the start.
+    queries     "values": different variables asked for, from anywhere in any chain; "variables": chains.
+    ask         "values": a variable is given, its value the answer; "variables": a value is given, all variables that
+                have it, in their chain's order, are the answer.
+    order       "forward": a variable is assigned before it is read, as in a program; "shuffled": in any order.
+    variables   tokens that are variables; those of a sequence all differ.
+    values      tokens that are values; those of a sequence all differ.
+    window      the natural one; it must divide the statements' 3 chains (hops + 1) tokens.
 
     Tokens are the variables, the values, then [=] and [?].
     """
 
     chains: int = 4
     hops: int = 7
+    first_hops: int | None = None
     queries: int = 4
     ask: str = "values"
     order: str = "forward"
@@ -65,6 +68,10 @@ class VariableTracking:
         most = self.chains if self.ask == "variables" else self.statements
         if self.queries > most:
             raise ValueError(f"queries: expected at most {most} with ask={self.ask!r}, got {self.queries}")
+        # Of so few hops there have to be as many variables as are asked for.
+        check_first(self, "first_hops", -(-self.queries // self.chains) - 1, self.hops)
+        by_value = self.first_hops is None or self.ask == "values"
+        expect(by_value, "first_hops", f"None with ask={self.ask!r}", self.first_hops)
         if self.context % self.window:
             raise ValueError(f"window: expected a divisor of the statements' {self.context} tokens, got {self.window}")
 
@@ -90,11 +97,22 @@ class VariableTracking:
     def vocab_size(self) -> int:
         return self.variables + self.values + 2
 
+    @property
+    def stages(self) -> int:
+        return stages_from(self.first_hops, self.hops)
+
     def to_dict(self) -> dict:
         return {"name": self.name, **asdict(self)}
 
     def batch(
-        self, seed: int, step: int, size: int, device: torch.device | str = "cpu", *, split: str = "train"
+        self,
+        seed: int,
+        step: int,
+        size: int,
+        device: torch.device | str = "cpu",
+        *,
+        split: str = "train",
+        stage: int | None = None,
     ) -> Batch:
         """Batch number `step` of the stream (seed, split): `size` sequences of `seq_len` tokens.
 
@@ -114,7 +132,9 @@ class VariableTracking:
         statements[..., 2] = read.reshape(size, -1)[rows, order]
 
         if self.ask == "values":
-            asked = stream.distinct(self.statements, size, self.queries)
+            near = 1 + at_stage(stage, self.first_hops, self.hops)  # variables of a chain that may be asked for
+            asked = stream.distinct(self.chains * near, size, self.queries)
+            asked = asked // near * (self.hops + 1) + asked % near
             given = variables.reshape(size, -1)[rows, asked]
             answers = values[rows, asked // (self.hops + 1)][..., None]
         else:

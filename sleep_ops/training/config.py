@@ -67,6 +67,8 @@ class TrainConfig:
                           "curriculum" rises from 1 to N. It depends on seed and step alone. Evaluation has the model's
                           N always.
     curriculum            fraction of the steps over which a curriculum's N rises.
+    stage_loss            of a task with stages of difficulty: the mean loss of 20 steps, nats per label, with which the
+                          next one begins. Evaluation is at the last one always.
     stop_at               end the run early, once an evaluation reaches this value of the task's metric; None: don't.
     patience              end it early, after this many evaluations in a row that were no better than the best; None:
                           don't.
@@ -112,6 +114,7 @@ class TrainConfig:
     trainable: str = "all"
     passes_schedule: str = "fixed"
     curriculum: float = 0.5
+    stage_loss: float = 0.1
     stop_at: float | None = None
     patience: int | None = None
     parallel: str = "ddp"
@@ -157,6 +160,8 @@ class TrainConfig:
         check_choice("passes_schedule", self.passes_schedule, PASSES_SCHEDULES)
         if not 0 < self.curriculum <= 1:
             raise ValueError(f"curriculum: expected a number in (0, 1], got {self.curriculum!r}")
+        if not 0 < self.stage_loss < math.inf:
+            raise ValueError(f"stage_loss: expected a number > 0, got {self.stage_loss!r}")
         if self.stop_at is not None and not math.isfinite(self.stop_at):
             raise ValueError(f"stop_at: expected a finite number or None, got {self.stop_at!r}")
         if self.patience is not None:

@@ -52,10 +52,11 @@ from sleep_ops.training.run import (
     select_parameters,
 )
 from sleep_ops.training.signals import noted
+from sleep_ops.training.stages import Stages
 from sleep_ops.training.usage import ModelFlops, peak_flops, peak_memory
 
 _COLUMNS = [
-    *("step", "tokens", "loss", "grad_norm", "lr_muon", "lr_adamw", "passes", "skipped"),
+    *("step", "tokens", "loss", "grad_norm", "lr_muon", "lr_adamw", "passes", "stage", "skipped"),
     *("tokens_per_second", "mfu", "peak_memory"),
 ]
 _EVAL_SEED = 0
@@ -152,6 +153,7 @@ class Trainer:
             self.graphs = StepGraphs(self.model, partial(autocast, t.precision, self.device))
         self.flops, self.peak = ModelFlops(self.model), peak_flops(self.device)
         self.step, self.skipped, self.skipped_in_row, self.seconds = 0, 0, 0, 0.0
+        self.stages = Stages(self.task, t.stage_loss)
         self._saving: Saving | None = None
         self._told: set[str] = set()  # on the console, once each
         self.best: float | None = None  # of the evaluations, and how many since were no better
@@ -213,6 +215,10 @@ class Trainer:
                 now = time.perf_counter()
                 self.seconds += now - mark
                 row["tokens_per_second"] = self._tokens(self.step - mark_step) / (now - mark)
+                row["stage"] = self.stages.arguments.get("stage", 0)
+                if self.stages.risen(row["loss"]):
+                    coming.cancel()
+                    coming = pool.submit(self._make_batch, self.step)
                 row["mfu"] = row.pop("flops") / (now - mark) / (self.world.size * self.peak)
                 row["peak_memory"] = peak_memory(self.device)
                 mark, mark_step = now, self.step
@@ -225,7 +231,7 @@ class Trainer:
                         f"gradient that is not finite (last loss {row['loss']}); try a lower learning rate"
                     )
                 if self.step == t.steps or (t.eval_every and self.step % t.eval_every == 0):
-                    evaluation = self.evaluate()
+                    evaluation = self.evaluate() | self.stages.arguments
                     self._judge(evaluation[self.task.metric])
                     log.evaluation(self.step, self._tokens(self.step), evaluation)
                     name = self.task.metric
@@ -268,7 +274,7 @@ class Trainer:
             "seconds": self.seconds,
             "best": self.best,
             "stale": self.stale,
-        }
+        } | self.stages.state()
         keep = self.config.train.keep_checkpoints
         folder = self.out / CHECKPOINTS
         self._saving = save_checkpoint(folder, self.step, tensors, state, keep=keep, world=self.world)
@@ -426,7 +432,8 @@ class Trainer:
         return -value if self.task.metric == "loss" else value
 
     def _make_batch(self, step: int) -> Batch:
-        batch = self.task.batch(self.config.train.seed, step, self.config.train.batch_size)
+        t = self.config.train
+        batch = self.task.batch(t.seed, step, t.batch_size, **self.stages.arguments)
         return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _tokens(self, steps: int) -> int:
@@ -490,6 +497,7 @@ class Trainer:
         self.step, self.seconds = checkpoint.step, state["seconds"]
         self.skipped, self.skipped_in_row = state["skipped"], state["skipped_in_row"]
         self.best, self.stale = state["best"], state["stale"]
+        self.stages.restore(state)
 
     def _stopped(self) -> bool:
         """Whether any process has been sent a signal."""
