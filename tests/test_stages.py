@@ -14,19 +14,26 @@ TASK = Rule110(t=2, strings=2, bits=6, first_t=0)
 
 
 def test_a_stage_is_learnt_when_twenty_losses_say_so():
-    stages = Stages(TASK, 0.5)
+    stages = Stages(TASK, 0.5, 80)
     assert stages.arguments == {"stage": 0}
-    assert not any(
-        stages.risen(x) for x in [1.0, *[0.4] * 18, math.nan, *[0.4] * 19]
-    )  # of the last 20, one isn't a number
-    assert stages.risen(0.4) and stages.arguments == {"stage": 1}
-    assert not any(stages.risen(0.0) for _ in range(19)) and stages.risen(10.0)  # their mean is 0.5
-    assert not any(stages.risen(0.0) for _ in range(99)) and stages.arguments == {"stage": 2}
+    # Of the last 20 there is always one that isn't a number.
+    assert not any(stages.risen(0, x) for x in [1.0, *[0.4] * 18, math.nan, *[0.4] * 19])
+    assert stages.risen(0, 0.4) and stages.arguments == {"stage": 1}
+    assert not any(stages.risen(0, 0.0) for _ in range(19)) and stages.risen(0, 10.0)  # their mean is 0.5
+    assert not any(stages.risen(0, 0.0) for _ in range(99)) and stages.arguments == {"stage": 2}
 
 
 def test_a_task_without_stages_is_asked_for_none():
-    stages = Stages(Rule110(t=2), 0.5)
-    assert not any(stages.risen(0.0) for _ in range(99)) and stages.arguments == {}
+    stages = Stages(Rule110(t=2), 0.5, 80)
+    assert not any(stages.risen(0, 0.0) for _ in range(99)) and stages.arguments == {}
+
+
+def test_the_learning_rate_rises_again_with_every_further_stage():
+    stages = Stages(TASK, 0.5, 3)
+    for step in range(1, 21):
+        assert stages.learning_rate_factor(step) == 1
+        stages.risen(step, 0.0)
+    assert [stages.learning_rate_factor(step) for step in range(20, 25)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 class Noting:

@@ -180,6 +180,7 @@ def test_learning_rate_schedule():
         ({"profile": 3}, "profile"),
         ({"stage_loss": 0.0}, "stage_loss"),
         ({"stage_loss": math.inf}, "stage_loss"),
+        ({"stage_warmup": -1}, "stage_warmup"),
     ],
     ids=str,
 )

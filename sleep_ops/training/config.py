@@ -69,6 +69,7 @@ class TrainConfig:
     curriculum            fraction of the steps over which a curriculum's N rises.
     stage_loss            of a task with stages of difficulty: the mean loss of 20 steps, nats per label, with which the
                           next one begins. Evaluation is at the last one always.
+    stage_warmup          steps over which the learning rate rises again at the beginning of each further stage.
     stop_at               end the run early, once an evaluation reaches this value of the task's metric; None: don't.
     patience              end it early, after this many evaluations in a row that were no better than the best; None:
                           don't.
@@ -115,6 +116,7 @@ class TrainConfig:
     passes_schedule: str = "fixed"
     curriculum: float = 0.5
     stage_loss: float = 0.1
+    stage_warmup: int = 80
     stop_at: float | None = None
     patience: int | None = None
     parallel: str = "ddp"
@@ -130,7 +132,7 @@ class TrainConfig:
         if isinstance(self.profile, list):
             object.__setattr__(self, "profile", tuple(self.profile))
         check_counts(self, steps=1, batch_size=1, seed=0, max_skipped=1, eval_every=0, eval_samples=1)
-        check_counts(self, checkpoint_every=0, keep_checkpoints=1)
+        check_counts(self, checkpoint_every=0, keep_checkpoints=1, stage_warmup=0)
         if self.seed >= 2**63:
             raise ValueError(f"seed: expected an integer < 2^63, got {self.seed}")
         for name in ("lr_muon", "lr_adamw", "grad_clip"):

@@ -10,30 +10,38 @@ class Stages:
 
     The next one begins after 20 steps at the one before with a mean loss of at most `loss`, nats per label. How long a
     stage takes differs between seeds by a factor of several, so that none of fixed length is right for all.
+
+    The learning rate then rises from 0 again, over `warmup` steps. In a new stage a model is worse than one that knows
+    nothing, and at full rate it may forget all it has learnt before it finds what is to be added.
     """
 
-    def __init__(self, task: Task, loss: float):
-        self._count, self._loss = getattr(task, "stages", 1), loss
-        self._stage, self._losses = 0, []  # type: int, list[float]
+    def __init__(self, task: Task, loss: float, warmup: int):
+        self._count, self._loss, self._warmup = getattr(task, "stages", 1), loss, warmup
+        self._stage, self._began, self._losses = 0, None, []  # type: int, int | None, list[float]
 
     @property
     def arguments(self) -> dict:
         """What a task's `batch` takes of it; nothing where there is one stage."""
         return {"stage": self._stage} if self._count > 1 else {}
 
-    def risen(self, loss: float) -> bool:
-        """Whether with this step's `loss` the next stage begins."""
+    def learning_rate_factor(self, step: int) -> float:
+        """The factor on both learning rates at `step` (0-based)."""
+        return 1.0 if self._began is None else min(1.0, (step - self._began + 1) / (self._warmup + 1))
+
+    def risen(self, step: int, loss: float) -> bool:
+        """Whether the next stage begins with `step`, after one that had this loss."""
         if self._stage == self._count - 1:
             return False
         self._losses = [*self._losses, loss][-_STEPS:]
         if len(self._losses) < _STEPS or not sum(self._losses) / _STEPS <= self._loss:
             return False
-        self._stage, self._losses = self._stage + 1, []
+        self._stage, self._began, self._losses = self._stage + 1, step, []
         return True
 
     def state(self) -> dict:
         """Of a checkpoint."""
-        return {"stage": self._stage, "stage_losses": self._losses}
+        return {"stage": self._stage, "stage_began": self._began, "stage_losses": self._losses}
 
     def restore(self, state: dict) -> None:
-        self._stage, self._losses = state.get("stage", 0), list(state.get("stage_losses", []))
+        if "stage" in state:
+            self._stage, self._began, self._losses = (state[f"stage{x}"] for x in ("", "_began", "_losses"))

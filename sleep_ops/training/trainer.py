@@ -153,7 +153,7 @@ class Trainer:
             self.graphs = StepGraphs(self.model, partial(autocast, t.precision, self.device))
         self.flops, self.peak = ModelFlops(self.model), peak_flops(self.device)
         self.step, self.skipped, self.skipped_in_row, self.seconds = 0, 0, 0, 0.0
-        self.stages = Stages(self.task, t.stage_loss)
+        self.stages = Stages(self.task, t.stage_loss, t.stage_warmup)
         self._saving: Saving | None = None
         self._told: set[str] = set()  # on the console, once each
         self.best: float | None = None  # of the evaluations, and how many since were no better
@@ -216,7 +216,7 @@ class Trainer:
                 self.seconds += now - mark
                 row["tokens_per_second"] = self._tokens(self.step - mark_step) / (now - mark)
                 row["stage"] = self.stages.arguments.get("stage", 0)
-                if self.stages.risen(row["loss"]):
+                if self.stages.risen(self.step, row["loss"]):
                     coming.cancel()
                     coming = pool.submit(self._make_batch, self.step)
                 row["mfu"] = row.pop("flops") / (now - mark) / (self.world.size * self.peak)
@@ -324,7 +324,7 @@ class Trainer:
         Skipped, but counted, where the loss or the gradient norm is not finite.
         """
         t = self.config.train
-        factor = t.learning_rate_factor(self.step)
+        factor = t.learning_rate_factor(self.step) * self.stages.learning_rate_factor(self.step)
         rates = {"muon": t.lr_muon * factor, "adamw": t.lr_adamw * factor}
         passes = self._scheduled_passes()
         loss = self._loss_and_gradients(batch)
