@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,12 @@ def test_the_papers_rule_110_is_the_default_of_the_library():
     settings["task"]["name"] = "rule110"
     config = run_config("rule110", settings)
     assert config.train == TrainConfig() and config.task == Rule110().to_dict()
+
+
+def test_the_stage_of_training_is_told(tmp_path):
+    text = run("train", "rule110", *SMALL, "--steps", 30, "--first-t", 1, "--stage-loss", 99, "--out", tmp_path / "run")
+    assert re.search(r"stage of training *│ 1 ", text)
+    assert [row["stage"] for row in read(tmp_path / "run/eval.csv")] == ["0"] * 6 + ["1"] * 4
 
 
 def test_train_eval_and_resume(tmp_path):

@@ -60,8 +60,9 @@ def print_evaluations(console: Console, task, found: list[tuple]) -> None:
     title = "sequences training never shows" if getattr(task, "held_out", 0) else "fresh sequences"
     chance = task.chance()
     table = Table("", *(f"N = {n}" for n, _ in found), "chance", title=f"accuracy on {title}")
+    counts = {"stage": "stage of training", "samples": "sequences"}
     for name in found[0][1]:
-        if name in ("samples", "exact_stderr"):
+        if name == "exact_stderr" or name in counts:
             continue
         form = "{:.4f}".format if "loss" in name else "{:.2%}".format
         cells = [form(r[name]) for _, r in found]
@@ -69,5 +70,7 @@ def print_evaluations(console: Console, task, found: list[tuple]) -> None:
             cells = [f"{cell} +/- {r['exact_stderr']:.2%}" for cell, (_, r) in zip(cells, found, strict=True)]
         guess = chance.get(name, chance.get("majority") if name == task.metric else None)
         table.add_row(name, *cells, "" if guess is None else form(guess))
-    table.add_row("sequences", *(f"{r['samples']:.0f}" for _, r in found), "")
+    for name, title in counts.items():
+        if name in found[0][1]:
+            table.add_row(title, *(f"{r[name]:.0f}" for _, r in found), "")
     console.print(table)
