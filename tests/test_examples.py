@@ -21,7 +21,7 @@ def read(notebook: Path) -> dict:
 
 @pytest.mark.slow
 def test_a_memory_saved_by_one_session_answers_in_another(tmp_path):
-    right = runpy.run_path(EXAMPLES / "persistent_memory.py")["main"](["--out", str(tmp_path), "--steps", "330"])
+    right = runpy.run_path(str(EXAMPLES / "persistent_memory.py"))["main"](["--out", str(tmp_path), "--steps", "330"])
     assert right > 0.3  # guessing: 0.03; one document's numbers guessed at random: 0.125
     with safe_open(tmp_path / "memory.safetensors", framework="pt") as file:
         names = set(file.keys())
