@@ -1,14 +1,14 @@
-"""The gradients of chunk_grad for chunks of 64 tokens, whose sums are too many to be formed at once: in three stages.
+"""The gradients of chunk_grad for chunks of 64 tokens, whose sums are too many to be formed at once: in two stages.
 
 Notation of chunk_grad.py. A program takes one chunk and query/key head through all of them, so that what it reads more
 than once comes from nearer than the GPU's memory. Between stages stand, in k's dtype but for dG:
 
     values     e^{G_C - G} U, dY, ds, dKK, dbeta, and dG but for its part through Q S0
-    queries    dQ = scale e^G dO S0^T + ds K, the rest of dG
-    keys       dK = ds^T Q + (e^{G_C - G} U) dS1^T - e^G dY S0^T + (dKK + dKK^T) K
+    keys       dQ = scale e^G dO S0^T + ds K, the rest of dG
+               dK = ds^T Q + (e^{G_C - G} U) dS1^T - e^G dY S0^T + (dKK + dKK^T) K
 
-Over the tiles of values the first one carries [C, C] sums, the others one of [C, K]. The terms of dG in QK and M are
-formed from ds and dKK as rounded for the products with K and Q, so that rows still cancel columns. <S0, dS1> is the
+Over the tiles of values the first one carries [C, C] sums, the second one two of [C, K]. The terms of dG in QK and M
+are formed from ds and dKK as rounded for the products with K and Q, so that rows still cancel columns. <S0, dS1> is the
 trace of a product, so that no tile that a product reads is read into registers too.
 """
 
@@ -126,69 +126,73 @@ def values_head(b_q, b_k, tokens, prepared, states, cotangents, values, gradient
         if prepared.A is not None:
             b_dL += tl.dot((-b_dX).to(dtype), b_UT, input_precision="ieee")  # -dX U^T  [C, C]
 
-    b_dP = tl.full([dims.C, dims.C], 0.0, G_DTYPE)
+    b_written = tl.where(o_i < num_rows - 1, b_written, 0.0)  # as in chunk_grad.py
+    b_dG = -b_beta * b_read - b_written
     if cotangents.output is not None:
         b_ds = (scale * b_dQK * pair_decay(b_G, o_i[:, None] >= o_i[None, :])).to(dtype)
         store_square(values.ds, b_ds, chunk, dims)
         b_dQKQK = (b_ds * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")).to(G_DTYPE)  # Q K^T  [C, C]
-        b_dP += tl.where(o_i[:, None] > o_i[None, :], b_dQKQK, 0.0)  # as in chunk_grad.py
+        b_dQKQK = tl.where(o_i[:, None] > o_i[None, :], b_dQKQK, 0.0)  # as in chunk_grad.py
+        b_dG += tl.sum(b_dQKQK, 1) - tl.sum(b_dQKQK, 0)
     if prepared.A is not None:
         b_dl = b_dL * pair_decay(b_G, o_i[:, None] > o_i[None, :])
         b_kk = tl.dot(b_k, tl.trans(b_k), input_precision="ieee")  # K K^T  [C, C]
         b_dbeta += tl.sum((b_dl * b_kk).to(G_DTYPE), 1)
         b_dKK = (b_beta[:, None] * b_dl).to(dtype)
         store_square(values.dKK, b_dKK, chunk, dims)
-        b_dP += (b_dKK * b_kk).to(G_DTYPE)
+        b_dKKKK = (b_dKK * b_kk).to(G_DTYPE)
+        b_dG += tl.sum(b_dKKKK, 1) - tl.sum(b_dKKKK, 0)
     SdS = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_SdS, 0.0).to(G_DTYPE))
-    b_written = tl.where(o_i < num_rows - 1, b_written, 0.0)  # as in chunk_grad.py
-    b_dG = tl.sum(b_dP, 1) - tl.sum(b_dP, 0) - b_beta * b_read - b_written
     b_dG += tl.where(o_i == num_rows - 1, decay(G_C) * SdS + tl.sum(b_written), 0.0)
     store_vector(values.dG, b_dG * LN2, chunk, dims)
     store_vector(gradients.beta, b_dbeta, chunk, dims)
 
 
 @triton.jit
-def queries_head(b_dq, b_q, b_k, prepared, states, cotangents, values, gradients, chunk, scale, dims: tl.constexpr):
-    """dq [C, BK] with one value head's part added; its dG, which is complete now, is stored."""
+def keys_head(
+    b_dq, b_dk, b_k, tokens, prepared, states, cotangents, values, gradients, chunk, scale, dims: tl.constexpr
+):
+    """dq and dk [C, BK] with one value head's part added; its dG, which is complete now, is stored."""
     o_k = tl.arange(0, dims.BK)
     G_DTYPE: tl.constexpr = prepared.G.dtype.element_ty
-    b_dqS = tl.full([dims.C, dims.BK], 0.0, tl.float32)
-    for i_v in range(0, dims.tiles):
-        o_v = i_v * dims.BV + tl.arange(0, dims.BV)
-        b_dO = load_columns(cotangents.output, chunk, o_v, dims.V, dims.V, dims)
-        b_S = load_tile(states + chunk.number * dims.K * dims.V, o_k, o_v, dims.V, dims.K, dims.V)
-        b_dqS += tl.dot(b_dO, tl.trans(b_S), input_precision="ieee")  # dO S0^T  [C, BK]
-    b_dqS *= scale * decay(load_vector(prepared.G, chunk, dims))[:, None]
-    b_dG = tl.sum((b_q * b_dqS).to(G_DTYPE), 1)
-    store_vector(gradients.g, load_vector(values.dG, chunk, dims) + b_dG * LN2, chunk, dims)
-    b_ds = load_square(values.ds, chunk, dims)
-    return b_dq + b_dqS + tl.dot(b_ds, b_k, input_precision="ieee")  # ds K  [C, BK]
-
-
-@triton.jit
-def keys_head(b_dk, b_q, b_k, prepared, states, cotangents, values, chunk, dims: tl.constexpr):
-    """dk [C, BK] with one value head's part added."""
-    o_k = tl.arange(0, dims.BK)
     b_e = decay(load_vector(prepared.G, chunk, dims))
+    if cotangents.output is not None:
+        b_q = load_queries(tokens, chunk, dims)
+        # <q, this head's part of dq> as a difference, as in chunk_grad.py
+        b_dG = load_vector(values.dG, chunk, dims) - LN2 * tl.sum((b_q * b_dq).to(G_DTYPE), 1)
+        b_dqS = tl.full([dims.C, dims.BK], 0.0, tl.float32)
     for i_v in range(0, dims.tiles):
         o_v, num_cols, column0, _ = state_columns(i_v, dims)
         o_state = chunk.number * dims.K * dims.width + column0
         b_U = load_columns(values.U_decayed + column0, chunk, o_v, dims.width, num_cols, dims)
         b_dS = load_tile(cotangents.state + o_state, o_k, o_v, dims.width, dims.K, num_cols)
         b_dk += tl.dot(b_U, tl.trans(b_dS), input_precision="ieee")  # (e^{G_C - G} U) dS1^T  [C, BK]
+        b_S = load_tile(states + o_state, o_k, o_v, dims.width, dims.K, num_cols)
+        if cotangents.output is not None:
+            b_dO = load_columns(cotangents.output, chunk, o_v, dims.V, dims.V, dims)
+            if values.dKK is None:
+                # Scaled below: Triton would overwrite a left operand in registers too early, as no product follows.
+                b_dqS += tl.dot(b_dO, tl.trans(b_S), input_precision="ieee")  # dO S0^T  [C, BK]
+            else:
+                b_dOe = (scale * b_e[:, None] * b_dO.to(tl.float32)).to(b_U.dtype)
+                b_dq += tl.dot(b_dOe, tl.trans(b_S), input_precision="ieee")  # scale e^G dO S0^T  [C, BK]
         if values.dKK is not None:
             b_dY = load_columns(values.dY + column0, chunk, o_v, dims.width, num_cols, dims)
             b_dkS = (-b_e[:, None] * b_dY.to(tl.float32)).to(b_U.dtype)
-            b_S = load_tile(states + o_state, o_k, o_v, dims.width, dims.K, num_cols)
             b_dk += tl.dot(b_dkS, tl.trans(b_S), input_precision="ieee")  # -e^G dY S0^T  [C, BK]
+    if cotangents.output is not None:
+        if values.dKK is None:
+            b_dq += scale * b_e[:, None] * b_dqS
+        b_dG += LN2 * tl.sum((b_q * b_dq).to(G_DTYPE), 1)
+        store_vector(gradients.g, b_dG, chunk, dims)
+        b_ds = load_square(values.ds, chunk, dims)
+        b_dq += tl.dot(b_ds, b_k, input_precision="ieee")  # ds K  [C, BK]
+        b_dk += tl.dot(tl.trans(b_ds), b_q, input_precision="ieee")  # ds^T Q  [C, BK]
     if values.dKK is not None:
         b_dKK = load_square(values.dKK, chunk, dims)
-        b_dk += tl.dot(b_dKK, b_k, input_precision="ieee")  # dKK K  [C, BK]
-        b_dk += tl.dot(tl.trans(b_dKK), b_k, input_precision="ieee")  # dKK^T K  [C, BK]
-    if values.ds is not None:
-        b_ds = load_square(values.ds, chunk, dims)
-        b_dk += tl.dot(tl.trans(b_ds), b_q, input_precision="ieee")  # ds^T Q  [C, BK]
-    return b_dk
+        b_dKK += tl.trans(b_dKK)  # exact: no place holds numbers of both
+        b_dk += tl.dot(b_dKK, b_k, input_precision="ieee")  # (dKK + dKK^T) K  [C, BK]
+    return b_dq, b_dk
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs"])
@@ -219,18 +223,15 @@ def chunk_grad_long_kernel(
         chunk = Chunk(start, num_rows, i_h, i_hv, number0 + i_hv)
         values_head(b_q, b_k, tokens, prepared, states, cotangents, values, gradients, chunk, scale, dims)
     tl.debug_barrier()
-    if cotangents.output is not None:
-        b_q = load_queries(tokens, rows, dims)  # again: a sum reads it, which would hold registers from the start
-        b_dq = tl.full([dims.C, dims.BK], 0.0, tl.float32)
-        for i_hv in range(first, last):
-            chunk = Chunk(start, num_rows, i_h, i_hv, number0 + i_hv)
-            b_dq = queries_head(b_dq, b_q, b_k, prepared, states, cotangents, values, gradients, chunk, scale, dims)
-        store_key_gradient(gradients.q, b_dq, tokens.q, tokens.stride_q, prepared.rq, rows, dims)
-        tl.debug_barrier()
+    b_dq = tl.full([dims.C, dims.BK], 0.0, tl.float32)
     b_dk = tl.full([dims.C, dims.BK], 0.0, tl.float32)
     for i_hv in range(first, last):
         chunk = Chunk(start, num_rows, i_h, i_hv, number0 + i_hv)
-        b_dk = keys_head(b_dk, b_q, b_k, prepared, states, cotangents, values, chunk, dims)
+        b_dq, b_dk = keys_head(
+            b_dq, b_dk, b_k, tokens, prepared, states, cotangents, values, gradients, chunk, scale, dims
+        )
+    if cotangents.output is not None:
+        store_key_gradient(gradients.q, b_dq, tokens.q, tokens.stride_q, prepared.rq, rows, dims)
     store_key_gradient(gradients.k, b_dk, tokens.k, tokens.stride_k, prepared.rk, rows, dims)
 
 

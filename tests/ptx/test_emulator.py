@@ -26,6 +26,19 @@ def test_elementwise(arch, dtype):
     assert not emulator.reports, emulator.summary()
 
 
+@pytest.mark.parametrize("arch", [90, 80])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_in_the_type_of_their_terms(arch, dtype):
+    """Two of 16 bits are added at a time."""
+    x, y = torch.randn(2, 512, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    y[::3] *= 2**-9
+    z = nan(512).to(x.dtype)
+    with emulated(arch) as emulator:
+        toys.sum_kernel[(1,)](x, y, z, BLOCK=512)
+    assert torch.equal(z, x + y)
+    assert not emulator.reports, emulator.summary()
+
+
 def test_integers():
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randint(-1000, 1000, (128,), generator=generator, dtype=torch.int32) for _ in range(2))

@@ -14,6 +14,13 @@ def elementwise_kernel(x, y, z, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def sum_kernel(x, y, z, BLOCK: tl.constexpr):
+    """z = x + y, in their type."""
+    o = tl.arange(0, BLOCK)
+    tl.store(z + o, tl.load(x + o) + tl.load(y + o))
+
+
+@triton.jit
 def unmasked_kernel(x, z, BLOCK: tl.constexpr):
     """z = x, BLOCK elements of it whatever there are."""
     o = tl.arange(0, BLOCK)

@@ -24,6 +24,18 @@ def to_f16(x):
     return x.astype(F2).view(B2)
 
 
+def unpacked(x, type_):
+    """The two numbers of a word of bf16x2 or f16x2: [...] to float64 [..., 2]."""
+    halves = np.ascontiguousarray(x)[..., None].view(B2)
+    return (from_bf16(halves) if type_ == "bf16x2" else halves.view(F2)).astype(F8)
+
+
+def packed(x, type_):
+    """The inverse, rounded by way of float32."""
+    halves = (to_bf16 if type_ == "bf16x2" else to_f16)(x.astype(F4))
+    return np.ascontiguousarray(halves).view(B4)[..., 0]
+
+
 def to_tf32(x):
     """To the nearest, ties away from zero."""
     return np.where(np.isfinite(x), ((x.view(B4) + B4(0x1000)) & B4(0xFFFFE000)).view(F4), x)

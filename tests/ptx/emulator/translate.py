@@ -129,6 +129,9 @@ class Translator(MemoryInstructions):
         type_ = ins.parts[-1]
         if root in UNARY:
             value = UNARY[root].format(a=self.read(ins.operands[1], type_))
+        elif root == "add" and ins.parts[1:] in (["bf16x2"], ["f16x2"]):
+            a, b = (f"unpacked(m.full({self.read(x, type_)}), {type_!r})" for x in ins.operands[1:3])
+            return self.write(ins.operands[0], f"packed({a} + {b}, {type_!r})", type_, ins)
         elif root in BINARY:
             a, b = (self.read(x, type_) for x in ins.operands[1:3])
             value = BINARY[root].format(a=a, b=b)
@@ -286,6 +289,9 @@ class Translator(MemoryInstructions):
     def op_fma(self, ins):
         """Rounded once: computed in more bits than the result has."""
         type_ = ins.parts[-1]
+        if ins.parts[1:] in (["rn", "bf16x2"], ["rn", "f16x2"]):
+            a, b, c = (f"unpacked(m.full({self.read(x, type_)}), {type_!r})" for x in ins.operands[1:])
+            return self.write(ins.operands[0], f"packed({a} * {b} + {c}, {type_!r})", type_, ins)
         if type_ not in ("f32", "f64"):
             raise Unsupported("arithmetic in this type")
         wide, narrow = ("F8", "F4") if type_ == "f32" else ("np.longdouble", "F8")
