@@ -123,21 +123,22 @@ def segment_transition(
 
 def replay(
     transition: Transition, start: Tensor | None, passes: int | float, windows: Windows, output_pass: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor]:
     """`passes` passes over each window in turn: the states that pass 1 or N of each window starts from, and the last.
 
     transition: the windows' maps, P [windows, HV, K, K]; start [num_seqs, HV, K, V], None for zero. Returns states
-    [windows, HV, K, V] before each window's `output_pass` ("first" or "last") and the final ones [num_seqs, HV, K, V].
+    [windows, HV, K, V] before each window's `output_pass` ("first" or "last"; None for zero), and the final ones
+    [num_seqs, HV, K, V].
     A window that changes nothing (P = I, R = 0: no tokens, or closed gates) hands on its state, however many passes.
     NoFixedPoint for passes = math.inf where those over another window don't converge.
 
     For the backward P, R and start are kept; the powers, up to 2 log2 N maps a window, are computed again there, and
     held together until it is through (torch.compile decides for itself what to keep).
     """
-    R = transition.R
-    start = R.new_zeros(windows.num_seqs, *R.shape[1:]) if start is None else start.to(R.dtype)
+    if start is not None:
+        start = start.to(transition.R.dtype)
 
-    def run(P: Tensor, R: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    def run(P: Tensor, R: Tensor, start: Tensor | None) -> tuple[Tensor | None, Tensor]:
         return (_replay_endlessly if passes == math.inf else _replay)(
             Transition(P, R), start, passes, windows, output_pass
         )
@@ -147,8 +148,8 @@ def replay(
     return checkpoint(run, *transition, start, use_reentrant=False, preserve_rng_state=False)
 
 
-def apply_power(transition: Transition, n: int, state: Tensor) -> Tensor:
-    """n passes from `state`: one by one where they are few, else through squares of the map."""
+def apply_power(transition: Transition, n: int, state: Tensor | None) -> Tensor | None:
+    """n passes from `state` (None for zero): one by one where they are few, else through squares of the map."""
     if n <= MAX_APPLICATIONS:
         for _ in range(n):
             state = _apply(transition, state)
@@ -217,7 +218,9 @@ def _fixed_point(transition: Transition) -> Tensor:
     return torch.linalg.solve_ex(_identity(P) - P, R).result
 
 
-def _apply(transition: Transition, state: Tensor) -> Tensor:
+def _apply(transition: Transition, state: Tensor | None) -> Tensor:
+    if state is None:
+        return transition.R
     return transition.P @ flushed(state) + transition.R
 
 

@@ -316,6 +316,10 @@ def _sleep(
             output = first if output_pass == "first" else last
         elif passes != math.inf and is_short(one_pass):
             output, state = replay_short(one_pass, q, state, scale, int(passes), windows, output_pass)
+        elif passes != math.inf and windows.is_whole and q is not None and output_pass == "last":
+            # The last pass leaves the final state itself.
+            _, begin = replay(Transition(*one_pass.transition()), state, int(passes) - 1, windows, output_pass)
+            output, state = one_pass.run(q, begin, scale)
         else:
             try:
                 begin, state = replay(Transition(*one_pass.transition()), state, passes, windows, output_pass)
