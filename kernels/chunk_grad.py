@@ -152,12 +152,15 @@ def value_head_gradient(b_dq, b_dk, gates, tokens, chunk, S0, cotangents, dv, dS
             b_dkS = (-(b_e * b_beta)[:, None] * b_dX).to(dtype)
         if dS0 is not None:
             b_dS0 = tl.full([dims.BK, dims.BV], 0.0, tl.float32)
-            if dS1 is not None:
+            if dS1 is not None and dims.tiles > 1:
                 b_dS0 += decay(G_C) * b_dS
             if d_output is not None:
                 b_dS0 += tl.dot(tl.trans(b_q), b_dqS, input_precision="ieee")  # Q^T (scale e^G dO)  [BK, BV]
             if b_A is not None:
                 b_dS0 += tl.dot(tl.trans(b_k), b_dkS, input_precision="ieee")  # -K^T (e^G dY)  [BK, BV]
+            if dS1 is not None and dims.tiles == 1:
+                # Loaded again: fewer registers than keeping a large tile until here.
+                b_dS0 += decay(G_C) * load_tile(dS1 + o_state, o_k, o_v, dims.width, dims.K, num_cols)
             store_tile(dS0 + o_state, b_dS0, o_k, o_v, dims.width, dims.K, num_cols)
 
         # Loaded again, transposed: fewer registers than keeping the tiles until here.

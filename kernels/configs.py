@@ -117,7 +117,8 @@ def single_chunk_config(
 
     Up to 32 tokens, in float32 or with K > 128 up to 16. One chunk of 64 spills up to 3 kilobytes a thread, and on
     sm_100 compiles to a trap at K = V = 128; one of 32 in float32 spills 1.6. Where a tile of 64 columns is the whole
-    state (K = V = 64) next to nothing spills on sm_90 and sm_100; elsewhere it spills more than one of 32.
+    state (K = V = 64) next to nothing spills on sm_90 and sm_100; elsewhere it spills more than one of 32. Two warps,
+    the row for sm_90, spill half a kilobyte and are predicted to be faster all the same.
     """
     longest, *launches = launch_row(K, V, dtype, arch, SINGLE_CHUNK_LAUNCHES)
     if T > longest:

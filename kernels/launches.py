@@ -7,8 +7,8 @@ row that fits is taken: both tiles before K's alone before none, and for each th
 
 A launch is (columns of the value tile, warps, pipeline stages). Rows of LAUNCHES: tokens of a chunk, and the launches
 of the kernels prepare, scan, reverse and grad. Rows of SINGLE_CHUNK_LAUNCHES: the most tokens for which one launch does
-everything, and the launches of single_chunk_forward and single_chunk_backward. The row for sm90 is predicted to be the
-fastest, not measured.
+everything, and the launches of single_chunk_forward and single_chunk_backward. The rows for sm90 are predicted to be
+the fastest, not measured.
 """
 
 LAUNCHES = {
@@ -23,5 +23,6 @@ SINGLE_CHUNK_LAUNCHES = {
     ("16-bit", None, None, None): (32, (32, 2, 1), (32, 4, 1)),
     ("16-bit", 16, None, None): (32, (16, 1, 1), (16, 1, 1)),
     ("16-bit", 64, 64, None): (32, (32, 1, 1), (64, 4, 1)),
+    ("16-bit", 64, 64, "sm90"): (32, (32, 1, 1), (64, 2, 1)),
     ("16-bit", 256, None, None): (16, (16, 4, 1), (16, 4, 1)),
 }

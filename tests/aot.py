@@ -134,10 +134,21 @@ def normalise_cases(dtype: str, K: int):
 
 
 def single_chunk_cases(
-    K: int, V: int, T: int, dtype: str, *, initial_state: bool = True, groups: int = 1, archs=(80, 90, 100)
+    K: int,
+    V: int,
+    T: int,
+    dtype: str,
+    *,
+    initial_state: bool = True,
+    groups: int = 1,
+    row: str | None = None,
+    archs=(80, 90, 100),
 ):
-    """The kernels of sequences of T tokens that fit one chunk, with gate, sigmoid and normalisation."""
-    config = single_chunk_config(K, V, T, DTYPES[dtype])
+    """The kernels of sequences of T tokens that fit one chunk, with gate, sigmoid and normalisation.
+
+    row: the architecture whose row of the table they are launched by, None for that of any.
+    """
+    config = single_chunk_config(K, V, T, DTYPES[dtype], row)
     x, state = f"*{dtype}", "*fp32" if initial_state else None
     arguments = {
         "tokens": Tokens(x, x, x, None, None, "i32"),
@@ -149,7 +160,7 @@ def single_chunk_cases(
         **{"initial_state": state, "d_initial_state": state, "final_state": "*fp32", "output": x, "partial": "*fp32"},
         **{"scale": "fp32", "T": "i32", "IS_DELTA": True, "BETA_SCALE": 1.0},
     }
-    label = f"{dtype}-K{K}-V{V}-T{T}" + ("" if initial_state else "-fresh")
+    label = f"{dtype}-K{K}-V{V}-T{T}" + ("" if initial_state else "-fresh") + (f"-{row}" if row else "")
     replay = single_chunk_replay.replay_launches(K, V, DTYPES[dtype])
     for kernel, launch in (
         (single_chunk.single_chunk_forward_kernel, config.forward),
@@ -157,6 +168,8 @@ def single_chunk_cases(
         (single_chunk_replay.replay_forward_kernel, replay[0]),
         (single_chunk_replay.replay_backward_kernel, replay[1]),
     ):
+        if row and kernel.__name__.startswith("replay"):
+            continue  # its launches are no rows of the table
         dims = make_dims(4, 4 * groups, K, V, config.chunk, launch.block_v, l2norm=True)
         given = arguments | {"dims": dims}
         name = kernel.__name__.removesuffix("_kernel")
@@ -214,6 +227,7 @@ CASES = [
     *chunk_cases(64, 64, "fp32", archs=(80,)),
     *normalise_cases("bf16", 128),
     *single_chunk_cases(64, 64, 24, "bf16"),
+    *single_chunk_cases(64, 64, 24, "bf16", row="sm90", archs=(90,)),
     *single_chunk_cases(64, 64, 24, "bf16", initial_state=False, archs=(90,)),
     *single_chunk_cases(128, 128, 32, "bf16", groups=2),
     *single_chunk_cases(96, 192, 32, "fp16", groups=2, archs=(90,)),

@@ -239,7 +239,7 @@ def test_the_command_prints_and_writes_the_best_rows(gpu, tmp_path, monkeypatch)
     scope = {}
     exec(path.read_text(), scope)
     assert scope["LAUNCHES"] == table.LAUNCHES | {("16-bit", 128, V, "sm90"): best for V in (128, 256)}
-    short = {("16-bit", 64, 64, "sm90"): (32, (64, 1, 1), (64, 4, 1))}
+    short = {("16-bit", 64, 64, "sm90"): (32, (64, 1, 1), (64, 2, 1))}
     assert scope["SINGLE_CHUNK_LAUNCHES"] == table.SINGLE_CHUNK_LAUNCHES | short
     rows = read(tmp_path / "tune.csv")
     assert list(rows[0]) == tune.COLUMNS
@@ -274,7 +274,7 @@ def test_grad_is_varied_first(gpu):
             ["grad", "reverse", "scan", "prepare"]
         ] * 3
     ((base, varied),) = TuneBenchmark()._searches("rule110")
-    assert base == (32, (32, 1, 1), (64, 4, 1))
+    assert base == (32, (32, 1, 1), (64, 2, 1))
     assert list(varied) == ["single_chunk_backward", "single_chunk_forward"]
 
 
