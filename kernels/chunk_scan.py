@@ -215,7 +215,8 @@ def chunk_scan(
     B, T, H, K = k.shape
     HV, V = v.shape[2:]
     N = B if packing.cu_seqlens is None else packing.num_seqs
-    launch = sweep_launch(config.scan, N * HV, K + V if widened else V, k.device)
+    light = widened and num_chunks is None
+    launch = sweep_launch(config.scan, N * HV, K + V if widened else V, k.device, light=light)
     dims = make_dims(H, HV, K, V, config.chunk, launch.block_v, widened)
     output = final_state = states = None
     if num_chunks is None:
@@ -249,7 +250,7 @@ def chunk_reverse(
     B, T, H, K = tokens.k.shape
     HV, device = prepared.G.shape[1], tokens.k.device
     N = B if packing.cu_seqlens is None else packing.num_seqs
-    launch = sweep_launch(config.reverse, N * HV, width, device)
+    launch = sweep_launch(config.reverse, N * HV, width, device, light=cotangents.output is None)
     dims = make_dims(H, HV, K, width, config.chunk, launch.block_v)
     d_states = torch.empty(num_chunks, HV, K, width, dtype=tokens.k.dtype, device=device)
     d_initial = torch.empty(N, HV, K, width, dtype=torch.float32, device=device) if need_initial else None

@@ -39,15 +39,17 @@ class ChunkConfig(NamedTuple):
     grad: Launch
 
 
-def sweep_launch(launch: Launch, states: int, columns: int, device: torch.device) -> Launch:
-    """The launch of a sweep over so many states of so many columns each.
+def sweep_launch(launch: Launch, states: int, columns: int, device: torch.device, *, light: bool = False) -> Launch:
+    """The launch of a sweep over so many states of so many columns each; a `light` one needs little shared memory.
 
     Where wide tiles leave multiprocessors without a program it has tiles of half the width and one more stage: a chunk
-    then takes a program less time, and that is all the time there is.
+    then takes a program less time, and that is all the time there is. A light one with wide tiles has one more stage.
     """
-    if launch.block_v > 32 and states * triton.cdiv(columns, launch.block_v) < multiprocessors(device):
+    if launch.block_v <= 32:
+        return launch
+    if states * triton.cdiv(columns, launch.block_v) < multiprocessors(device):
         return Launch(launch.block_v // 2, launch.warps, launch.stages + 1)
-    return launch
+    return launch._replace(stages=launch.stages + light)
 
 
 class SingleChunkConfig(NamedTuple):

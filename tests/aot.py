@@ -37,7 +37,7 @@ from sleep_ops.kernels.chunk_prepare import (
     normalise_kernel,
 )
 from sleep_ops.kernels.chunk_scan import chunk_reverse_kernel, chunk_scan_kernel
-from sleep_ops.kernels.configs import block_size, chunk_config, single_chunk_config
+from sleep_ops.kernels.configs import block_size, chunk_config, single_chunk_config, sweep_launch
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # bytes of a multiprocessor
@@ -99,6 +99,9 @@ def chunk_cases(
     config = config._replace(chunk=chunk or config.chunk)
     none = () if packed else ("cu_seqlens", "chunk_offsets")
     widened = (*none, "q", "rq", "output", "initial_state", "d_output", "dq", "ds")
+    light_scan, light_reverse = (
+        sweep_launch(launch, 1, V, torch.device("cpu"), light=True) for launch in (config.scan, config.reverse)
+    )
     label = f"{dtype}-K{K}-V{V}" + ("-packed" if packed else "") + (f"-C{chunk}" if chunk else "")
     name, kernel = "chunk_grad", chunk_grad_kernel
     if config.chunk == 64:
@@ -108,10 +111,10 @@ def chunk_cases(
         ("chunk_prepare", chunk_prepare_kernel, config.prepare, none, V),
         ("chunk_scan", chunk_scan_kernel, config.scan, (*none, "states"), V),
         ("chunk_states", chunk_scan_kernel, config.scan, (*none, "output", "final_state"), V),
-        ("chunk_scan_widened", chunk_scan_kernel, config.scan, (*widened, "states"), V),
+        ("chunk_scan_widened", chunk_scan_kernel, light_scan, (*widened, "states"), V),
         ("chunk_states_widened", chunk_scan_kernel, config.scan, (*widened, "final_state"), V),
         ("chunk_reverse", chunk_reverse_kernel, config.reverse, none, V),
-        ("chunk_reverse_widened", chunk_reverse_kernel, config.reverse, (*widened, "d_initial_state"), K + V),
+        ("chunk_reverse_widened", chunk_reverse_kernel, light_reverse, (*widened, "d_initial_state"), K + V),
         *gradient,
         ("gate_backward", gate_backward_kernel, config.prepare, none, V),
     ):

@@ -52,7 +52,9 @@ def test_hoppers_row():
     gpu = torch.device("cuda")
     with mock.patch.object(configs, "multiprocessors", lambda device: 132):
         assert configs.sweep_launch(config.scan, 66, 128, gpu) == config.scan
+        assert configs.sweep_launch(config.scan, 66, 128, gpu, light=True) == (64, 4, 3)
         assert configs.sweep_launch(config.scan, 65, 128, gpu) == (32, 4, 3)
+        assert configs.sweep_launch(config.scan, 65, 128, gpu, light=True) == (32, 4, 3)
         narrow = chunk_config(128, 128, 1000, torch.bfloat16).scan
         assert configs.sweep_launch(narrow, 1, 128, gpu) == narrow
     assert configs.sweep_launch(config.scan, 1, 128, torch.device("cpu")) == config.scan
