@@ -37,6 +37,7 @@ from sleep_ops.training.memory import LiveBytes
 from sleep_ops.training.optim import build_optimizers
 from sleep_ops.training.parallel import World
 from sleep_ops.training.run import select_parameters
+from sleep_ops.training.stages import Stages
 from sleep_ops.training.trainer import Trainer
 
 _aten = torch.ops.aten
@@ -130,6 +131,7 @@ class Rehearsal(Trainer):
         self.division = Division(self.config.train, self.world)
         self.console, self.graphs, self.step = Console(quiet=True), None, 0
         self.skipped = self.skipped_in_row = 0
+        self.stages = Stages(None, recipe.stage_loss, recipe.stage_warmup)
         self._told, self.count = set(), count
         self.flops = lambda *_: 0  # type: ignore[assignment]
         with torch.device("meta"):

@@ -6,7 +6,7 @@ _STEPS = 20  # whose mean loss says so
 
 
 class Stages:
-    """Which stage of `task` training is at, for tasks that have `stages` (see `Task`).
+    """Which stage of `task` training is at, for tasks that have `stages` (see `Task`); others, and None, have one.
 
     The next one begins after 20 steps at the one before with a mean loss of at most `loss`, nats per label. How long a
     stage takes differs between seeds by a factor of several, so that none of fixed length is right for all.
@@ -15,7 +15,7 @@ class Stages:
     nothing, and at full rate it may forget all it has learnt before it finds what is to be added.
     """
 
-    def __init__(self, task: Task, loss: float, warmup: int):
+    def __init__(self, task: Task | None, loss: float, warmup: int):
         self._count, self._loss, self._warmup = getattr(task, "stages", 1), loss, warmup
         self._stage, self._began, self._losses = 0, None, []  # type: int, int | None, list[float]
 
