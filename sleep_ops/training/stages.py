@@ -17,12 +17,12 @@ class Stages:
 
     def __init__(self, task: Task | None, loss: float, warmup: int):
         self._count, self._loss, self._warmup = getattr(task, "stages", 1), loss, warmup
-        self._stage, self._began, self._losses = 0, None, []  # type: int, int | None, list[float]
+        self.stage, self._began, self._losses = 0, None, []  # type: int, int | None, list[float]
 
     @property
     def arguments(self) -> dict:
         """What a task's `batch` takes of it; nothing where there is one stage."""
-        return {"stage": self._stage} if self._count > 1 else {}
+        return {"stage": self.stage} if self._count > 1 else {}
 
     def learning_rate_factor(self, step: int) -> float:
         """The factor on both learning rates at `step` (0-based)."""
@@ -30,18 +30,19 @@ class Stages:
 
     def risen(self, step: int, loss: float) -> bool:
         """Whether the next stage begins with `step`, after one that had this loss."""
-        if self._stage == self._count - 1:
+        if self.stage == self._count - 1:
             return False
         self._losses = [*self._losses, loss][-_STEPS:]
         if len(self._losses) < _STEPS or not sum(self._losses) / _STEPS <= self._loss:
             return False
-        self._stage, self._began, self._losses = self._stage + 1, step, []
+        self.stage, self._began, self._losses = self.stage + 1, step, []
         return True
 
     def state(self) -> dict:
         """Of a checkpoint."""
-        return {"stage": self._stage, "stage_began": self._began, "stage_losses": self._losses}
+        return {"stage": self.stage, "stage_began": self._began, "stage_losses": self._losses}
 
     def restore(self, state: dict) -> None:
+        """What `state` gave; a run from before there were stages has no such thing."""
         if "stage" in state:
-            self._stage, self._began, self._losses = (state[f"stage{x}"] for x in ("", "_began", "_losses"))
+            self.stage, self._began, self._losses = state["stage"], state["stage_began"], state["stage_losses"]

@@ -215,7 +215,6 @@ class Trainer:
                 now = time.perf_counter()
                 self.seconds += now - mark
                 row["tokens_per_second"] = self._tokens(self.step - mark_step) / (now - mark)
-                row["stage"] = self.stages.arguments.get("stage", 0)
                 if self.stages.risen(self.step, row["loss"]):
                     coming.cancel()
                     coming = pool.submit(self._make_batch, self.step)
@@ -349,6 +348,7 @@ class Trainer:
             "lr_muon": rates["muon"],
             "lr_adamw": rates["adamw"],
             "passes": passes or self.passes or math.nan,
+            "stage": self.stages.stage,
             "skipped": self.skipped,
             "flops": self.flops(batch.loss_mask, passes),
         }
