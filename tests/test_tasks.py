@@ -143,7 +143,7 @@ BAD = {
         {"num_pairs": 0}, {"num_queries": 0}, {"num_queries": 65}, {"vocab_size": 127}, {"vocab_size": 8192.0},
         {"window": 0}, {"window": 24},
     ],
-    WordProblem: [{"group": "S4"}, {"length": 0}, {"loss": "first"}, {"window": -1}],
+    WordProblem: [{"group": "S4"}, {"length": 0}, {"loss": "first"}, {"window": -1}, {"alphabet": "letters"}],
     VariableTracking: [
         {"chains": 0}, {"hops": -1}, {"queries": 0}, {"queries": 33}, {"queries": 5, "ask": "variables"},
         {"ask": "names"}, {"order": "backward"}, {"variables": 31}, {"values": 3}, {"window": 0}, {"window": 25},

@@ -1,5 +1,7 @@
 """The word problem: groups against their axioms, products against permuting five things one element at a time."""
 
+import itertools
+
 import pytest
 import torch
 from answering import Answering, Guessing
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sleep_ops.tasks import IGNORE_INDEX, WordProblem
-from sleep_ops.tasks.word_problem import elements, product_table
+from sleep_ops.tasks.word_problem import elements, letters, product_table
 
 
 def even(p):
@@ -62,6 +64,7 @@ tasks = st.builds(
     length=st.integers(1, 40),
     loss=st.sampled_from(["every", "last"]),
     window=st.integers(1, 16),
+    alphabet=st.sampled_from(["group", "generators"]),
 )
 
 
@@ -87,6 +90,37 @@ def test_elements_are_uniform():
     counts = torch.stack([column.bincount(minlength=60) for column in words.T]).double()
     assert counts.shape == (10, 60)
     assert (((counts - 100) ** 2 / 100).sum(1) < 59 + 6 * 118**0.5).all()
+
+
+@pytest.mark.parametrize("group", ["S5", "A5"])
+def test_two_elements_generate_the_group(group):
+    two = letters(group, "generators").tolist()
+    assert len(two) == 2
+    words = WordProblem(group, 20, alphabet="generators").batch(0, 0, 100).input_ids
+    assert words.unique().tolist() == sorted(two)
+    found, new = {0}, {0}  # the identity, and what is reached from it
+    while new:
+        new = {int(product_table(group)[p, x]) for p in new for x in two} - found
+        found |= new
+    assert len(found) == ORDERS[group]
+
+
+@pytest.mark.parametrize("loss", ["every", "last"])
+@pytest.mark.parametrize("group", ["S5", "A5"])
+def test_chance_of_words_of_generators(group, loss):
+    """Against all 64 words of 6 letters, each as likely as any other."""
+    task, two = WordProblem(group, 6, loss, alphabet="generators"), letters(group, "generators").tolist()
+    labels = [oracle(word, group) for word in itertools.product(two, repeat=6)]
+    asked = torch.tensor(labels)[:, slice(None) if loss == "every" else slice(-1, None)]
+    commonest = [column.bincount().max().item() / 64 for column in asked.T]
+    answers = asked.unique(dim=0, return_counts=True)[1]
+    assert task.chance() == pytest.approx(
+        {
+            "uniform": ORDERS[group] ** -asked.shape[1],
+            "majority": answers.max().item() / 64,
+            "per_label": sum(commonest) / len(commonest),
+        }
+    )
 
 
 @pytest.mark.parametrize("trim", [0, 12], ids=["all positions", "the last window"])
@@ -138,8 +172,8 @@ def test_guessing():
 
     found, chance = task.evaluate(Guessing(61, anything), samples=4000, batch_size=1000), task.chance()
     assert abs(found["per_label"] - chance["per_label"]) < 5 * (chance["per_label"] / 16000) ** 0.5
-    assert chance == {"uniform": 60**-4, "majority": 60**-4, "per_label": 1 / 60}
-    assert WordProblem("A5", loss="last").chance()["majority"] == 1 / 60
+    assert chance == pytest.approx({"uniform": 60**-4, "majority": 60**-4, "per_label": 1 / 60}, rel=1e-12)
+    assert WordProblem("A5", loss="last").chance()["majority"] == pytest.approx(1 / 60)
     assert WordProblem(length=5000).chance()["majority"] == 0
 
 

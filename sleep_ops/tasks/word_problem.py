@@ -7,8 +7,8 @@ Tokens are group elements: the permutations of 0 .. 4 (for A5 the even ones) num
 identity. A product applies its first factor first. Neither group is solvable, so the word problem is complete for NC1,
 out of reach, at every length, of attention and of diagonal recurrences of constant depth (unless TC0 = NC1). Source:
 Merrill et al., The Illusion of State in State-Space Models, arXiv 2404.08819, and Liu et al., Transformers Learn
-Shortcuts to Automata, arXiv 2210.10749. With loss="last" the question has a position of its own (ours), so that the
-whole word can be evicted before it.
+Shortcuts to Automata, arXiv 2210.10749, whose words are of generators. With loss="last" the question has a position of
+its own (ours), so that the whole word can be evicted before it.
 
 A batch of 512 words of 64 elements takes about 0.7 ms on one CPU core: 700,000 words, 45 million tokens, a second.
 """
@@ -29,6 +29,7 @@ from sleep_ops.tasks.base import IGNORE_INDEX, Batch
 from sleep_ops.tasks.common import as_batch, score
 
 GROUPS = ("S5", "A5")
+ALPHABETS = ("group", "generators")
 LOSSES = ("every", "last")
 
 
@@ -41,6 +42,18 @@ def elements(group: str) -> np.ndarray:
         if group == "S5" or sum(p[i] > p[j] for i, j in combinations(range(5), 2)) % 2 == 0
     ]
     return np.array(found)
+
+
+@cache
+def letters(group: str, alphabet: str) -> np.ndarray:
+    """Numbers of the elements that words are made of, int64: all of them, or two that all are products of.
+
+    The two are the cycle of five with the swap of 0 and 1 (S5), or with the cycle of 0, 1 and 2 (A5).
+    """
+    if alphabet == "group":
+        return np.arange(len(elements(group)))
+    two = ((1, 2, 3, 4, 0), (1, 0, 2, 3, 4) if group == "S5" else (1, 2, 0, 3, 4))
+    return np.array([elements(group).tolist().index(list(p)) for p in two])
 
 
 @cache
@@ -66,16 +79,19 @@ def products(words: np.ndarray, group: str) -> np.ndarray:
 class WordProblem:
     """The word problem task.
 
-    group   "S5" (120 elements) or "A5" (60).
-    length  elements of a word, drawn uniformly.
-    loss    "every": each position predicts the product up to itself; "last": one more position, [=], that of the word.
-    window  the natural one.
+    group     "S5" (120 elements) or "A5" (60).
+    length    elements of a word, drawn uniformly.
+    loss      "every": each position predicts the product up to itself; "last": one more position, [=], that of the
+              word.
+    window    the natural one.
+    alphabet  what words are made of: "group", any element; "generators", two elements that generate the group.
     """
 
     group: str = "S5"
     length: int = 64
     loss: str = "every"
     window: int = 16
+    alphabet: str = "group"
 
     name: ClassVar[str] = "word_problem"
     metric: ClassVar[str] = "exact"
@@ -83,6 +99,7 @@ class WordProblem:
     def __post_init__(self):
         check_choice("group", self.group, GROUPS)
         check_choice("loss", self.loss, LOSSES)
+        check_choice("alphabet", self.alphabet, ALPHABETS)
         check_counts(self, length=1, window=1)
 
     @property
@@ -108,7 +125,8 @@ class WordProblem:
 
         input_ids and labels come on `device`, loss_mask on the CPU.
         """
-        words = Stream(seed, step, size, split).below(self.order, size, self.length)
+        drawn = letters(self.group, self.alphabet)
+        words = drawn[Stream(seed, step, size, split).below(len(drawn), size, self.length)]
         found = products(words.astype(np.uint8), self.group)
         if self.loss == "every":
             return as_batch(words, found.astype(np.int64), device)
@@ -147,12 +165,26 @@ class WordProblem:
         return found
 
     def chance(self, samples: int = 16384) -> dict[str, float]:
-        """What is reached by guessing: any element (majority, uniform: exact; per_label: of one label).
+        """What is reached without reading the words.
 
-        Every product is as likely as any other, so no element is a better guess.
+        uniform    any element, everywhere.
+        majority   the likeliest answer: with loss="every" one word's products, with "last" the commonest product.
+        per_label  the commonest product at each place, over the labels.
         """
-        exact = float(self.order) ** -(self.length if self.loss == "every" else 1)
-        return {"uniform": exact, "majority": exact, "per_label": 1 / self.order}
+        drawn, asked = letters(self.group, self.alphabet), slice(None if self.loss == "every" else -1, None)
+        likely = np.eye(1, self.order)[0]  # of each product, before anything is read
+        commonest = []
+        for _ in range(self.length):
+            # A product was p before a letter x made it p x.
+            likely = np.bincount(
+                product_table(self.group)[:, drawn].ravel(), np.repeat(likely, len(drawn)), self.order
+            ) / len(drawn)
+            commonest.append(likely.max())
+        return {
+            "uniform": float(self.order) ** -len(commonest[asked]),
+            "majority": float(len(drawn)) ** -self.length if self.loss == "every" else float(commonest[-1]),
+            "per_label": float(np.mean(commonest[asked])),
+        }
 
     def render(self, input_ids: Tensor, labels: Tensor) -> str:
         """One sequence, input_ids and labels int64 [T]: each element as the images of 0 .. 4, then any product."""
