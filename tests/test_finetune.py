@@ -27,7 +27,7 @@ from sleep_ops.tokenizer import load_tokenizer
 from sleep_ops.training import RunConfig, TrainConfig, Trainer, load_run
 from sleep_ops.training import finetune as module
 from sleep_ops.training.finetune import FinetuneConfig, finetune
-from sleep_ops.training.trainer import build_model
+from sleep_ops.training.run import build_model
 
 QUIET = Console(quiet=True)
 TASK = Rule110(t=1, strings=2, bits=8)

@@ -24,7 +24,7 @@ from sleep_ops.tasks import Batch
 from sleep_ops.training.config import TrainConfig, resolve_device
 from sleep_ops.training.graph import StepGraphs
 from sleep_ops.training.optim import build_optimizers
-from sleep_ops.training.trainer import autocast
+from sleep_ops.training.run import autocast
 
 PROVIDERS = TrainSettings.providers
 CHECKPOINTING = {"off": False, "on": True}

@@ -41,7 +41,7 @@ def evaluate(
     from sleep_ops.files import check_file, write_csv
     from sleep_ops.model.sleeping import sleeping
     from sleep_ops.training import load_run
-    from sleep_ops.training.trainer import autocast
+    from sleep_ops.training.run import autocast
 
     chosen = None if passes is None else tuple(count_or_inf("passes", text) for text in passes.split(","))
     if chosen is not None and min(chosen) < 1:

@@ -20,7 +20,7 @@ from sleep_ops.files import check_folder, pyplot, read_csv, write_csv
 from sleep_ops.model.hybrid import HybridConfig
 from sleep_ops.tasks import Rule110
 from sleep_ops.training import RunConfig, TrainConfig, load_run, resolve_device
-from sleep_ops.training.trainer import EVAL_FILE, autocast
+from sleep_ops.training.run import EVAL_FILE, autocast
 
 LAYERS = ("attn", "gdn", "attn", "gdn")
 FINAL_SAMPLES = 4096

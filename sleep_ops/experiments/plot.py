@@ -14,7 +14,7 @@ from sleep_ops.experiments.sweep import PASSES, RESULTS_FILE, by_setting, levels
 from sleep_ops.files import pyplot, read_csv
 from sleep_ops.tasks import build_task
 from sleep_ops.training import RunConfig
-from sleep_ops.training.trainer import EVAL_FILE
+from sleep_ops.training.run import EVAL_FILE
 
 _NAMES = {"model.passes": "N", "model.eviction": "eviction", "task.t": "t", "window": "L", "level": "level"}
 _LABELS = {

@@ -16,7 +16,7 @@ from sleep_ops.files import check_folder, read_csv, read_table, write_csv
 from sleep_ops.training import RunConfig, Trainer, resolve_device
 from sleep_ops.training.config import CONFIG_FILE
 from sleep_ops.training.parallel import World, local_device
-from sleep_ops.training.trainer import EVAL_FILE
+from sleep_ops.training.run import EVAL_FILE
 
 RESULTS_FILE, CURVES_FILE, SUMMARY_FILE, PAIRED_FILE = "results.csv", "curves.csv", "summary.csv", "paired.csv"
 PASSES = "model.passes"

@@ -31,14 +31,11 @@ from torch.utils.flop_counter import flop_registry
 
 from sleep_ops.checks import expect
 from sleep_ops.tasks.base import Batch
-from sleep_ops.training.config import RunConfig, TrainConfig
-from sleep_ops.training.division import Division
+from sleep_ops.training.config import TrainConfig
 from sleep_ops.training.memory import LiveBytes
-from sleep_ops.training.optim import build_optimizers
 from sleep_ops.training.parallel import World
-from sleep_ops.training.run import select_parameters
 from sleep_ops.training.stages import Stages
-from sleep_ops.training.trainer import Trainer
+from sleep_ops.training.steps import Steps
 
 _aten = torch.ops.aten
 _COLLECTIVES = ("c10d", "_c10d_functional")
@@ -122,33 +119,24 @@ class _First(World):
         return list(values)
 
 
-class Rehearsal(Trainer):
-    """A trainer of the model that `build` makes, in the first of some processes, all of it fake."""
+class Rehearsal(Steps):
+    """Steps of the model that `build` makes, in the first of some processes, all of it fake."""
 
     def __init__(self, build: Callable[[], nn.Module], recipe: TrainConfig, processes: int, count: _FakeBytes):
-        self.config, self.offload = RunConfig({}, {}, replace(recipe, offload=False)), recipe.offload
-        self.device, self.world = torch.device("cpu"), _First(0, processes)
-        self.division = Division(self.config.train, self.world)
-        self.console, self.graphs, self.step = Console(quiet=True), None, 0
-        self.skipped = self.skipped_in_row = 0
-        self.stages = Stages(None, recipe.stage_loss, recipe.stage_warmup)
-        self._told, self.count = set(), count
-        self.flops = lambda *_: 0  # type: ignore[assignment]
+        self.count, self.offload = count, recipe.offload
         with torch.device("meta"):
             model = _faked(build(), count.fakes)
         model.to = lambda device: model  # where it is already
-        self.passes = self._passes(model)
-        select_parameters(model, recipe.trainable)
         with count, count.making("parameters"):
-            self.layout = self._lay_out(model)
-        self.model = self.layout.model.train()
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizers = build_optimizers(
-            self.model,
-            lr_muon=recipe.lr_muon,
-            lr_adamw=recipe.lr_adamw,
-            matrix_optimizer=self.layout.matrix_optimizer,
-        )
+            super().__init__(
+                model,
+                replace(recipe, offload=False, cuda_graph=False),
+                stages=Stages(None, recipe.stage_loss, recipe.stage_warmup),
+                world=_First(0, processes),
+                device=torch.device("cpu"),
+                console=Console(quiet=True),
+            )
+        self.model.train()
         with count:  # their states are there when a step begins
             for p in self.parameters:
                 p.grad = torch.zeros_like(p)
@@ -156,9 +144,6 @@ class Rehearsal(Trainer):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         self.host = self.most_host = self.moved = 0
-
-    def _tokens(self, steps: int) -> int:
-        return steps
 
     def _own_loss(self, batch: Batch, total: int, alike: bool) -> Tensor:
         if not self.offload:
@@ -215,7 +200,7 @@ class _Away:
 
 
 @contextmanager
-def watched(run: Trainer, count: LiveBytes) -> Iterator[None]:
+def watched(run: Steps, count: LiveBytes) -> Iterator[None]:
     """A step of `run` within it is counted, phase by phase (see `Step`) and kind by kind.
 
     Kinds are "parameters", "gathered" (whole, rounded or cast for a step), "optimizer", "gradients",

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sleep_ops.files import check_folder
-from sleep_ops.model.hybrid import SleepHybridModel
-from sleep_ops.model.sleeping import find_sleeping, sleeping
 from sleep_ops.parameters import exchange
 from sleep_ops.tasks import Batch, Task, build_task
 from sleep_ops.training.checkpoint import (
@@ -29,11 +27,8 @@ from sleep_ops.training.checkpoint import (
     save_checkpoint,
 )
 from sleep_ops.training.config import RunConfig, resolve_device
-from sleep_ops.training.division import Division, Scoring
-from sleep_ops.training.graph import StepGraphs
+from sleep_ops.training.division import Scoring
 from sleep_ops.training.logs import ProgressBar, RunLog
-from sleep_ops.training.offload import Offloaded
-from sleep_ops.training.optim import build_optimizers, set_learning_rates
 from sleep_ops.training.parallel import Replicated, World, local_device
 from sleep_ops.training.profiling import Trace
 from sleep_ops.training.run import (
@@ -49,10 +44,10 @@ from sleep_ops.training.run import (
     deterministic,
     locked,
     newest_checkpoint,
-    select_parameters,
 )
 from sleep_ops.training.signals import noted
 from sleep_ops.training.stages import Stages
+from sleep_ops.training.steps import Steps, shared_out
 from sleep_ops.training.usage import ModelFlops, peak_flops, peak_memory
 
 _COLUMNS = [
@@ -86,7 +81,7 @@ class TrainResult:
     skipped: int
 
 
-class Trainer:
+class Trainer(Steps):
     """Trains `config` in the folder `out`.
 
     resume: take up the newest whole checkpoint of `out`, if there is one; otherwise the run begins
@@ -127,35 +122,14 @@ class Trainer:
         self.world.on_main(partial(check_folder, "out", self.out))
         checkpoint = self._newest(extend) if resume else None
         # Where the processes share out the model, one alone has to have it as a whole.
-        place = "meta" if self._shared and not self.world.main else "cpu"
+        place = "meta" if shared_out(t, self.world) and not self.world.main else "cpu"
         model = model or build_model(config, weights=checkpoint is None, device=place)
         check_vocabulary(model, self.task)
-        self.division = Division(t, self.world)
-        self.division.check(model, self.task)
-        self.passes = self._passes(model)
-        select_parameters(model, t.trainable)
-        self.layout = self._lay_out(model)
-        self.model = self.layout.model
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizers = build_optimizers(
-            self.model,
-            lr_muon=t.lr_muon,
-            lr_adamw=t.lr_adamw,
-            weight_decay=t.weight_decay,
-            momentum=t.momentum,
-            matrix_optimizer=self.layout.matrix_optimizer,
-        )
-        self.graphs: StepGraphs | None = None
-        if t.cuda_graph:
-            if not isinstance(self.model, SleepHybridModel):
-                got = f"True with a {type(self.model).__name__}"
-                raise ValueError(f"cuda_graph: expected False, or a SleepHybridModel to train, got {got}")
-            self.graphs = StepGraphs(self.model, partial(autocast, t.precision, self.device))
-        self.flops, self.peak = ModelFlops(self.model), peak_flops(self.device)
-        self.step, self.skipped, self.skipped_in_row, self.seconds = 0, 0, 0, 0.0
-        self.stages = Stages(self.task, t.stage_loss, t.stage_warmup)
+        stages = Stages(self.task, t.stage_loss, t.stage_warmup)
+        super().__init__(model, t, stages=stages, world=self.world, device=self.device, console=self.console)
+        self.division.check(self.model, self.task)
+        self.flops, self.peak, self.seconds = ModelFlops(self.model), peak_flops(self.device), 0.0
         self._saving: Saving | None = None
-        self._told: set[str] = set()  # on the console, once each
         self.best: float | None = None  # of the evaluations, and how many since were no better
         self.stale = 0
         if self.world.rank:
@@ -210,15 +184,17 @@ class Trainer:
             while not self._stopped() and self.step < last and not self.finished:
                 batch = coming.result()
                 coming = pool.submit(self._make_batch, self.step + 1)
+                flops = self.flops(batch.loss_mask, self._scheduled_passes())
                 with trace.step(self.step + 1):
                     row = self._train_step(batch.to(self.device))
                 now = time.perf_counter()
                 self.seconds += now - mark
+                row["tokens"] = self._tokens(self.step)
                 row["tokens_per_second"] = self._tokens(self.step - mark_step) / (now - mark)
                 if self.stages.risen(self.step, row["loss"]):
                     coming.cancel()
                     coming = pool.submit(self._make_batch, self.step)
-                row["mfu"] = row.pop("flops") / (now - mark) / (self.world.size * self.peak)
+                row["mfu"] = flops / (now - mark) / (self.world.size * self.peak)
                 row["peak_memory"] = peak_memory(self.device)
                 mark, mark_step = now, self.step
                 log.train(row)
@@ -317,109 +293,6 @@ class Trainer:
                 setattr(module, name, self.model.get_submodule(path).get_buffer(name).cpu())
         return model
 
-    def _train_step(self, batch: Batch) -> dict:
-        """One optimiser step.
-
-        Skipped, but counted, where the loss or the gradient norm is not finite.
-        """
-        t = self.config.train
-        factor = t.learning_rate_factor(self.step) * self.stages.learning_rate_factor(self.step)
-        rates = {"muon": t.lr_muon * factor, "adamw": t.lr_adamw * factor}
-        passes = self._scheduled_passes()
-        loss = self._loss_and_gradients(batch)
-        norm = self.layout.clip(self.parameters, t.grad_clip)
-        # The only wait for the device in a step: whether to take it must be known before the weights change.
-        loss, norm = torch.stack([loss.float(), norm.float()]).tolist()
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            set_learning_rates(self.optimizers, rates)
-            for optimizer in self.optimizers.values():
-                optimizer.step()
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.skipped += not finite
-        self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
-        return {
-            "step": self.step,
-            "tokens": self._tokens(self.step),
-            "loss": loss,
-            "grad_norm": norm,
-            "lr_muon": rates["muon"],
-            "lr_adamw": rates["adamw"],
-            "passes": passes or self.passes or math.nan,
-            "stage": self.stages.stage,
-            "skipped": self.skipped,
-            "flops": self.flops(batch.loss_mask, passes),
-        }
-
-    def _loss_and_gradients(self, batch: Batch) -> Tensor:
-        """The mean loss of the whole batch; its gradients, summed, are left in the parameters."""
-        total, alike = int(batch.loss_mask.sum()), self._alike(batch)
-        with self.layout.gradients(alike):
-            loss = self._own_loss(self.division.part(batch, self.world.rank), total, alike)
-        return self.world.sum(loss)
-
-    def _alike(self, batch: Batch) -> bool:
-        """Whether blocks are gathered for each call: where all processes make the same ones."""
-        if self.config.train.reshard != "call" or self.world.size == 1:
-            return False
-        settings = sleeping(self.model).settings
-        same = self.division.alike(batch, settings)
-        if not same:
-            self._tell("reshard: rows differ between processes, so such a step gathers parameters all at once")
-        elif settings.activation_checkpointing and settings.recompute != "block":
-            recomputed = f"a {settings.recompute} is recomputed at a time, which gathers parameters all at once"
-            self._tell(f"reshard: {recomputed}; with recompute 'block' it is those of a block")
-        return same
-
-    def _tell(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
-            self.console.print(text)
-
-    def _own_loss(self, batch: Batch, total: int, alike: bool) -> Tensor:
-        """What these rows add to the mean loss over `total` tokens, with its gradients."""
-        t, passes = self.config.train, self._scheduled_passes()
-        whole = torch.zeros((), device=self.device)
-        if self.graphs is not None and batch.loss_mask.any():
-            loss = self.graphs(batch, passes)
-            if loss is not None:
-                share = int(batch.loss_mask.sum()) / total
-                for p in self.parameters:
-                    if p.grad is not None and share != 1:
-                        p.grad.mul_(share)
-                return loss * share
-        given: dict = {} if passes is None else {"passes": passes}
-        if self.division.by_columns:
-            given["group"] = torch.distributed.group.WORLD
-        elif alike:
-            given["all_logits"] = True
-        parts: list[Batch | None] = [
-            part for part in batch.split(self.division.rows) if self.division.by_columns or part.loss_mask.any()
-        ]
-        rounded = t.param_dtype != "float32"
-        if rounded:  # gradients are summed between parts, by all processes together
-            parts += [None] * (self.world.max([len(parts)])[0] - len(parts))
-        for i, part in enumerate(parts):
-            if i and rounded:
-                self.layout.add_up()
-            if part is None:
-                continue
-            share = int(part.loss_mask.sum()) / total
-            offload = Offloaded(self.layout.computing) if t.offload else nullcontext()
-            with autocast(t.precision, self.device), offload:
-                out = self.model(part.input_ids, **part.arguments(), return_logits=False, return_state=False, **given)
-            loss = out.loss * share
-            loss.backward()
-            whole = whole + loss.detach()
-        return whole
-
-    def _scheduled_passes(self) -> int | None:
-        """N of the step in hand; None for the model's own."""
-        t = self.config.train
-        return None if t.passes_schedule == "fixed" else t.passes_at(self.step, self.passes)  # type: ignore[arg-type]
-
     def _judge(self, value: float) -> None:
         better = self.best is None or self._merit(value) > self._merit(self.best)
         if better and not math.isnan(value):
@@ -438,34 +311,6 @@ class Trainer:
 
     def _tokens(self, steps: int) -> int:
         return steps * self.config.train.batch_size * self.task.seq_len
-
-    def _passes(self, model: nn.Module) -> int | float | None:
-        """The model's own N; None for one that doesn't sleep.
-
-        ValueError where it can't be scheduled.
-        """
-        found = find_sleeping(model)
-        passes = None if found is None else found.settings.passes
-        schedule = self.config.train.passes_schedule
-        if schedule != "fixed" and passes in (None, math.inf):
-            raise ValueError(f"passes_schedule: expected 'fixed' for a model with passes {passes}, got {schedule!r}")
-        return passes
-
-    @property
-    def _shared(self) -> bool:
-        return self.config.train.parallel == "fsdp" and self.world.size > 1
-
-    def _lay_out(self, model: nn.Module) -> Replicated:
-        t = self.config.train
-        dtype = None if t.param_dtype == "float32" else torch.bfloat16
-        if not self._shared:
-            return Replicated(model, self.world, self.device, dtype)
-        from sleep_ops.training.sharded import Sharded  # half a second to import
-
-        if self.world.size % t.replicas:
-            expected = f"a divisor of the {self.world.size} processes"
-            raise ValueError(f"replicas: expected {expected}, got {t.replicas}")
-        return Sharded(model, self.world, self.device, dtype, reshard=t.reshard, replicas=t.replicas)
 
     def _newest(self, extend: bool) -> Checkpoint | None:
         """The checkpoint to go on from."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from sleep_ops.experiments.demo import choose_scale
 from sleep_ops.files import read_csv, write_csv
 from sleep_ops.training import Trainer, resolve_device
-from sleep_ops.training.trainer import METRICS_FILE
+from sleep_ops.training.run import METRICS_FILE
 
 FILE, FOLDER = "graph.csv", "graph-runs"
 STEPS, BATCH, PASSES = 12, 64, 2

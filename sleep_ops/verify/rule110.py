@@ -18,7 +18,7 @@ from rich.console import Console
 from sleep_ops.experiments.demo import choose_scale
 from sleep_ops.files import pyplot, read_csv, write_csv
 from sleep_ops.training import Trainer
-from sleep_ops.training.trainer import EVAL_FILE, METRICS_FILE
+from sleep_ops.training.run import EVAL_FILE, METRICS_FILE
 
 FILE, PLOT, FOLDER = "rule110.csv", "rule110.png", "rule110-run"
 PASSES, EVERY = 2, 20  # steps from one look at the clock to the next, and from one evaluation to the next
