@@ -63,8 +63,8 @@ class Notes:
 
     tokenizer  folder of the model's; every name above is one of its tokens.
     pairs      people whose city is noted, and as many who work with one of them.
-    asked      questions on each note, about different pairs, of one hop or two, as a coin falls; of one alone in the
-               first stage of training.
+    asked      questions on each note, about different people; about those whose city is noted alone, so of one hop, in
+               the first stage of training.
     per_window sentences of a window.
     """
 
@@ -97,8 +97,8 @@ class Notes:
 
     @property
     def seq_len(self) -> int:
-        longest = len(self.words(" " + QUESTIONS[2].format(PEOPLE[0]))) + 2
-        return self.context + 1 + self.asked * longest
+        longest = len(self.words(" " + QUESTIONS[2].format(PEOPLE[0])))
+        return self.context + 1 + self.asked * (longest + 1)
 
     def to_dict(self) -> dict:
         return {"name": self.name, **asdict(self)}
@@ -107,8 +107,8 @@ class Notes:
         """`size` of them. People in one are all different; cities need not be, so no answer tells of another."""
         stream, pairs = Stream(seed, step, size, split), self.pairs
         people, cities = stream.distinct(len(PEOPLE), size, 2 * pairs), stream.below(len(CITIES), size, pairs)
-        order, asked = stream.distinct(2 * pairs, size, 2 * pairs), stream.distinct(pairs, size, self.asked)
-        hops = 1 + stream.below(self.stages if stage is None else 1 + stage, size, self.asked)
+        order = stream.distinct(2 * pairs, size, 2 * pairs)
+        asked = stream.distinct(pairs if stage == 0 else 2 * pairs, size, self.asked)
         window = order.argsort(1) // self.per_window  # of each fact
         found = []
         for row in range(size):
@@ -116,9 +116,10 @@ class Notes:
             facts = [HOME.format(a, city) for a, city in zip(names, homes, strict=False)]
             facts += [WORK.format(b, a) for b, a in zip(names[pairs:], names, strict=False)]
             questions = []
-            for i, h in zip(asked[row], hops[row], strict=True):
-                question, needed = QUESTIONS[h].format(names[i + pairs * (h - 1)]), [i, i + pairs][:h]
-                questions.append((question, homes[i], int(h), len(set(window[row, needed]))))
+            for i in asked[row]:
+                hops, needed = 1 + i // pairs, list({i, i % pairs})
+                windows = len(set(window[row, needed]))
+                questions.append((QUESTIONS[hops].format(names[i]), homes[i % pairs], int(hops), windows))
             found.append(Note([facts[i] for i in order[row]], questions))
         return found
 
@@ -132,18 +133,21 @@ class Notes:
         split: str = "train",
         stage: int | None = None,
     ) -> Batch:
-        """Rows of [notes, end of line, question, answer, ".", question, ...], ended and padded by ends of lines."""
-        (blank,) = self.words("\n")
-        input_ids = np.full((size, self.seq_len), blank, dtype=np.int64)
+        """Rows of notes and then questions, each after an end of line, and ends of lines where they are shorter.
+
+        No answer is in the input: with all but one of them known, the last could be told without the notes' sentences.
+        """
+        (end,) = self.words("\n")
+        input_ids = np.full((size, self.seq_len), end, dtype=np.int64)
         labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
         for row, note in enumerate(self.notes(seed, step, size, split, stage)):
             facts, place = self.words("".join(f" {fact}" for fact in note.facts)), self.context + 1
             input_ids[row, : len(facts)] = facts
             for question, answer, *_ in note.questions:
-                text = self.words(f" {question} {answer}.")
+                text = self.words(f" {question}")
                 input_ids[row, place : place + len(text)] = text
-                place += len(text)
-                labels[row, place - 3] = text[-2]
+                (labels[row, place + len(text) - 1],) = self.words(f" {answer}")
+                place += len(text) + 1
         return as_batch(input_ids, labels, device)
 
     def evaluate(
@@ -275,7 +279,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="such as 0-2")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--insert", type=numbers, default=[15], help="layers after which a block is inserted")
-    parser.add_argument("--loop", type=numbers, default=list(range(8, 23)), help="layers that refine, such as 8-22")
+    parser.add_argument("--loop", type=numbers, default=[15], help="layers that refine, such as 8-22")
     parser.add_argument("--samples", type=int, default=512, help="notes of the last evaluation")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrained"))
     given = parser.parse_args(arguments)

@@ -77,6 +77,10 @@ def test_every_answer_stands_in_evicted_notes(pretrained, checkpoint, split):
             assert tokenizer.decode(batch.labels[row, int(place)]) == answer
             start = int(place) + 1 - len(task.words(question))
             assert batch.input_ids[row, start : int(place) + 1].tolist() == task.words(question)
+        end = batch.input_ids[row, task.context]
+        lines = tokenizer.decode(batch.input_ids[row, task.context + 1 :]).split(tokenizer.decode(end))
+        asked = [tokenizer.decode(task.words(question)) for question, *_ in note.questions]
+        assert [line.strip() for line in lines if line.strip()] == asked  # and no answer
 
 
 def test_notes_are_of_one_hop_first(pretrained, checkpoint):
