@@ -98,7 +98,8 @@ class Notes:
 
     @property
     def seq_len(self) -> int:
-        return self.context + 1 + self.asked * (len(self.words(" " + QUESTION.format(PEOPLE[0]))) + 1)
+        line = self.line(QUESTION.format(PEOPLE[0]), CITIES[0])
+        return self.context + 1 + self.asked * (len(self.words(line)) + 1)
 
     def to_dict(self) -> dict:
         return {"name": self.name, **asdict(self)}
@@ -119,6 +120,10 @@ class Notes:
             )
         return found
 
+    def line(self, question: str, answer: str) -> str:
+        """What is read of a question. No answer: the last one could be told from the others and a list of cities."""
+        return f" {question}"
+
     def batch(
         self,
         seed: int,
@@ -129,10 +134,7 @@ class Notes:
         split: str = "train",
         stage: int | None = None,
     ) -> Batch:
-        """Rows of notes and then questions, each after an end of line, and ends of lines where they are shorter.
-
-        No answer is in the input: with all but one of them known, the last could be told without the notes' sentences.
-        """
+        """Rows of notes and then questions, each after an end of line, and ends of lines where they are shorter."""
         (end,) = self.words("\n")
         input_ids = np.full((size, self.seq_len), end, dtype=np.int64)
         labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
@@ -140,9 +142,9 @@ class Notes:
             facts, place = self.words("".join(f" {fact}" for fact in note.facts)), self.context + 1
             input_ids[row, : len(facts)] = facts
             for question, answer, _ in note.questions:
-                text = self.words(f" {question}")
+                text = self.words(self.line(question, answer))
                 input_ids[row, place : place + len(text)] = text
-                (labels[row, place + len(text) - 1],) = self.words(f" {answer}")
+                (labels[row, place + len(self.words(f" {question}")) - 1],) = self.words(f" {answer}")
                 place += len(text) + 1
         return as_batch(input_ids, labels, device)
 
@@ -170,6 +172,13 @@ class Notes:
     def chance(self, samples: int = 16384) -> dict[str, float]:
         """uniform: a city at random."""
         return {"uniform": 1 / len(CITIES)}
+
+
+class Answered(Notes):
+    """Each question with its right answer before the next is asked: to a model that is not trained, this tells how."""
+
+    def line(self, question: str, answer: str) -> str:
+        return f" {question} {answer}."
 
 
 class InView(nn.Module):
@@ -285,7 +294,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     task, rows, view = Notes(str(given.folder.resolve())), [], {}
     model = AutoModelForCausalLM.from_pretrained(given.folder, dtype=torch.float32)
     for name, first in (("notes in view", 0), ("without the notes", task.context)):
-        view[name] = task.evaluate(InView(model, first), samples=given.samples)
+        view[name] = Answered(task.tokenizer).evaluate(InView(model, first), samples=given.samples)
         rows.append({"model": name, "passes": "", "seed": "", **view[name]})
     del model
 

@@ -51,9 +51,10 @@ def checkpoint(pretrained, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("kind", ["Notes", "Answered"])
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_every_answer_stands_in_evicted_notes(pretrained, checkpoint, split):
-    task = pretrained["Notes"](str(checkpoint))
+def test_every_answer_stands_in_evicted_notes(pretrained, checkpoint, split, kind):
+    task = pretrained[kind](str(checkpoint))
     tokenizer = pretrained["load_tokenizer"](checkpoint)
     batch, notes = task.batch(3, 5, 16, split=split), task.notes(3, 5, 16, split)
     assert batch.input_ids.shape == (16, task.seq_len) and task.context % task.window == 0
@@ -74,8 +75,11 @@ def test_every_answer_stands_in_evicted_notes(pretrained, checkpoint, split):
             assert batch.input_ids[row, start : int(place) + 1].tolist() == task.words(question)
         end = batch.input_ids[row, task.context]
         lines = tokenizer.decode(batch.input_ids[row, task.context + 1 :]).split(tokenizer.decode(end))
-        asked = [tokenizer.decode(task.words(question)) for question, *_ in note.questions]
-        assert [line.strip() for line in lines if line.strip()] == asked  # and no answer
+        shown = " {}." if kind == "Answered" else ""
+        asked = [
+            tokenizer.decode(task.words(question + shown.format(answer))) for question, answer, _ in note.questions
+        ]
+        assert [line.strip() for line in lines if line.strip()] == asked
 
 
 def test_notes_are_of_one_hop_first(pretrained, checkpoint):
