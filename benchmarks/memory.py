@@ -115,12 +115,12 @@ def measured(config: RunConfig, folder: Path) -> tuple[dict, int]:
     before = resident("VmRSS")
     run = Trainer(config, folder, task=Tokens(), console=Console(quiet=True))
     run.model.train()
-    run._train_step(run._make_batch(0))
+    run.take(run._make_batch(0))
     batch, count = run._make_batch(1), LiveBytes()
     with watched(run, count):
-        run._train_step(batch)
+        run.take(batch)
     Path("/proc/self/clear_refs").write_text("5")
-    run._train_step(run._make_batch(2))
+    run.take(run._make_batch(2))
     return count.most, resident("VmHWM") - before
 
 

@@ -26,13 +26,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from sleep_ops.checks import check_counts, expect
 from sleep_ops.cli.options import seeds_of
 from sleep_ops.experiments.statistics import summary
 from sleep_ops.files import pyplot, read_csv, whole_folder, write_atomically, write_csv
 from sleep_ops.model.loss import scored
 from sleep_ops.streams import Stream
 from sleep_ops.tasks import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import as_batch, by_level, score
+from sleep_ops.tasks.common import as_batch, at_stage, by_level, score
 from sleep_ops.tokenizer import load_tokenizer
 from sleep_ops.training import RunConfig, TrainConfig, Trainer
 from sleep_ops.training.heap import keep_freed_memory
@@ -64,8 +65,8 @@ class Notes:
 
     tokenizer  folder of the model's; every name above is one of its tokens.
     pairs      people whose city is noted, and as many of whom it is noted, afterwards, with whom they live.
-    asked      questions on each note, about different people; about those whose city is noted alone, so of one hop, in
-               the first stage of training.
+    asked      questions on each note, about different people; in the first stage of training only about those whose
+               city is noted (one hop), then about any.
     per_window sentences of a window.
     """
 
@@ -79,6 +80,8 @@ class Notes:
     stages: ClassVar[int] = len(HOPS)
 
     def __post_init__(self):
+        check_counts(self, pairs=1, asked=1, per_window=1)
+        expect(self.asked <= self.pairs, "asked", f"at most pairs {self.pairs}", self.asked)
         tokenizer = load_tokenizer(self.tokenizer)
         object.__setattr__(self, "vocab_size", len(tokenizer))
         object.__setattr__(self, "words", lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -93,23 +96,22 @@ class Notes:
 
     @property
     def context(self) -> int:
-        """Tokens before the questions: whole windows, and the end of the line."""
+        """Tokens of the notes, which fill whole windows."""
         return -(-2 * self.pairs // self.per_window) * self.window
 
     @property
     def seq_len(self) -> int:
-        line = self.line(QUESTION.format(PEOPLE[0]), CITIES[0])
-        return self.context + 1 + self.asked * (len(self.words(line)) + 1)
+        return self.context + 1 + self.asked * (len(self.words(" " + QUESTION.format(PEOPLE[0]))) + 1)
 
     def to_dict(self) -> dict:
         return {"name": self.name, **asdict(self)}
 
     def notes(self, seed: int, step: int, size: int, split: str, stage: int | None = None) -> list[Note]:
-        """`size` of them. People in one are all different; cities need not be, so no answer tells of another."""
+        """`size` of them. People in one are all different; cities need not be."""
         stream, pairs = Stream(seed, step, size, split), self.pairs
         people, cities = stream.distinct(len(PEOPLE), size, 2 * pairs), stream.below(len(CITIES), size, pairs)
         orders = [stream.distinct(pairs, size, pairs) for _ in HOPS]
-        asked = stream.distinct(pairs if stage == 0 else 2 * pairs, size, self.asked)
+        asked = stream.distinct(at_stage(stage, *HOPS) * pairs, size, self.asked)
         found = []
         for row in range(size):
             names, homes = [PEOPLE[i] for i in people[row]], [CITIES[i] for i in cities[row]]
@@ -119,10 +121,6 @@ class Notes:
                 Note(facts, [(QUESTION.format(names[i]), homes[i % pairs], int(1 + i // pairs)) for i in asked[row]])
             )
         return found
-
-    def line(self, question: str, answer: str) -> str:
-        """What is read of a question. No answer: the last one could be told from the others and a list of cities."""
-        return f" {question}"
 
     def batch(
         self,
@@ -134,7 +132,10 @@ class Notes:
         split: str = "train",
         stage: int | None = None,
     ) -> Batch:
-        """Rows of notes and then questions, each after an end of line, and ends of lines where they are shorter."""
+        """Rows of notes and then questions, each after an end of line, and ends of lines where they are shorter.
+
+        No answer is in the input: the last one could be told from the others and a list of cities.
+        """
         (end,) = self.words("\n")
         input_ids = np.full((size, self.seq_len), end, dtype=np.int64)
         labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
@@ -142,10 +143,10 @@ class Notes:
             facts, place = self.words("".join(f" {fact}" for fact in note.facts)), self.context + 1
             input_ids[row, : len(facts)] = facts
             for question, answer, _ in note.questions:
-                text = self.words(self.line(question, answer))
+                text = self.words(f" {question}")
                 input_ids[row, place : place + len(text)] = text
-                (labels[row, place + len(self.words(f" {question}")) - 1],) = self.words(f" {answer}")
                 place += len(text) + 1
+                (labels[row, place - 2],) = self.words(f" {answer}")
         return as_batch(input_ids, labels, device)
 
     def evaluate(
@@ -174,27 +175,43 @@ class Notes:
         return {"uniform": 1 / len(CITIES)}
 
 
-class Answered(Notes):
-    """Each question with its right answer before the next is asked: to a model that is not trained, this tells how."""
-
-    def line(self, question: str, answer: str) -> str:
-        return f" {question} {answer}."
-
-
 class InView(nn.Module):
-    """A transformers model as it was published, scored like one that sleeps; `first`: the first column it is shown."""
+    """A transformers model as it was published, scored like one that sleeps.
 
-    def __init__(self, model: nn.Module, first: int = 0):
+    example: token ids [n] that stand before every row. first: the first column of a row that it is shown.
+    """
+
+    def __init__(self, model: nn.Module, example: list[int], first: int = 0):
         super().__init__()
-        self.model, self.first = model, first
+        self.model, self.example, self.first = model, torch.tensor([example]), first
 
     def score_batch(self, batch: Batch, *, passes: object, device: object) -> tuple[torch.Tensor, torch.Tensor]:
         asked = batch.loss_mask
         right, nats = torch.zeros_like(asked), torch.zeros(asked.shape, dtype=torch.float64)
-        logits = self.model(input_ids=batch.input_ids[:, self.first :]).logits[asked[:, self.first :]]
+        shown = [self.example.expand(len(asked), -1), batch.input_ids[:, self.first :]]
+        logits = self.model(input_ids=torch.cat(shown, 1)).logits[:, self.example.shape[1] :]
+        logits = logits[asked[:, self.first :]]
         found = scored(lambda x: x, logits, batch.labels[asked], vocab_size=logits.shape[-1])
         right[asked], nats[asked] = found[0], found[1].double()
         return right, nats
+
+
+def compare(folder: Path, samples: int) -> dict[str, dict[str, float]]:
+    """The published model's scores with the notes in view and without them, asked one question on each note.
+
+    Before them stands an example, other notes with three questions and answers, to show what is wanted.
+    """
+    from transformers import AutoModelForCausalLM
+
+    task = Notes(str(folder), asked=1)
+    (note,) = Notes(str(folder)).notes(0, 0, 1, "train")
+    example = "".join(f" {fact}" for fact in note.facts)
+    example += "".join(f"\n {question} {answer}." for question, answer, _ in note.questions) + "\n"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {
+        name: task.evaluate(InView(model, task.words(example), first), samples=samples)
+        for name, first in (("notes in view", 0), ("without the notes", task.context))
+    }
 
 
 def published(folder: Path) -> None:
@@ -239,7 +256,7 @@ def train(task: Notes, model: dict, seed: int, steps: int, out: Path, console: C
 
 
 def transcript(task: Notes, model: nn.Module, count: int) -> str:
-    """The first notes of the evaluation, with the model's answers."""
+    """Notes that training has not seen, with the model's answers."""
     tokenizer, batch, lines = load_tokenizer(task.tokenizer), task.batch(0, 0, count, split="eval"), []
     with torch.no_grad():
         out = model(batch.input_ids, loss_mask=batch.loss_mask, return_state=False)
@@ -285,25 +302,21 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--samples", type=int, default=512, help="notes of the last evaluation")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrained"))
     given = parser.parse_args(arguments)
-    from transformers import AutoModelForCausalLM
 
     keep_freed_memory()
     console = Console()
     if not given.folder.exists():
         published(given.folder)
-    task, rows, view = Notes(str(given.folder.resolve())), [], {}
-    model = AutoModelForCausalLM.from_pretrained(given.folder, dtype=torch.float32)
-    for name, first in (("notes in view", 0), ("without the notes", task.context)):
-        view[name] = Answered(task.tokenizer).evaluate(InView(model, first), samples=given.samples)
-        rows.append({"model": name, "passes": "", "seed": "", **view[name]})
-    del model
+    folder = given.folder.resolve()
+    task, view = Notes(str(folder)), compare(folder, given.samples)
+    rows: list[dict] = [{"model": name, "passes": "", "seed": "", **found} for name, found in view.items()]
 
     sleep = {"window": task.window, "loop": [given.loop[0], given.loop[-1]], "insert": list(given.insert)}
     curves, said = {}, []
     for passes in given.passes:
         for seed in given.seeds:
             run = given.out / f"passes={passes},seed={seed}"
-            settings = {"folder": str(given.folder.resolve()), "passes": passes} | sleep
+            settings = {"folder": str(folder), "passes": passes} | sleep
             model = train(task, settings, seed, given.steps, run, console)
             curves.setdefault(passes, []).append(run)
             rows.append({"model": "sleeps", "passes": passes, "seed": seed})

@@ -3,6 +3,7 @@
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -51,10 +52,9 @@ def checkpoint(pretrained, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["Notes", "Answered"])
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_every_answer_stands_in_evicted_notes(pretrained, checkpoint, split, kind):
-    task = pretrained[kind](str(checkpoint))
+def test_every_answer_stands_in_evicted_notes(pretrained, checkpoint, split):
+    task = pretrained["Notes"](str(checkpoint))
     tokenizer = pretrained["load_tokenizer"](checkpoint)
     batch, notes = task.batch(3, 5, 16, split=split), task.notes(3, 5, 16, split)
     assert batch.input_ids.shape == (16, task.seq_len) and task.context % task.window == 0
@@ -75,11 +75,8 @@ def test_every_answer_stands_in_evicted_notes(pretrained, checkpoint, split, kin
             assert batch.input_ids[row, start : int(place) + 1].tolist() == task.words(question)
         end = batch.input_ids[row, task.context]
         lines = tokenizer.decode(batch.input_ids[row, task.context + 1 :]).split(tokenizer.decode(end))
-        shown = " {}." if kind == "Answered" else ""
-        asked = [
-            tokenizer.decode(task.words(question + shown.format(answer))) for question, answer, _ in note.questions
-        ]
-        assert [line.strip() for line in lines if line.strip()] == asked
+        asked = [tokenizer.decode(task.words(question)) for question, *_ in note.questions]
+        assert [line.strip() for line in lines if line.strip()] == asked  # and no answer
 
 
 def test_notes_are_of_one_hop_first(pretrained, checkpoint):
@@ -87,6 +84,34 @@ def test_notes_are_of_one_hop_first(pretrained, checkpoint):
     hops = [{q[2] for note in task.notes(0, 0, 16, "train", stage) for q in note.questions} for stage in (0, 1, None)]
     assert hops == [{1}, {1, 2}, {1, 2}]
     assert task.notes(0, 0, 16, "train", 1) == task.notes(0, 0, 16, "train")
+
+
+def test_the_published_model_is_shown_how(pretrained, checkpoint, monkeypatch):
+    """An example with answers, the notes if they are in view, and one question: after it, the answer is scored."""
+    task, seen = pretrained["Notes"](str(checkpoint), asked=1), []
+
+    class Looking(torch.nn.Module):
+        def forward(self, input_ids):
+            seen.append(input_ids)
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids, task.vocab_size).double())
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: Looking())
+    found = pretrained["compare"](checkpoint, 4)
+    assert [x["right"] for x in found.values()] == [0, 0]  # no question ends in its answer
+    (note,), batch = task.notes(0, 0, 1, "train"), task.batch(0, 0, 4, split="eval")
+    whole, alone = seen
+    assert torch.equal(whole[:, -task.seq_len :], batch.input_ids)
+    assert torch.equal(alone[:, task.context - task.seq_len :], batch.input_ids[:, task.context :])
+    assert torch.equal(whole[:, : -task.seq_len], alone[:, : task.context - task.seq_len])
+    example = whole[0, : -task.seq_len].tolist()
+    assert example[: len(task.words(" ".join(note.facts)))] == task.words(" ".join(note.facts))
+    assert len(example) == task.context + 3 * len(task.words("\n Anna lives in Paris.")) + 1
+
+
+@pytest.mark.parametrize("wrong", [{"asked": 4}, {"asked": 0}, {"pairs": 0}, {"per_window": 0}])
+def test_notes_that_cannot_be(pretrained, checkpoint, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}:"):
+        pretrained["Notes"](str(checkpoint), **wrong)
 
 
 def test_a_pretrained_model_learns_and_is_compared(pretrained, checkpoint, tmp_path):

@@ -153,14 +153,14 @@ def test_stopped_it_goes_on_to_the_same_bits(stop, folders, straight, tmp_path):
 
 @pytest.mark.parametrize("phase, step", [("warm", 1), ("full", 2)])
 def test_a_signal_stops_either_phase(phase, step, folders, straight, tmp_path, monkeypatch):
-    take, calls = Trainer._train_step, []
+    take, calls = Trainer.take, []
 
     def interrupted(self, batch):
         if (self.label, self.step + 1) == (phase, step) and not calls:
             calls.append(signal.raise_signal(signal.SIGTERM))
         return take(self, batch)
 
-    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    monkeypatch.setattr(Trainer, "take", interrupted)
     settings = config(folders["qwen3_5"])
     result = finetune(settings, tmp_path, console=QUIET)
     assert (result.signal, result.step, result.finished) == (signal.SIGTERM, step, False)

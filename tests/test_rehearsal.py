@@ -66,10 +66,10 @@ def counted(config, folder):
 def _counted(config, folder):
     run = Trainer(config, folder, task=Tokens(), console=Console(quiet=True))
     run.model.train()
-    run._train_step(run._make_batch(0))
+    run.take(run._make_batch(0))
     batch, count = run._make_batch(1), LiveBytes()
     with watched(run, count):
-        run._train_step(batch)
+        run.take(batch)
     return count.most
 
 

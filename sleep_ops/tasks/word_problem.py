@@ -167,9 +167,10 @@ class WordProblem:
     def chance(self, samples: int = 16384) -> dict[str, float]:
         """What is reached without reading the words.
 
-        uniform    any element, everywhere.
-        majority   the likeliest answer: with loss="every" one word's products, with "last" the commonest product.
-        per_label  the commonest product at each place, over the labels.
+        uniform    all labels right by any element at each.
+        majority   all labels right by the likeliest answer: with loss="every" the products of one word, one of
+                   letters^length; with "last" the commonest product.
+        per_label  a label right by the commonest product at its place.
         """
         drawn, asked = letters(self.group, self.alphabet), slice(None if self.loss == "every" else -1, None)
         likely = np.eye(1, self.order)[0]  # of each product, before anything is read

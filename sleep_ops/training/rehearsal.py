@@ -32,6 +32,7 @@ from torch.utils.flop_counter import flop_registry
 from sleep_ops.checks import expect
 from sleep_ops.tasks.base import Batch
 from sleep_ops.training.config import TrainConfig
+from sleep_ops.training.division import Division
 from sleep_ops.training.memory import LiveBytes
 from sleep_ops.training.parallel import World
 from sleep_ops.training.stages import Stages
@@ -131,8 +132,8 @@ class Rehearsal(Steps):
             super().__init__(
                 model,
                 replace(recipe, offload=False, cuda_graph=False),
+                division=Division(recipe, _First(0, processes)),
                 stages=Stages(None, recipe.stage_loss, recipe.stage_warmup),
-                world=_First(0, processes),
                 device=torch.device("cpu"),
                 console=Console(quiet=True),
             )
@@ -276,7 +277,7 @@ def rehearse(
         ids = torch.zeros(recipe.batch_size, tokens, dtype=torch.int64)
         count.flops = count.sent = 0
         with watched(run, count):
-            run._train_step(Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool)))
+            run.take(Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool)))
     return Step(count.most, run.most_host, count.flops, count.sent, run.moved)
 
 

@@ -1,4 +1,4 @@
-"""The optimiser steps of a run: each takes a batch, and leaves the weights changed and a row of what it came to."""
+"""The optimiser steps of a run: each takes a batch, changes the weights, and gives a row of what it came to."""
 
 import math
 from contextlib import nullcontext
@@ -27,8 +27,9 @@ def shared_out(recipe: TrainConfig, world: World) -> bool:
 
 
 class Steps:
-    """Those of `model`, which becomes `self.model`, laid out over the processes of `world`.
+    """Optimiser steps of `model`; `self.model` is that as it is laid out over the processes.
 
+    division: what each process reads of a batch, and which processes there are.
     console: where it is told, once, that something of the recipe can't be had.
 
     ValueError where the recipe does not go with the model.
@@ -39,13 +40,13 @@ class Steps:
         model: nn.Module,
         recipe: TrainConfig,
         *,
+        division: Division,
         stages: Stages,
-        world: World,
         device: torch.device,
         console: Console,
     ):
-        self.recipe, self.stages, self.world, self.device, self.console = recipe, stages, world, device, console
-        self.division = Division(recipe, world)
+        self.recipe, self.division, self.stages, self.console = recipe, division, stages, console
+        self.device, self.world = device, division.world
         self.passes = self._passes(model)
         select_parameters(model, recipe.trainable)
         self.layout = self._lay_out(model)
@@ -66,10 +67,10 @@ class Steps:
                 raise ValueError(f"cuda_graph: expected False, or a SleepHybridModel to train, got {got}")
             self.graphs = StepGraphs(self.model, partial(autocast, recipe.precision, device))
         self.step, self.skipped, self.skipped_in_row = 0, 0, 0
-        self._told: set[str] = set()  # on the console, once each
+        self._told: set[str] = set()
 
-    def _train_step(self, batch: Batch) -> dict:
-        """One optimiser step.
+    def take(self, batch: Batch) -> dict:
+        """One optimiser step; its loss, gradient norm, learning rates, N, stage and steps skipped so far.
 
         Skipped, but counted, where the loss or the gradient norm is not finite.
         """

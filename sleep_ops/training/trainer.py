@@ -27,7 +27,7 @@ from sleep_ops.training.checkpoint import (
     save_checkpoint,
 )
 from sleep_ops.training.config import RunConfig, resolve_device
-from sleep_ops.training.division import Scoring
+from sleep_ops.training.division import Division, Scoring
 from sleep_ops.training.logs import ProgressBar, RunLog
 from sleep_ops.training.parallel import Replicated, World, local_device
 from sleep_ops.training.profiling import Trace
@@ -125,9 +125,9 @@ class Trainer(Steps):
         place = "meta" if shared_out(t, self.world) and not self.world.main else "cpu"
         model = model or build_model(config, weights=checkpoint is None, device=place)
         check_vocabulary(model, self.task)
-        stages = Stages(self.task, t.stage_loss, t.stage_warmup)
-        super().__init__(model, t, stages=stages, world=self.world, device=self.device, console=self.console)
-        self.division.check(self.model, self.task)
+        division, stages = Division(t, self.world), Stages(self.task, t.stage_loss, t.stage_warmup)
+        division.check(model, self.task)
+        super().__init__(model, t, division=division, stages=stages, device=self.device, console=self.console)
         self.flops, self.peak, self.seconds = ModelFlops(self.model), peak_flops(self.device), 0.0
         self._saving: Saving | None = None
         self.best: float | None = None  # of the evaluations, and how many since were no better
@@ -186,7 +186,7 @@ class Trainer(Steps):
                 coming = pool.submit(self._make_batch, self.step + 1)
                 flops = self.flops(batch.loss_mask, self._scheduled_passes())
                 with trace.step(self.step + 1):
-                    row = self._train_step(batch.to(self.device))
+                    row = self.take(batch.to(self.device))
                 now = time.perf_counter()
                 self.seconds += now - mark
                 row["tokens"] = self._tokens(self.step)
