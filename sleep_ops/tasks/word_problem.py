@@ -174,12 +174,10 @@ class WordProblem:
         """
         drawn, asked = letters(self.group, self.alphabet), slice(None if self.loss == "every" else -1, None)
         likely = np.eye(1, self.order)[0]  # of each product, before anything is read
+        after = product_table(self.group)[:, drawn].ravel()  # p x for every product p and letter x
         commonest = []
         for _ in range(self.length):
-            # A product was p before a letter x made it p x.
-            likely = np.bincount(
-                product_table(self.group)[:, drawn].ravel(), np.repeat(likely, len(drawn)), self.order
-            ) / len(drawn)
+            likely = np.bincount(after, np.repeat(likely, len(drawn)), self.order) / len(drawn)
             commonest.append(likely.max())
         return {
             "uniform": float(self.order) ** -len(commonest[asked]),
