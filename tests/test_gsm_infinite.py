@@ -366,6 +366,18 @@ def test_shorter_problems():
     assert {problem.op for problem in problems} == {1, 2, 3, 4}
 
 
+def test_stages_take_one_operation_more_each():
+    sizes = dict(seq_len=160, min_op=1, max_op=3)
+    task, whole = GSMInfinite(**sizes, first_op=1), GSMInfinite(**sizes)
+    assert (task.stages, whole.stages) == (3, 1)
+    for stage, most in ((0, 1), (1, 2), (2, 3), (None, 3)):
+        easier = GSMInfinite(**sizes | {"max_op": most})
+        batch = task.batch(3, 1, 64, stage=stage)
+        assert torch.equal(batch.input_ids, easier.batch(3, 1, 64).input_ids)
+        assert torch.equal(batch.labels, easier.batch(3, 1, 64).labels)
+    assert torch.equal(task.batch(3, 1, 8, split="eval").input_ids, whole.batch(3, 1, 8, split="eval").input_ids)
+
+
 def test_a_batch_in_well_under_a_second():
     task = GSMInfinite(seq_len=512)
     start = time.perf_counter()

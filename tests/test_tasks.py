@@ -151,7 +151,7 @@ BAD = {
     ],
     GSMInfinite: [
         {"seq_len": 200}, {"seq_len": 1000.0}, {"shortest": 200}, {"shortest": 4000}, {"min_op": 0},
-        {"max_op": 4, "min_op": 5}, {"max_op": 33}, {"max_op": 8.0},
+        {"max_op": 4, "min_op": 5}, {"max_op": 33}, {"max_op": 8.0}, {"first_op": 9}, {"first_op": 1, "min_op": 2},
     ],
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from sleep_ops.checks import check_counts, expect
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
-from sleep_ops.tasks.common import as_batch, by_level, score
+from sleep_ops.tasks.common import as_batch, at_stage, by_level, check_first, score, stages_from
 from sleep_ops.tasks.gsm_infinite.problem import MAX_OP, Generator, prompt_of, words
 from sleep_ops.tasks.gsm_infinite.structure import LIMIT
 from sleep_ops.tasks.gsm_infinite.worlds import WORLDS
@@ -54,12 +54,15 @@ class GSMInfinite:
     seq_len         tokens (words, numbers and marks) of a sequence, which the longest prompts fill.
     shortest        the smallest wanted length of a prompt, each up to seq_len as likely; None for seq_len itself.
     min_op, max_op  operations that an answer takes, each number as likely.
+    first_op        a curriculum: that largest number in training's first stage, one more in each that follows; None for
+                    max_op from the start.
     """
 
     seq_len: int = 2048
     shortest: int | None = None
     min_op: int = 1
     max_op: int = 8
+    first_op: int | None = None
 
     name: ClassVar[str] = "gsm_infinite"
     metric: ClassVar[str] = "exact"
@@ -69,6 +72,7 @@ class GSMInfinite:
         check_counts(self, min_op=1)
         check_counts(self, max_op=self.min_op)
         expect(self.max_op <= MAX_OP, "max_op", f"an integer <= {MAX_OP}", self.max_op)
+        check_first(self, "first_op", self.min_op, self.max_op)
         needed = Generator((self.min_op, self.max_op), None, _length).needed()
         check_counts(self, seq_len=needed)
         if self.shortest is not None:
@@ -81,22 +85,34 @@ class GSMInfinite:
         return self.seq_len // 4
 
     @property
+    def stages(self) -> int:
+        return stages_from(self.first_op, self.max_op)
+
+    @property
     def generator(self) -> Generator:
-        return Generator((self.min_op, self.max_op), (self.shortest or self.seq_len, self.seq_len), _length)
+        return self._generator(self.max_op)
 
     def to_dict(self) -> dict:
         return {"name": self.name, **asdict(self)}
 
     def batch(
-        self, seed: int, step: int, size: int, device: torch.device | str = "cpu", *, split: str = "train"
+        self,
+        seed: int,
+        step: int,
+        size: int,
+        device: torch.device | str = "cpu",
+        *,
+        split: str = "train",
+        stage: int | None = None,
     ) -> Batch:
-        """Batch number `step` of the stream (seed, split): its row i is problem step * 2^32 + i of the generator.
+        """Batch number `step` of the stream (seed, split): its row i is problem step * 2^32 + i of the generator, at a
+        `stage` of the curriculum of one for as many operations.
 
         input_ids and labels come on `device`, loss_mask on the CPU.
         """
         if seed < 0 or step < 0 or size < 1:
             raise ValueError(f"seed, step, size: expected >= 0, >= 0, >= 1, got {seed}, {step}, {size}")
-        generator = self.generator
+        generator = self._generator(at_stage(stage, self.first_op, self.max_op))
         input_ids = np.full((size, self.seq_len), PAD, dtype=np.int64)
         labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
         for row, i in enumerate(_numbers(step, size)):
@@ -144,6 +160,9 @@ class GSMInfinite:
         """One sequence in words: input_ids and labels are rows [T] of a batch."""
         answer = decode(labels[labels != IGNORE_INDEX].tolist())
         return f"{decode(input_ids.tolist())} {answer}"
+
+    def _generator(self, max_op: int) -> Generator:
+        return Generator((self.min_op, max_op), (self.shortest or self.seq_len, self.seq_len), _length)
 
     @property
     def _ops(self) -> range:
