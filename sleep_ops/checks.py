@@ -1,5 +1,7 @@
 """Checks of settings, which are plain values; those of tensors are in `validation`. Nothing here needs PyTorch."""
 
+from collections.abc import Sequence
+
 RULES = ("delta", "hebbian")
 IMPLS = ("auto", "triton", "torch", "reference")
 BACKENDS = ("auto", "flash", "torch")  # of attention
@@ -34,3 +36,9 @@ def check_counts(settings: object, **least: int) -> None:
     """Raise unless each of these settings is an int >= what is given for it."""
     for name, low in least.items():
         check_count(name, getattr(settings, name), low)
+
+
+def check_distinct(name: str, values: Sequence) -> None:
+    """Raise where one of the values is there twice."""
+    twice = [str(value) for i, value in enumerate(values) if value in values[:i]]
+    expect(not twice, name, "distinct ones", f"{', '.join(dict.fromkeys(twice))} more than once")

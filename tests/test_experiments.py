@@ -192,6 +192,30 @@ def test_a_sweep_over_other_values(tmp_path):
         assert message in " ".join(run("sweep", "fig2a", "--grid", grid, "--out", tmp_path, code=2).split())
 
 
+def test_runs_with_and_without_stages_are_in_one_table(tmp_path):
+    grid = ("--grid", "task.t=[2,3]", "--grid", "model.passes=[1]", "--set", "task.first_t=2")
+    run("sweep", "fig2a", *SMALL, *grid, "--out", tmp_path)
+    assert [r["task.t"] for r in table(tmp_path)] == ["2", "3"]
+    assert [r["task.t"] for r in read(tmp_path / "summary.csv")] == ["2", "3"]
+    assert {r["run"] for r in read(tmp_path / "curves.csv")} == {r["run"] for r in table(tmp_path)}
+
+
+def test_a_sweeps_folder_is_of_runs_with_the_same_settings(tmp_path):
+    one = ("sweep", "fig2b", *SMALL, "--grid", "model.passes=[1]")
+    run(*one, "--out", tmp_path)
+    before = (tmp_path / RESULTS_FILE).read_bytes()
+    two = ("sweep", "fig2b", *SMALL, "--grid", "model.passes=[2]", "--out", tmp_path)
+    text = " ".join(run(*two, "--set", "train.batch_size=3", code=2).split())
+    assert "out: expected a folder of runs with the same settings" in text and "train.batch_size" in text
+    assert (tmp_path / RESULTS_FILE).read_bytes() == before and not (tmp_path / "passes=2").exists()
+    run(*two)
+    assert len(table(tmp_path)) == 2 and (tmp_path / "paired.csv").exists()
+    run(*one, "--fresh", "--out", tmp_path)
+    assert len(table(tmp_path)) == 1 and not (tmp_path / "paired.csv").exists()
+    for given in (("--grid", "model.passes=[2,2]"), ("--baselines", "loop,loop")):
+        assert "expected distinct ones" in " ".join(run("sweep", "fig2b", *given, "--out", tmp_path, code=2).split())
+
+
 def test_a_figure_over_levels_of_difficulty(tmp_path):
     run("sweep", "fig3", *SMALL, "--grid", "model.passes=[1,2]", "--out", tmp_path)
     rows = table(tmp_path)

@@ -83,6 +83,11 @@ def rows(*given, **more):
     return [{"figure": "x", "preset": "tiny", **row, **more} for row in values]
 
 
+def test_of_two_runs_of_a_seed_the_first_counts():
+    found = summary_table(load_figure("fig2b", "tiny"), rows((1, "", 0, 0.5), (1, "", 1, 0.7), (1, "", 0, 0.1)))
+    assert (found[0]["n"], found[0]["min"], found[0]["mean"]) == (2, 0.5, pytest.approx(0.6))
+
+
 def test_pairs_are_of_equal_settings_and_seeds():
     found = paired_table(
         load_figure("fig2b", "tiny"),

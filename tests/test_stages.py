@@ -65,7 +65,7 @@ def test_the_step_after_a_stage_is_of_the_next(tmp_path):
     expected = [0] * 20 + [1] * 20 + [2] * 10
     assert [made[step] for step in range(50)] == expected
     assert columns(tmp_path / "metrics.csv", "stage") == [(float(stage),) for stage in expected]
-    assert columns(tmp_path / "eval.csv", "step", "stage")[4:6] == [(20.0, 1.0), (24.0, 1.0)]
+    assert columns(tmp_path / "eval.csv", "step", "stage")[4:6] == [(20.0, 0.0), (24.0, 1.0)]
 
 
 @pytest.mark.parametrize("stop", [13, 20, 33])

@@ -8,7 +8,7 @@ import itertools
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 
-from sleep_ops.checks import check_choice, expect
+from sleep_ops.checks import check_choice, check_distinct, expect
 from sleep_ops.experiments.presets import SIZES, read_toml
 
 
@@ -41,10 +41,11 @@ class Figure:
         return tuple(name for name in self.grid if name != self.x)
 
     def narrowed(self, values: dict[str, list]) -> "Figure":
-        """The same with other values of what varies. ValueError for what does not vary, or has no values."""
+        """The same with other values of what varies. ValueError for what does not vary, has no values, or one twice."""
         for name, given in values.items():
             expect(name in self.grid, "grid", f"one of {', '.join(self.grid)}", name)
             expect(isinstance(given, list) and len(given) > 0, f"grid {name}", "a list of values, such as [1,4]", given)
+            check_distinct(f"grid {name}", given)
         return replace(self, grid=self.grid | values)
 
     def points(self) -> list[dict[str, object]]:

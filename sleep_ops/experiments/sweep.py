@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sleep_ops.bench.harness import environment
-from sleep_ops.checks import check_count, expect
+from sleep_ops.checks import check_count, check_distinct, expect
 from sleep_ops.experiments import statistics
 from sleep_ops.experiments.figures import Figure
 from sleep_ops.experiments.parallel import Ended, Outcome, Run, run_all, shares
@@ -32,8 +32,8 @@ def read_results(out: Path) -> list[dict[str, str]]:
 class Results:
     """The tables of a sweep of `figure` in the folder `out`: every run, its evaluations on the way, and what seeds say.
 
-    names: the runs, in the order of their rows. keep: rows that are there already stay, until their run is reported
-    again. Those of another form, and of runs that are gone, are dropped.
+    names: the runs, in the order of their rows. keep: rows that are there already stay, behind these, until their run
+    is reported again. Those of runs that are gone are dropped.
     """
 
     def __init__(self, figure: Figure, out: Path, names: Sequence[str], *, keep: bool):
@@ -44,19 +44,19 @@ class Results:
     def add(self, name: str, row: dict, *, trained: bool) -> None:
         """Report the run `name`; one that was not `trained` now keeps the row it has."""
         row = {"run": name, **row} | read_csv(self._folder(name) / EVAL_FILE)[-1]
-        if trained or self._rows.get(name, {}).keys() != row.keys():
+        if trained or not row.keys() <= self._rows.get(name, {}).keys():
             self._rows[name] = row
-        kept = [r for r in self._rows.values() if r.keys() == row.keys()]
-        kept.sort(key=lambda r: self._order.get(r["run"], len(self._order)))
-        self._rows = {r["run"]: r for r in kept}
-        write_csv(self._out / RESULTS_FILE, kept)
-        curves = []
-        for run in self._rows:
-            curves += [{"run": run, **point} for point in read_csv(self._folder(run) / EVAL_FILE)]
-        write_csv(self._out / CURVES_FILE, curves)
-        write_csv(self._out / SUMMARY_FILE, summary_table(self._figure, kept))
-        if pairs := paired_table(self._figure, kept):
+        rows = sorted(self._rows.values(), key=lambda r: self._order.get(r["run"], len(self._order)))
+        write_csv(self._out / RESULTS_FILE, _filled(rows))
+        curves: list[dict] = []
+        for r in rows:
+            curves += [{"run": r["run"], **point} for point in read_csv(self._folder(r["run"]) / EVAL_FILE)]
+        write_csv(self._out / CURVES_FILE, _filled(curves))
+        write_csv(self._out / SUMMARY_FILE, summary_table(self._figure, rows))
+        if pairs := paired_table(self._figure, rows):
             write_csv(self._out / PAIRED_FILE, pairs)
+        else:
+            (self._out / PAIRED_FILE).unlink(missing_ok=True)
 
     def _folder(self, run: str) -> Path:
         """A run's own folder; that of the second phase where it was fine-tuned."""
@@ -64,17 +64,26 @@ class Results:
         return full if full.is_dir() else self._out / run
 
 
+def _filled(rows: list[dict]) -> list[dict]:
+    """The same with all columns that any has: runs of other tasks are evaluated on other things."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return [{name: row.get(name, "") for name in columns} for row in rows]
+
+
 def levels_of(figure: Figure, row: dict) -> list[int]:
     """The figure's levels of difficulty that a run was evaluated on: a changed task may lack some of the paper's."""
-    return [level for level in figure.levels if f"{figure.metric}_{level}" in row]
+    return [level for level in figure.levels if row.get(f"{figure.metric}_{level}", "") != ""]
 
 
 def by_setting(figure: Figure, rows: Iterable[dict]) -> dict[tuple, dict[str, dict]]:
-    """{(values of what varies, baseline): {seed: row}} in the order of the rows, whose values are texts or not."""
+    """{(values of what varies, baseline): {seed: row}} in the order of the rows, whose values are texts or not.
+
+    Of two rows for one seed the first.
+    """
     found: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         point = tuple(str(row[name]) for name in figure.grid)
-        found.setdefault((point, row.get("baseline") or ""), {})[str(row.get("seed", ""))] = row
+        found.setdefault((point, row.get("baseline") or ""), {}).setdefault(str(row.get("seed", "")), row)
     return found
 
 
@@ -139,8 +148,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
     expect(len(seeds) > 0, "seeds", "at least one", seeds)
     for seed in seeds:
         check_count("seeds", seed, 0)
-    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-    expect(not twice, "seeds", "distinct ones", f"{', '.join(map(str, twice))} more than once")
+    check_distinct("seeds", seeds)
 
 
 def each_seed(
@@ -178,6 +186,7 @@ def train_runs(
     and the figure's. ValueError for settings that can't be.
     """
     check_changes(figure, changes)
+    check_distinct("baselines", baselines)
     points = figure.points()
     largest = max(figure.grid[PASSES])
     chosen: list[tuple[dict, str | None]] = [(point, None) for point in points]
@@ -209,6 +218,20 @@ def check_going_on(configs: Iterable[tuple[RunConfig, Path]]) -> None:
     for config, folder in configs:
         if (folder / CONFIG_FILE).exists():
             config.check_resumable(folder)
+
+
+def _check_alike(figure: Figure, out: Path, config: RunConfig) -> None:
+    """ValueError where a run in the table of `out` has other settings than `config`, but for what may vary.
+
+    config: of a run without a baseline. Those of baselines, and of runs that are gone, are not looked at.
+    """
+    varied = (*figure.grid, "train.seed")
+    for row in read_results(out) if (out / RESULTS_FILE).is_file() else ():
+        folder = out / row["run"]
+        if row.get("baseline") or not (folder / CONFIG_FILE).is_file():
+            continue
+        found = [text for text in RunConfig.load(folder).differences(config) if text.partition(":")[0] not in varied]
+        expect(not found, "out", "a folder of runs with the same settings", f"{folder} with {'; '.join(found)}")
 
 
 def sweep(
@@ -245,6 +268,7 @@ def sweep(
     check_folder("out", out)
     if resume:
         check_going_on((config, out / name) for name, _, config in chosen)
+        _check_alike(figure, out, chosen[0][2])
     runs = []
     for number, (name, values, config) in enumerate(chosen, 1):
         row = {"figure": figure.name, "preset": size, **values}

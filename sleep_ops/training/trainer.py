@@ -191,6 +191,7 @@ class Trainer(Steps):
                 self.seconds += now - mark
                 row["tokens"] = self._tokens(self.step)
                 row["tokens_per_second"] = self._tokens(self.step - mark_step) / (now - mark)
+                trained_at = self.stages.arguments
                 if self.stages.risen(self.step, row["loss"]):
                     coming.cancel()
                     coming = pool.submit(self._make_batch, self.step)
@@ -206,7 +207,7 @@ class Trainer(Steps):
                         f"gradient that is not finite (last loss {row['loss']}); try a lower learning rate"
                     )
                 if self.step == t.steps or (t.eval_every and self.step % t.eval_every == 0):
-                    evaluation = self.evaluate() | self.stages.arguments
+                    evaluation = self.evaluate() | trained_at
                     self._judge(evaluation[self.task.metric])
                     log.evaluation(self.step, self._tokens(self.step), evaluation)
                     name = self.task.metric
