@@ -112,6 +112,17 @@ def test_figures_over_levels_have_a_row_for_each():
     assert [(r["level"], r["mean"]) for r in paired_table(figure, given)] == [(1, 0.0), (2, 0.0)]
 
 
+def test_levels_that_some_runs_lack():
+    figure = load_figure("fig3", "tiny")
+    given = rows((2, "", 0, 0.5), exact_1=0.5, exact_2=0.25) + rows((1, "", 0, 0.2), exact_1=0.125)
+    for lacking in ({}, {"exact_2": ""}):  # in memory, and as a table has it
+        found = [given[0], given[1] | lacking]
+        assert [(r["model.passes"], r["level"], r["mean"]) for r in summary_table(figure, found)] == [
+            ("2", 1, 0.5), ("2", 2, 0.25), ("1", 1, 0.125),
+        ]  # fmt: skip
+        assert [(r["level"], r["mean"]) for r in paired_table(figure, found)] == [(1, 0.375)]
+
+
 def test_seeds_are_read():
     assert seeds_of(None, None) == (0,) and seeds_of(3, None) == (3,)
     assert seeds_of(None, "0-3") == (0, 1, 2, 3) and seeds_of(None, "0,3,5") == (0, 3, 5)

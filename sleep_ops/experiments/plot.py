@@ -134,19 +134,21 @@ def _label(figure: Figure, row: dict[str, str], names: tuple[str, ...]) -> str:
 
 def _against_x(axes, figure: Figure, rows: list[dict[str, str]]) -> None:
     lines: dict[str, dict[float, list[float]]] = {}
-    levels = levels_of(figure, rows[0])
+    levels = levels_of(figure, *rows)
     for runs in by_setting(figure, rows).values():
         for row in runs.values():
             points = lines.setdefault(_label(figure, row, figure.series), {})
             if figure.x == "level":
-                for level in levels:
+                for level in levels_of(figure, row):
                     points.setdefault(level, []).append(float(row[f"{figure.metric}_{level}"]))
             else:
                 points.setdefault(float(row[figure.x]), []).append(float(row[figure.metric]))
     for label, points in lines.items():
         draw_means(axes, points, dots=True, marker="o", label=label)
     # Answers are skewed, so that a guess is worth much: the same problems in every run.
-    guesses = [(level, float(rows[0][f"majority_{level}"])) for level in levels if f"majority_{level}" in rows[0]]
+    guesses = [
+        (level, float(rows[0][f"majority_{level}"])) for level in levels if rows[0].get(f"majority_{level}", "") != ""
+    ]
     if guesses:
         axes.plot(*zip(*guesses, strict=True), ":", color="grey", label="commonest answer")
     for label in dict.fromkeys(mark[2] if len(mark) > 2 else "" for mark in figure.reference):

@@ -70,9 +70,9 @@ def _filled(rows: list[dict]) -> list[dict]:
     return [{name: row.get(name, "") for name in columns} for row in rows]
 
 
-def levels_of(figure: Figure, row: dict) -> list[int]:
-    """The figure's levels of difficulty that a run was evaluated on: a changed task may lack some of the paper's."""
-    return [level for level in figure.levels if row.get(f"{figure.metric}_{level}", "") != ""]
+def levels_of(figure: Figure, *rows: dict) -> list[int]:
+    """The figure's levels of difficulty that any of these runs was evaluated on: a changed task may lack some."""
+    return [level for level in figure.levels if any(row.get(f"{figure.metric}_{level}", "") != "" for row in rows)]
 
 
 def by_setting(figure: Figure, rows: Iterable[dict]) -> dict[tuple, dict[str, dict]]:
@@ -92,11 +92,12 @@ def _measured(figure: Figure, rows: list[dict]) -> list[tuple[dict, str]]:
     if figure.x != "level":
         return [({"metric": figure.metric}, figure.metric)]
     name = figure.metric
-    return [({"level": level, "metric": name}, f"{name}_{level}") for level in levels_of(figure, rows[0])]
+    return [({"level": level, "metric": name}, f"{name}_{level}") for level in levels_of(figure, *rows)]
 
 
 def _values(runs: dict[str, dict], column: str) -> dict[str, float]:
-    return {seed: float(row[column]) for seed, row in runs.items()}
+    """By seed, of the runs that have one."""
+    return {seed: float(row[column]) for seed, row in runs.items() if row.get(column, "") != ""}
 
 
 def summary_table(figure: Figure, rows: list[dict]) -> list[dict]:
@@ -106,7 +107,8 @@ def summary_table(figure: Figure, rows: list[dict]) -> list[dict]:
         about = {"figure": figure.name, "preset": rows[0]["preset"]}
         about |= dict(zip(figure.grid, point, strict=True)) | {"baseline": baseline}
         for what, column in _measured(figure, rows):
-            table.append(about | what | statistics.summary([*_values(runs, column).values()]))
+            if values := _values(runs, column):
+                table.append(about | what | statistics.summary([*values.values()]))
     return table
 
 
