@@ -226,6 +226,26 @@ def test_a_stopped_sweep_goes_on_to_the_same(whole, tmp_path, jobs, number):
     assert table(out) == table(whole)
 
 
+@pytest.mark.parametrize("jobs", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_second_interrupt_ends_a_sweep_at_once(tmp_path, jobs):
+    command = [sys.executable, "-m", "sleep_ops", "sweep", *SWEEP, "--seeds", "0-1", "--jobs", str(jobs)]
+    with subprocess.Popen(
+        [*command, "--set", "train.steps=100000", "--out", str(tmp_path / "out")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        wait(lambda: (tmp_path / "out" / NAMES[0] / "metrics.csv").exists() and process.poll() is None)
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.1)
+        said, _ = process.communicate(timeout=40)
+    # The second one as it is, where it comes after all has been saved.
+    assert process.returncode in (128 + signal.SIGINT, -signal.SIGINT) and "Traceback" not in said, said
+
+
 def wait(ready) -> None:
     end = time.monotonic() + 60
     while not ready():

@@ -14,7 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import Any, NamedTuple
 
 import torch
@@ -118,6 +118,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_work, args=(other, threads))
+        resource_tracker.ensure_running()  # which the first start of a process would begin, and let interrupts through
         with _without_interrupts():
             self.process.start()
         other.close()
@@ -197,6 +198,7 @@ class _Pool:
             workers = [worker for worker, _ in self._busy.values()]  # none, but after an error here
             for worker in workers:
                 worker.process.terminate()
+                worker.pipe.close()  # one that is between runs waits there
             for worker in workers:
                 worker.process.join(_PATIENCE)
                 worker.process.kill()
