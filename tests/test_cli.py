@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +21,7 @@ from sleep_ops.experiments.demo import CPU, CUDA, Scale, choose_scale, run_demo
 from sleep_ops.experiments.presets import preset, run_config
 from sleep_ops.files import read_csv
 from sleep_ops.tasks import Rule110
-from sleep_ops.training import TrainConfig, load_run
+from sleep_ops.training import TrainConfig, Trainer, load_run
 
 SMALL = "--t 2 --strings 2 --bits 6 --width 16 --heads 2 --layers attn-gdn --batch 8 --steps 6 --device cpu".split()
 SMALL += "--eval-every 3 --eval-samples 16 --checkpoint-every 2 --passes 2".split()
@@ -397,6 +398,19 @@ def test_a_newest_checkpoint_that_is_a_dangling_link_is_passed_over(tmp_path, be
 def test_eval_of_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     assert "file: expected a run folder, got a file" in run("eval", tmp_path / "file", code=2)
+
+
+def test_a_signal_during_the_last_step_stops_nothing(tmp_path, monkeypatch):
+    evaluate = Trainer.evaluate
+
+    def interrupted(self, samples=None):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(self, samples)
+
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    command = ("train", "rule110", *SMALL, "--eval-every", 0, "--steps", 2, "--out", tmp_path)
+    text = run(*command)
+    assert "finished" in text and "goes on" not in text and "nothing to do" in run(*command)
 
 
 def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path):

@@ -151,8 +151,8 @@ def test_stopped_it_goes_on_to_the_same_bits(stop, folders, straight, tmp_path):
     assert finetune(settings, tmp_path, console=QUIET) is None
 
 
-@pytest.mark.parametrize("phase, step", [("warm", 1), ("full", 2)])
-def test_a_signal_stops_either_phase(phase, step, folders, straight, tmp_path, monkeypatch):
+@pytest.mark.parametrize("phase, step, last", [("warm", 1, False), ("warm", 2, True), ("full", 2, False)])
+def test_a_signal_stops_either_phase(phase, step, last, folders, straight, tmp_path, monkeypatch):
     take, calls = Trainer.take, []
 
     def interrupted(self, batch):
@@ -163,7 +163,8 @@ def test_a_signal_stops_either_phase(phase, step, folders, straight, tmp_path, m
     monkeypatch.setattr(Trainer, "take", interrupted)
     settings = config(folders["qwen3_5"])
     result = finetune(settings, tmp_path, console=QUIET)
-    assert (result.signal, result.step, result.finished) == (signal.SIGTERM, step, False)
+    assert (result.signal, result.step, result.finished) == (signal.SIGTERM, step, last)
+    assert (tmp_path / "full").exists() == (phase == "full")
     finetune(settings, tmp_path, console=QUIET)
     agree(tmp_path, straight)
 

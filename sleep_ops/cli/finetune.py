@@ -97,7 +97,7 @@ def finetune(
         reached = "finished" if (out / "model").exists() else f"past step {until}"
         console.print(f"{out}: already {reached}, nothing to do")
         return
-    if result.signal is not None:
+    if result.signal is not None and not (out / "model").exists():
         console.print(f"stopped by signal {result.signal} at step {result.step}, saved; the same command goes on")
         raise typer.Exit(128 + result.signal)
     if result.evaluation:

@@ -81,7 +81,7 @@ def _train(
     if trainer.step:
         console.print(f"{out}: going on from step {trainer.step}")
     result = trainer.fit(until)
-    if result.signal is not None:
+    if result.signal is not None and not result.finished:
         console.print(f"stopped by signal {result.signal} at step {result.step}, saved; the same command goes on")
         raise typer.Exit(128 + result.signal)
     if result.evaluation:

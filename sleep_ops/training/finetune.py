@@ -76,7 +76,7 @@ def finetune(
             trainer = Trainer(phase.run, phase.out, label=phase.name, task=task, model=model, console=console)
             result = _run(trainer, phase, config.folder, None if until is None else until - before)
             trainer = model = None  # two phases' models need not fit at once
-            if not result.finished:
+            if not result.finished or result.signal is not None:
                 break
         before += phase.run.train.steps
         if until is not None and until <= before:
