@@ -266,6 +266,9 @@ def test_a_figure_from_a_checkpoint(tmp_path):
     assert "data.problem: expected one of" in " ".join(
         run("sweep", "fig5", *small, "--set", "data.problem=3", "--out", out, code=2).split()
     )
+    other = run("sweep", "fig5", *small, "--grid", "model.passes=[3]", "--set", "train.lr_muon=1", "--out", out, code=2)
+    assert "out: expected a folder of runs with the same settings" in " ".join(other.split())
+    assert not (out / "passes=3").exists()
     run("sweep", "fig5", *changed, "--fresh", "--out", out)
     assert len((out / "data" / "train.jsonl").read_text().splitlines()) == 25
     out = tmp_path / "seeds"

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,22 @@ from sleep_ops.bench.harness import environment
 from sleep_ops.checks import check_count, expect
 from sleep_ops.experiments.figures import Figure
 from sleep_ops.experiments.parallel import Ended, Outcome, Run, run_all, shares
-from sleep_ops.experiments.sweep import PASSES, Results, check_changes, check_going_on, each_seed, folder_name, reporter
+from sleep_ops.experiments.sweep import (
+    PASSES,
+    Results,
+    check_alike,
+    check_changes,
+    check_going_on,
+    each_seed,
+    folder_name,
+    reporter,
+)
 from sleep_ops.files import check_folder, write_atomically
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.tasks import Task, Text
 from sleep_ops.tasks.gsm_infinite.problem import Generator, write_jsonl
 from sleep_ops.tokenizer import load_tokenizer
-from sleep_ops.training.config import RECIPE, FinetuneConfig, TrainConfig, resolve_device
+from sleep_ops.training.config import RECIPE, FinetuneConfig, RunConfig, TrainConfig, resolve_device
 from sleep_ops.training.finetune import finetune
 from sleep_ops.training.parallel import World, local_device
 
@@ -94,6 +104,11 @@ def finetune_run(
     return Outcome(None if result is None else result.signal, result is not None, row if world.main else None)
 
 
+def _phases(config: FinetuneConfig, folder: Path) -> list[tuple[RunConfig, Path]]:
+    """What a run of `config` in `folder` keeps of its settings, and where."""
+    return [(phase.run, phase.out) for phase in config.phases(folder)]
+
+
 def sweep_finetuned(
     figure: Figure,
     size: str,
@@ -140,6 +155,8 @@ def sweep_finetuned(
                 Run(name, f"{figure.name} {len(runs) + 1}/{len(points) * len(by_seed)} {name}", finetune_run, arguments)
             )
             if resume:
-                check_going_on((phase.run, phase.out) for phase in config.phases(out / name))
+                check_going_on(_phases(config, out / name))
+    if resume:
+        check_alike(figure, out, partial(_phases, config))
     report = reporter(Results(figure, out, [run.name for run in runs], keep=resume))
     return run_all(runs, report, jobs=jobs, threads=threads, console=console, alone=world.size == 1)

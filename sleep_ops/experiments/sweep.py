@@ -1,7 +1,7 @@
 """`sleep-ops sweep`: the runs of a figure for every seed, each taken up where it stands; and their tables."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -222,18 +222,20 @@ def check_going_on(configs: Iterable[tuple[RunConfig, Path]]) -> None:
             config.check_resumable(folder)
 
 
-def _check_alike(figure: Figure, out: Path, config: RunConfig) -> None:
-    """ValueError where a run in the table of `out` has other settings than `config`, but for what may vary.
+def check_alike(figure: Figure, out: Path, expected: Callable[[Path], Iterable[tuple[RunConfig, Path]]]) -> None:
+    """ValueError where a run in the table of `out` has other settings than expected, but for what may vary.
 
-    config: of a run without a baseline. Those of baselines, and of runs that are gone, are not looked at.
+    expected: a run's folder -> (its settings, where they are kept), several if it is in phases. Runs of baselines, and
+    those that are gone, are not looked at.
     """
     varied = (*figure.grid, "train.seed")
     for row in read_results(out) if (out / RESULTS_FILE).is_file() else ():
-        folder = out / row["run"]
-        if row.get("baseline") or not (folder / CONFIG_FILE).is_file():
-            continue
-        found = [text for text in RunConfig.load(folder).differences(config) if text.partition(":")[0] not in varied]
-        expect(not found, "out", "a folder of runs with the same settings", f"{folder} with {'; '.join(found)}")
+        for config, folder in () if row.get("baseline") else expected(out / row["run"]):
+            if (folder / CONFIG_FILE).is_file():
+                found = RunConfig.load(folder).differences(config)
+                found = [text for text in found if text.partition(":")[0] not in varied]
+                got = f"{folder} with {'; '.join(found)}"
+                expect(not found, "out", "a folder of runs with the same settings", got)
 
 
 def sweep(
@@ -270,7 +272,7 @@ def sweep(
     check_folder("out", out)
     if resume:
         check_going_on((config, out / name) for name, _, config in chosen)
-        _check_alike(figure, out, chosen[0][2])
+        check_alike(figure, out, lambda folder: [(chosen[0][2], folder)])
     runs = []
     for number, (name, values, config) in enumerate(chosen, 1):
         row = {"figure": figure.name, "preset": size, **values}
