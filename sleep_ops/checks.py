@@ -42,3 +42,9 @@ def check_distinct(name: str, values: Sequence) -> None:
     """Raise where one of the values is there twice."""
     twice = [str(value) for i, value in enumerate(values) if value in values[:i]]
     expect(not twice, name, "distinct ones", f"{', '.join(dict.fromkeys(twice))} more than once")
+
+
+def check_distinct_counts(name: str, values: Sequence[int]) -> None:
+    """Raise unless these are ints >= 1, at least one, none of them twice."""
+    right = len(values) > 0 and min(values) >= 1 and len(set(values)) == len(values)
+    expect(right, name, "distinct integers >= 1", values)

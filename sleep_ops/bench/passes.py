@@ -14,7 +14,7 @@ from sleep_ops.bench.cases import DTYPES, PASSES_CASES, Case, make_inputs
 from sleep_ops.bench.checks import ERRORS, operator_check, relative_errors, right_ones
 from sleep_ops.bench.harness import MACHINE, MODES, TIMES, Problem, default_repeats, environment, measure, run_of
 from sleep_ops.bench.providers import CHAINED, operator_problem, replay_of
-from sleep_ops.bench.settings import PassesSettings, check_choices, check_counts, check_distinct_counts, check_dtype
+from sleep_ops.bench.settings import PassesSettings, check_choices, check_counts, check_dtype, check_series
 from sleep_ops.training.config import resolve_device
 
 PROVIDERS = PassesSettings.providers
@@ -56,7 +56,7 @@ class PassesBenchmark(PassesSettings):
 
     def __post_init__(self):
         check_counts(self, "batch", "tokens", "heads", "head_dim", "window", "repeats", "max_chained", seed=0)
-        check_distinct_counts(self, "passes")
+        check_series(self, "passes")
         check_choices(self, cases=PASSES_CASES["cpu"], providers=PROVIDERS)
         check_dtype(self)
         resolve_device(self.device)

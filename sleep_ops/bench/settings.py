@@ -6,7 +6,7 @@ And their checks: ValueError naming the setting, what was expected and what was 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sleep_ops.checks import check_count
+from sleep_ops.checks import check_count, check_distinct_counts
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,11 @@ def check_counts(settings: object, *names: str, **lowest: int) -> None:
             check_count(name, value, low)
 
 
-def check_distinct_counts(settings: object, *names: str) -> None:
+def check_series(settings: object, *names: str) -> None:
     """Tuples of distinct integers >= 1, or None."""
     for name in names:
-        values = getattr(settings, name)
-        if values is not None and (not values or min(values) < 1 or len(set(values)) < len(values)):
-            raise ValueError(f"{name}: expected distinct integers >= 1, got {values!r}")
+        if (values := getattr(settings, name)) is not None:
+            check_distinct_counts(name, values)
 
 
 def check_choices(settings: object, **known: Iterable[str]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sleep_ops import HybridConfig, SleepHybridModel
 from sleep_ops.bench.fla_hybrid import load_fla_hybrid
 from sleep_ops.bench.harness import MACHINE, MIB, TIMES, Run, Stopwatch, environment, first_line, measure
-from sleep_ops.bench.settings import TrainSettings, check_choices, check_counts, check_distinct_counts
+from sleep_ops.bench.settings import TrainSettings, check_choices, check_counts, check_series
 from sleep_ops.tasks import Batch
 from sleep_ops.training.config import TrainConfig, resolve_device
 from sleep_ops.training.graph import StepGraphs
@@ -81,7 +81,7 @@ class TrainBenchmark(TrainSettings):
         if self.presets is None:
             object.__setattr__(self, "presets", DEFAULTS[device.type])
         check_choices(self, presets=PRESETS, checkpointing=CHECKPOINTING, providers=PROVIDERS)
-        check_distinct_counts(self, "passes", "windows")
+        check_series(self, "passes", "windows")
         check_counts(self, "batch", "repeats", seed=0)
         TrainConfig(precision=self.precision)
         if self.cuda_graph and device.type != "cuda":

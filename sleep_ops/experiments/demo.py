@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from sleep_ops.checks import check_distinct_counts
 from sleep_ops.experiments import recall
 from sleep_ops.experiments.parallel import Ended, Outcome, Run, run_all, shares
 from sleep_ops.experiments.plot import draw_means
@@ -88,8 +89,7 @@ def choose_scale(device: str, seed: int, passes: tuple[int, ...] | None = None, 
     """The machine's scale with these settings. ValueError for passes that are not distinct integers >= 1."""
     scale = CUDA if resolve_device(device).type == "cuda" else CPU
     passes = scale.passes if passes is None else tuple(passes)
-    if not passes or min(passes) < 1 or len(set(passes)) != len(passes):
-        raise ValueError(f"passes: expected distinct integers >= 1, got {passes!r}")
+    check_distinct_counts("passes", passes)
     changes: dict = (
         {"seed": seed} | ({"device": device} if device != "auto" else {}) | ({} if steps is None else {"steps": steps})
     )

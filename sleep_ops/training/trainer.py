@@ -143,7 +143,7 @@ class Trainer(Steps):
     @property
     def finished(self) -> bool:
         """Whether the last step has been taken, or evaluations say to stop before it."""
-        t = self.config.train
+        t = self.recipe
         judged = t.stop_at is not None and self.best is not None
         reached = judged and self._merit(self.best) >= self._merit(t.stop_at)
         return self.step >= t.steps or reached or (t.patience is not None and self.stale >= t.patience)
@@ -155,7 +155,7 @@ class Trainer(Steps):
         second Ctrl-C raises KeyboardInterrupt. Raises TrainingDiverged after `max_skipped` steps in
         a row without a finite gradient.
         """
-        t = self.config.train
+        t = self.recipe
         last = t.steps if until is None else min(until, t.steps)
         files = [self.out / name for name in (METRICS_FILE, EVAL_FILE, BOARD)]
         evaluation = None
@@ -167,7 +167,7 @@ class Trainer(Steps):
 
     def _train(self, last: int, log: RunLog) -> dict[str, float] | None:
         """Steps up to `last`, and a checkpoint of where they end; returns the last evaluation."""
-        t, evaluation, saved = self.config.train, None, self.step
+        t, evaluation, saved = self.recipe, None, self.step
         self._noted = self._signal = None
         self.model.train()
         with (
@@ -229,7 +229,7 @@ class Trainer(Steps):
 
     def evaluate(self, samples: int | None = None) -> dict[str, float]:
         """The task's evaluation of the model as it stands, in the run's precision; the same in every process."""
-        t = self.config.train
+        t = self.recipe
         with self.layout.gathered(), autocast(t.precision, self.device):
             return self.task.evaluate(
                 Scoring(self.model, self.division),
@@ -251,7 +251,7 @@ class Trainer(Steps):
             "best": self.best,
             "stale": self.stale,
         } | self.stages.state()
-        keep = self.config.train.keep_checkpoints
+        keep = self.recipe.keep_checkpoints
         folder = self.out / CHECKPOINTS
         self._saving = save_checkpoint(folder, self.step, tensors, state, keep=keep, world=self.world)
         if wait:
@@ -306,12 +306,12 @@ class Trainer(Steps):
         return -value if self.task.metric == "loss" else value
 
     def _make_batch(self, step: int) -> Batch:
-        t = self.config.train
+        t = self.recipe
         batch = self.task.batch(t.seed, step, t.batch_size, **self.stages.arguments)
         return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _tokens(self, steps: int) -> int:
-        return steps * self.config.train.batch_size * self.task.seq_len
+        return steps * self.recipe.batch_size * self.task.seq_len
 
     def _newest(self, extend: bool) -> Checkpoint | None:
         """The checkpoint to go on from."""
