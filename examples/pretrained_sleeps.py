@@ -321,9 +321,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     if not given.folder.exists():
         published(given.folder)
     folder = given.folder.resolve()
-    task, view = Notes(str(folder)), compare(folder, given.samples)
-    rows: list[dict] = [{"model": name, "passes": "", "seed": "", **found} for name, found in view.items()]
-
+    task, rows = Notes(str(folder)), []
     sleep = {"window": task.window, "loop": [given.loop[0], given.loop[-1]], "insert": list(given.insert)}
     curves, said = {}, []
     for passes in given.passes:
@@ -336,6 +334,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             rows[-1] |= task.evaluate(model, samples=given.samples)
             if seed == given.seeds[-1]:
                 said.append(f"N = {passes}, seed {seed}\n\n{transcript(task, model, 6)}")
+    view = compare(folder, given.samples)
+    rows = [{"model": name, "passes": "", "seed": "", **found} for name, found in view.items()] + rows
     write_csv(given.out / "answers.csv", rows)
     write_atomically(given.out / "transcripts.txt", "\n".join(said).encode())
     plot(given.out, curves, view)
