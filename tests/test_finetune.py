@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import json
+import math
 import re
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -204,6 +206,10 @@ def test_other_settings_are_refused_and_fresh_begins_anew(folders, straight, tmp
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match="window: expected at most"):
         finetune(config(folders["qwen3_5"], window=513), tmp_path, resume=False, console=QUIET)
+    train = replace(TRAIN, passes_schedule="random")
+    random = config(folders["qwen3_5"], sleep_kind="replay", passes=math.inf, train=train)
+    with pytest.raises(ValueError, match="passes_schedule: expected 'fixed'"):
+        finetune(random, tmp_path, resume=False, console=QUIET)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     finetune(config(folders["qwen3_5"]), tmp_path, resume=False, console=QUIET)
     agree(tmp_path, straight)
@@ -285,6 +291,7 @@ def test_the_command_on_a_task(folders, tmp_path):
         ("--task rule110 --data nowhere", "data: expected no such option for the task rule110"),
         ("--task rule110 --task-option bits", "task_option: expected NAME=VALUE"),
         ("--task rule110 --task-option nodes=3", "nodes: expected no such option"),
+        ("--task word-problem --task-option nodes=3", "nodes: expected no such option for the task word_problem"),
         ("--task rule110 --until 0", "until: expected"),
         ("--task rule110 --insert one", "insert: expected integers"),
         ("--task rule110 --insert 99", "insert: expected distinct layer numbers from 0 to"),
@@ -327,3 +334,14 @@ def test_an_eviction_that_is_not_given_is_as_the_folder_remembers_it(warm_steps,
         assert all(phase.run.model["eviction"] == "hard" for phase in warm) and len(warm) == bool(warm_steps)
         # With no warm-up the folder itself says so.
         assert full.run.model.get("eviction", "sliding") == expected
+    at_once = {"sleep_kind": "replay", "windows_at_once": True}
+    if warm_steps:  # else the model is built before anything is trained
+        with pytest.raises(ValueError, match="eviction: expected 'hard' with windows_at_once, got 'sliding'"):
+            FinetuneConfig(str(tmp_path / "model"), task, at_once, warm_steps=warm_steps).phases(tmp_path / "out")
+
+
+def test_a_finished_run_needs_its_first_phase_no_longer(folders, tmp_path):
+    settings = config(folders["qwen3_5"], warm_steps=1, train=replace(TRAIN, steps=1))
+    finetune(settings, tmp_path, console=QUIET)
+    shutil.rmtree(tmp_path / "warm")
+    assert finetune(settings, tmp_path, console=QUIET) is None and not (tmp_path / "warm").exists()

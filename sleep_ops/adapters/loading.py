@@ -150,10 +150,10 @@ def left_out(folder: str | os.PathLike) -> list[str]:
     return [part for part in parts if part not in known] if "text_config" in config else []
 
 
-def remembered(folder: str | os.PathLike, setting: str) -> object:
-    """A setting of sleep that a checkpoint folder keeps from an earlier run, or None."""
+def remembered(folder: str | os.PathLike) -> dict:
+    """The settings of sleep that a checkpoint folder keeps from an earlier run."""
     config = read_config(folder)
-    return (config.get("sleep") or config.get("sleep_ops") or {}).get(setting)
+    return config.get("sleep") or config.get("sleep_ops") or {}
 
 
 def model_type(folder: str | os.PathLike) -> str:

@@ -110,6 +110,7 @@ def _build_task(name: str, folder: Path, options: dict):
     """The task of these options; those not given are None."""
     from sleep_ops.tasks import TASKS
 
+    name = name.replace("-", "_")
     if name not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
     given = {key: str(x.resolve()) if isinstance(x, Path) else x for key, x in options.items() if x is not None}

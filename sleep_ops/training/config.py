@@ -382,7 +382,7 @@ class FinetuneConfig:
         source, out = str(Path(self.folder).resolve()), Path(out)
         settings, lora, found = self._given(), self._lora(), []
         if self.warm_steps:
-            seed = self.train.seed + _WARM_SEED
+            seed, kept = self.train.seed + _WARM_SEED, remembered(self.folder)
             train = replace(self.train, steps=self.warm_steps, trainable="fast_weights", seed=seed)
             run = RunConfig(self.task, {"folder": source, **settings, "eviction": "hard"} | lora, train)
             end = {"adapter": out / "warm" / ADAPTER_FOLDER} if lora else {"model": out / "warm" / MODEL_FOLDER}
@@ -394,6 +394,9 @@ class FinetuneConfig:
                 source = left
                 settings.pop("insert", None)  # they are there now
                 # That folder remembers the first phase's eviction.
-                settings.setdefault("eviction", remembered(self.folder, "eviction") or "hard")
+                settings.setdefault("eviction", kept.get("eviction") or "hard")
+            # Checked as __post_init__ does, with what the folder remembers.
+            known = {name: x for name, x in (kept | settings).items() if name in SleepSettings.__dataclass_fields__}
+            SleepSettings.from_dict({"window": 1} | known)
         run = RunConfig(self.task, {"folder": source, **settings} | lora, self.train)
         return [*found, Phase("full", out / "full", run, out / MODEL_FOLDER, out / ADAPTER_FOLDER if lora else None)]

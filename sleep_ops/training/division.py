@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from sleep_ops.checks import expect
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.model.sleeping import find_sleeping
 from sleep_ops.tasks import Batch, Task
@@ -21,13 +22,20 @@ class Division:
 
     def __init__(self, config: TrainConfig, world: World):
         self.world, self.rows = world, config.micro_batch or config.batch_size
+        self.batch_size = config.batch_size
         self.by_columns = config.split == "sequence" and world.size > 1
         shared = self.rows if self.by_columns else config.batch_size
         self.scored_rows = min(self.rows, -(-shared // world.size))
 
     def check(self, model: nn.Module, task: Task) -> None:
-        """Raises ValueError where each process is to read its part of a text and can't."""
+        """Raises ValueError where there are not rows for each process, or none can read its part of a text."""
         if not self.by_columns:
+            expect(
+                self.batch_size >= self.world.size,
+                "batch_size",
+                f"at least {self.world.size}, one per process",
+                self.batch_size,
+            )
             return
         found = find_sleeping(model)
         settings = None if found is None else found.settings

@@ -20,8 +20,10 @@ from sleep_ops.adapters.lora import merge_lora, save_adapter
 from sleep_ops.files import check_folder, whole_folder
 from sleep_ops.tasks import Task, build_task
 from sleep_ops.training.config import CONFIG_FILE, FinetuneConfig, Phase, resolve_device
+from sleep_ops.training.division import Division
 from sleep_ops.training.parallel import World, local_device
 from sleep_ops.training.run import build_model, check_vocabulary, clear_run
+from sleep_ops.training.steps import check_recipe
 from sleep_ops.training.trainer import Trainer, TrainResult
 
 
@@ -42,7 +44,8 @@ def finetune(
     anything is written; and as `Trainer` does.
     """
     model_type(config.folder)
-    world = World.join(resolve_device(local_device(config.train.device)))
+    device = resolve_device(local_device(config.train.device))
+    world = World.join(device)
     console = (console or Console()) if world.main else Console(quiet=True)
     phases, task, model = config.phases(out), task or build_task(config.task), None
 
@@ -60,12 +63,15 @@ def finetune(
         if not resume:
             model = build_model(phases[0].run)
             check_vocabulary(model, task)  # nothing is deleted for settings that can't be
+            for recipe in (phase.run.train for phase in phases):
+                Division(recipe, world).check(model, task)
+                check_recipe(model, recipe, device)
             for phase in reversed(phases):  # a model goes before the run that made it, a run before what it began with
                 for path in filter(Path.exists, reversed(phase.exports)):
                     shutil.rmtree(path)
                 if phase.out.exists():
                     clear_run(phase.out)
-        return [phase.done for phase in phases]
+        return [phase.done or phases[-1].done for phase in phases]
 
     done = world.on_main(begin)
     if parts := left_out(config.folder):

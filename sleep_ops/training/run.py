@@ -47,20 +47,26 @@ def build_model(
         return add_lora(base, **(lora if weights and real else lora | {"start": None}))
 
 
-def select_parameters(model: nn.Module, trainable: str) -> list[nn.Parameter]:
-    """The parameters to train, of those that require gradients; the others stop. See `TrainConfig.trainable`.
+def chosen_parameters(model: nn.Module, trainable: str) -> list[nn.Parameter]:
+    """The parameters to train, of those that require gradients. See `TrainConfig.trainable`.
 
     Raises ValueError for a model without fast weights where only those are wanted.
     """
-    if trainable == "fast_weights":
-        owners: list[nn.Module] = [*(m for m in model.modules() if isinstance(m, GDNMixer)), *inserted_blocks(model)]
-        chosen = {p for owner in owners for p in owner.parameters() if p.requires_grad}
-        if not chosen:
-            without = "adapters on its fast weights" if owners else "fast weights"
-            raise ValueError(f"trainable: expected 'all' for a model without {without}, got {trainable!r}")
-        for p in model.parameters():
-            p.requires_grad_(p in chosen)
-    return [p for p in model.parameters() if p.requires_grad]
+    if trainable == "all":
+        return [p for p in model.parameters() if p.requires_grad]
+    owners: list[nn.Module] = [*(m for m in model.modules() if isinstance(m, GDNMixer)), *inserted_blocks(model)]
+    chosen = {p for owner in owners for p in owner.parameters() if p.requires_grad}
+    if not chosen:
+        without = "adapters on its fast weights" if owners else "fast weights"
+        raise ValueError(f"trainable: expected 'all' for a model without {without}, got {trainable!r}")
+    return [p for p in model.parameters() if p in chosen]
+
+
+def select_parameters(model: nn.Module, trainable: str) -> None:
+    """The others stop requiring gradients."""
+    chosen = set(chosen_parameters(model, trainable))
+    for p in model.parameters():
+        p.requires_grad_(p in chosen)
 
 
 def check_vocabulary(model: nn.Module, task: Task) -> None:

@@ -17,13 +17,32 @@ from sleep_ops.training.graph import StepGraphs
 from sleep_ops.training.offload import Offloaded
 from sleep_ops.training.optim import build_optimizers, set_learning_rates
 from sleep_ops.training.parallel import Replicated, World
-from sleep_ops.training.run import autocast, select_parameters
+from sleep_ops.training.run import autocast, chosen_parameters, select_parameters
 from sleep_ops.training.stages import Stages
 
 
 def shared_out(recipe: TrainConfig, world: World) -> bool:
     """Whether the processes share out the model's parameters."""
     return recipe.parallel == "fsdp" and world.size > 1
+
+
+def check_recipe(model: nn.Module, recipe: TrainConfig, device: torch.device) -> None:
+    """Raises ValueError where this recipe can't train `model` on this device; changes nothing."""
+    if recipe.cuda_graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph: expected False without CUDA, got True on {device}")
+    if recipe.cuda_graph and not isinstance(model, SleepHybridModel):
+        got = f"True with a {type(model).__name__}"
+        raise ValueError(f"cuda_graph: expected False, or a SleepHybridModel to train, got {got}")
+    schedule, passes = recipe.passes_schedule, _passes(model)
+    if schedule != "fixed" and passes in (None, math.inf):
+        raise ValueError(f"passes_schedule: expected 'fixed' for a model with passes {passes}, got {schedule!r}")
+    chosen_parameters(model, recipe.trainable)
+
+
+def _passes(model: nn.Module) -> int | float | None:
+    """The model's own N; None for one that doesn't sleep."""
+    found = find_sleeping(model)
+    return None if found is None else found.settings.passes
 
 
 class Steps:
@@ -47,7 +66,8 @@ class Steps:
     ):
         self.recipe, self.division, self.stages, self.console = recipe, division, stages, console
         self.device, self.world = device, division.world
-        self.passes = self._passes(model)
+        check_recipe(model, recipe, device)
+        self.passes = _passes(model)
         select_parameters(model, recipe.trainable)
         self.layout = self._lay_out(model)
         self.model = self.layout.model
@@ -62,9 +82,6 @@ class Steps:
         )
         self.graphs: StepGraphs | None = None
         if recipe.cuda_graph:
-            if not isinstance(self.model, SleepHybridModel):
-                got = f"True with a {type(self.model).__name__}"
-                raise ValueError(f"cuda_graph: expected False, or a SleepHybridModel to train, got {got}")
             self.graphs = StepGraphs(self.model, partial(autocast, recipe.precision, device))
         self.step, self.skipped, self.skipped_in_row = 0, 0, 0
         self._told: set[str] = set()
@@ -169,18 +186,6 @@ class Steps:
         """N of the step in hand; None for the model's own."""
         t = self.recipe
         return None if t.passes_schedule == "fixed" else t.passes_at(self.step, self.passes)  # type: ignore[arg-type]
-
-    def _passes(self, model: nn.Module) -> int | float | None:
-        """The model's own N; None for one that doesn't sleep.
-
-        ValueError where it can't be scheduled.
-        """
-        found = find_sleeping(model)
-        passes = None if found is None else found.settings.passes
-        schedule = self.recipe.passes_schedule
-        if schedule != "fixed" and passes in (None, math.inf):
-            raise ValueError(f"passes_schedule: expected 'fixed' for a model with passes {passes}, got {schedule!r}")
-        return passes
 
     def _lay_out(self, model: nn.Module) -> Replicated:
         t = self.recipe

@@ -112,11 +112,7 @@ class Trainer(Steps):
         self.config, self.out, self.label = config, Path(out), label
         t = config.train
         self.device = resolve_device(local_device(t.device))
-        if t.cuda_graph and self.device.type != "cuda":
-            raise ValueError(f"cuda_graph: expected False without CUDA, got True on {self.device}")
         self.world = World.join(self.device)
-        if t.split == "batch" and t.batch_size < self.world.size:
-            raise ValueError(f"batch_size: expected at least {self.world.size}, one per process, got {t.batch_size}")
         self.console = (console or Console()) if self.world.main else Console(quiet=True)
         self.task = task or build_task(config.task)
         self.world.on_main(partial(check_folder, "out", self.out))
