@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from sleep_ops.adapters.loading import model_type
 from sleep_ops.bench.harness import environment
 from sleep_ops.checks import check_count, expect
 from sleep_ops.experiments.figures import Figure
@@ -60,36 +61,48 @@ def write_problems(
 ) -> tuple[Path, Path]:
     """Training and evaluation problems as JSON lines, their lengths counted by the checkpoint's tokenizer.
 
-    resume: keep files that are there already, which were written whole; ValueError where they are of other settings.
+    resume: keep those that are there already; ValueError where they are of other settings. They and what says so are
+    replaced when new ones are whole.
     """
     counts = {split: data[name] for split, name in (("train", "problems"), ("eval", "eval_problems"))}
     for name in ("problems", "eval_problems"):
         check_count(f"data.{name}", data[name])
     settings = {"seed": seed, "checkpoint": str(checkpoint.resolve())} | data
-    paths, about = [folder / f"{split}.jsonl" for split in counts], folder / "settings.json"
-    kept = resume and about.exists() and any(path.exists() for path in paths)
-    if kept:
-        known = json.loads(about.read_text(encoding="utf-8"))
+    train, held_out = (folder / f"{split}.jsonl" for split in counts)
+    about = folder / "settings.json"
+    if resume and about.exists() and (train.exists() or held_out.exists()):
+        known = _read_json(about)
         expected = f"{known}, which the problems in {folder} were made with (or another folder, or --fresh)"
         expect(known == settings, "data", expected, settings)
+        if train.exists() and held_out.exists():
+            return train, held_out
     tokenizer = load_tokenizer(str(checkpoint))
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     generator = Generator(data["ops"], data["lengths"], count)
-    if not kept:
-        for path in paths:
-            path.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(about, json.dumps(settings).encode() + b"\n")
-    for path, (split, number) in zip(paths, counts.items(), strict=True):
-        if not path.exists():
-            partial = path.with_suffix(".partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {path: path.with_suffix(".partial") for path in (train, held_out)}
+    try:
+        for path, (split, number) in zip(written.values(), counts.items(), strict=True):
             numbers = track(range(number), description=f"writing problems: {split}", console=console)
-            write_jsonl(partial, (generator.problem(seed, i, split) for i in numbers))
-            os.replace(partial, path)
-    return paths[0], paths[1]
+            write_jsonl(path, (generator.problem(seed, i, split) for i in numbers))
+        about.unlink(missing_ok=True)
+        for path in written:
+            os.replace(written[path], path)
+    finally:
+        for path in written.values():
+            path.unlink(missing_ok=True)
+    write_atomically(about, json.dumps(settings).encode() + b"\n")
+    return train, held_out
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got a file that can't be read ({error})") from error
 
 
 def finetune_run(
@@ -135,27 +148,30 @@ def sweep_finetuned(
     train = replace(RECIPE, **recipe)
     device = resolve_device(local_device(train.device))
     world, data = World.join(device), DATA | chosen["data"]
-    points = figure.points()
-    jobs, threads = shares(jobs, len(points) * len(by_seed), device, world.size)
+    configs = []
+    for named, changed in by_seed:
+        seed: Any = changed.get("train.seed", train.seed)
+        for point in figure.points():
+            name, settings = folder_name(point, seed=named), chosen["model"] | {"passes": point[PASSES]}
+            warm = chosen["train"].get("warm_steps", 0)
+            config = FinetuneConfig(str(checkpoint), {}, settings, replace(train, seed=seed), warm)
+            row = {"figure": figure.name, "preset": size, **point, "baseline": "", "seed": seed}
+            configs.append((name, config, row | {"model": str(checkpoint)}))
+    jobs, threads = shares(jobs, len(configs), device, world.size)
     check_folder("out", out)
+    model_type(checkpoint)
+    for name, config, _ in configs:
+        config.phases(out / name)  # refused here rather than when there are problems
     paths = world.on_main(lambda: write_problems(out / "data", checkpoint, train.seed, data, console, resume=resume))
     task = Text(str(paths[0].resolve()), str(Path(checkpoint).resolve()), str(paths[1].resolve()), level="op")
     runs: list[Run] = []
-    for named, changed in by_seed:
-        seed: Any = changed.get("train.seed", train.seed)
-        for point in points:
-            name, settings = folder_name(point, seed=named), chosen["model"] | {"passes": point[PASSES]}
-            warm = chosen["train"].get("warm_steps", 0)
-            config = FinetuneConfig(str(checkpoint), task.to_dict(), settings, replace(train, seed=seed), warm)
-            row = {"figure": figure.name, "preset": size, **point, "baseline": "", "seed": seed}
-            row["model"] = str(checkpoint)
-            # A worker reads the problems itself: that is less than to send them.
-            arguments = (config, out / name, resume, row, task if jobs == 1 else None)
-            runs.append(
-                Run(name, f"{figure.name} {len(runs) + 1}/{len(points) * len(by_seed)} {name}", finetune_run, arguments)
-            )
-            if resume:
-                check_going_on(_phases(config, out / name))
+    for number, (name, config, row) in enumerate(configs, 1):
+        config = replace(config, task=task.to_dict())
+        # A worker reads the problems itself: that is less than to send them.
+        arguments = (config, out / name, resume, row, task if jobs == 1 else None)
+        runs.append(Run(name, f"{figure.name} {number}/{len(configs)} {name}", finetune_run, arguments))
+        if resume:
+            check_going_on(_phases(config, out / name))
     if resume:
         check_alike(figure, out, partial(_phases, config))
     report = reporter(Results(figure, out, [run.name for run in runs], keep=resume))
