@@ -130,10 +130,11 @@ def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
 
 def read_csv(path: Path, *columns: str) -> list[dict[str, float]]:
     """Rows of a log, as numbers; the errors are those of `read_table`."""
+    rows = read_table(path, *columns)
     try:
-        return [{key: float(value) for key, value in row.items()} for row in read_table(path, *columns)]
-    except TypeError as error:
-        raise ValueError(f"{path}: expected a table of numbers") from error
+        return [{key: float(value) for key, value in row.items()} for row in rows]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a table of numbers ({error})") from error
 
 
 def pyplot():

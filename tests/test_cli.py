@@ -7,6 +7,7 @@ import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
@@ -16,6 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import sleep_ops.cli
+from sleep_ops.cli.common import print_evaluations
 from sleep_ops.cli.options import Fields, all_but, command, docstring
 from sleep_ops.experiments.demo import CPU, CUDA, Scale, choose_scale, run_demo
 from sleep_ops.experiments.presets import preset, run_config
@@ -424,3 +426,11 @@ def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path):
     run("train", "rule110", *SMALL, "--steps", 2, "--out", tmp_path)
     assert "nothing to do" in run("train", "rule110", *SMALL, "--steps", 2, "--out", tmp_path)
     assert "expected a CSV file" in run("eval", tmp_path, "--out", tmp_path, code=2)
+
+
+def test_chance_is_said_of_an_accuracy_alone():
+    for metric, known in (("exact", True), ("loss", False)):
+        console = Console(record=True, width=80)
+        task = SimpleNamespace(metric=metric, chance=lambda: {"majority": 0.25})
+        print_evaluations(console, task, [(1, {metric: 0.5})])
+        assert ("25.00%" in console.export_text()) == known and "0.2500" not in console.export_text()

@@ -96,6 +96,8 @@ def test_an_answer_is_never_cut(tokenizer, tmp_path):
 DAMAGED = {
     "json": ('{"prompt": "a", "answer"', "expected JSON"),
     "encoding": ("\udcff", "expected JSON"),
+    "half an emoji": (r'{"prompt": "a\ud83d", "answer": "b"}', "expected JSON"),
+    "nesting": ('{"prompt": ' + 100000 * "[", "expected JSON"),
     "list": ('["a", "b"]', 'expected {"prompt"'),
     "no-answer": ('{"prompt": "a"}', 'expected {"prompt"'),
     "both": ('{"prompt": "a", "answer": "b", "text": "c"}', 'expected {"prompt"'),

@@ -68,7 +68,7 @@ def print_evaluations(console: Console, task, found: list[tuple]) -> None:
         cells = [form(r[name]) for _, r in found]
         if name == "exact" and "exact_stderr" in found[0][1]:
             cells = [f"{cell} +/- {r['exact_stderr']:.2%}" for cell, (_, r) in zip(cells, found, strict=True)]
-        guess = chance.get(name, chance.get("majority") if name == task.metric else None)
+        guess = chance.get(name, chance.get("majority") if name == task.metric != "loss" else None)
         table.add_row(name, *cells, "" if guess is None else form(guess))
     for name, title in counts.items():
         if name in found[0][1]:

@@ -25,7 +25,7 @@ import torch
 from rich import progress
 from torch import nn
 
-from sleep_ops.checks import check_choice, check_count, check_flags, expect
+from sleep_ops.checks import check_choice, check_count, check_flags, expect, is_number
 from sleep_ops.files import check_folder, write_atomically
 from sleep_ops.streams import shuffled
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
@@ -88,7 +88,7 @@ class Text:
         if self.cache is not None:
             check_folder("cache", Path(self.cache))
             expect(self.seq_len is not None, "seq_len", "an integer >= 1 with cache", None)
-        fraction = type(self.held_out) in (int, float) and 0 < self.held_out < 1
+        fraction = is_number(self.held_out) and 0 < self.held_out < 1
         expect(fraction, "held_out", "a fraction between 0 and 1", self.held_out)
         tokenizer = load_tokenizer(self.tokenizer)
         if self.end_token:
@@ -293,7 +293,8 @@ def _records(path: str, *, shown: bool) -> Iterator[tuple[str, dict]]:
             where = f"{path}, line {number}"
             try:
                 record = json.loads(line.decode())
-            except ValueError as error:
+                json.dumps(record, ensure_ascii=False).encode()  # half an emoji is no text
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: expected JSON, got {error}") from error
             keys = {"prompt", "answer", "text"} & record.keys() if isinstance(record, dict) else set()
             fits = keys in ({"prompt", "answer"}, {"text"}) and all(isinstance(record[key], str) for key in keys)
