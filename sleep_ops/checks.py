@@ -32,6 +32,11 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
+def is_number(value: object) -> bool:
+    """Whether it is an int or a float, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_counts(settings: object, **least: int) -> None:
     """Raise unless each of these settings is an int >= what is given for it."""
     for name, low in least.items():
@@ -46,5 +51,5 @@ def check_distinct(name: str, values: Sequence) -> None:
 
 def check_distinct_counts(name: str, values: Sequence[int]) -> None:
     """Raise unless these are ints >= 1, at least one, none of them twice."""
-    right = len(values) > 0 and min(values) >= 1 and len(set(values)) == len(values)
-    expect(right, name, "distinct integers >= 1", values)
+    counts = all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in values)
+    expect(len(values) > 0 and counts and len(set(values)) == len(values), name, "distinct integers >= 1", values)

@@ -216,6 +216,12 @@ def test_a_sweeps_folder_is_of_runs_with_the_same_settings(tmp_path):
         assert "expected distinct ones" in " ".join(run("sweep", "fig2b", *given, "--out", tmp_path, code=2).split())
 
 
+def test_replay_to_the_fixed_point_stands_beside_other_passes():
+    changes = {"model.sleep_kind": "replay", "model.reinject": False}
+    figure = load_figure("fig2b", "tiny").narrowed({"model.passes": ["inf", 2]})
+    assert [name for name, *_ in train_runs(figure, "tiny", changes=changes)] == ["passes=inf", "passes=2"]
+
+
 def test_a_figure_over_levels_of_difficulty(tmp_path):
     run("sweep", "fig3", *SMALL, "--grid", "model.passes=[1,2]", "--out", tmp_path)
     rows = table(tmp_path)
@@ -258,6 +264,10 @@ def test_a_figure_from_a_checkpoint(tmp_path):
     run("sweep", "fig5", *small, "--out", out)
     assert (weights(1), weights(2)) == (first, second) and table(out) == rows
     changed = small + ["--set", "data.problems=25"]
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for setting in ("data.lengths=[1,2]", "model.eviction=soft", "train.warm_steps=-1"):
+        run("sweep", "fig5", *changed, "--fresh", "--set", setting, "--out", out, code=2)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     assert "data: expected" in " ".join(run("sweep", "fig5", *changed, "--out", out, code=2).split())
     assert "data.problems: expected an integer" in " ".join(
         run("sweep", "fig5", *small, "--set", "data.problems=0", "--out", out, code=2).split()
@@ -304,6 +314,10 @@ def test_sweeps_are_listed_and_bad_ones_refused(tmp_path):
         ("fig6", "--baselines", "depth"): "model, baselines: expected none",
         ("fig2b", "--set", "model.passes=3"): "does not vary itself, got 'model.passes'",
         ("fig5", "--model", "x", "--set", "model.passes=3"): "does not vary itself, got 'model.passes'",
+        ("fig2b", "--set", "train.lr_muon=abc"): "lr_muon: expected a number > 0, got 'abc'",
+        ("fig2b", "--set", "task.held_out=abc"): "held_out: expected 0, or a fraction",
+        ("fig2b", "--grid", 'model.passes=[1,"two"]'): "grid model.passes: expected integers >= 1",
+        ("fig6", "--preset", "tiny", "--grid", 'window=["a"]'): "windows: expected distinct integers >= 1",
     }
     for arguments, message in refusals.items():
         text = run("sweep", *arguments, "--device", "cpu", "--out", tmp_path / "out", code=2)

@@ -181,6 +181,9 @@ def test_learning_rate_schedule():
         ({"stage_loss": 0.0}, "stage_loss"),
         ({"stage_loss": math.inf}, "stage_loss"),
         ({"stage_warmup": -1}, "stage_warmup"),
+        *(({name: "abc"}, name) for name in ("lr_muon", "grad_clip", "weight_decay", "warmup", "curriculum")),
+        ({"stop_at": "abc"}, "stop_at"),
+        ({"final_lr": True}, "final_lr"),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ import itertools
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 
-from sleep_ops.checks import check_choice, check_distinct, expect
+from sleep_ops.checks import check_choice, check_distinct, expect, is_number
 from sleep_ops.experiments.presets import SIZES, read_toml
 
 
@@ -46,6 +46,9 @@ class Figure:
             expect(name in self.grid, "grid", f"one of {', '.join(self.grid)}", name)
             expect(isinstance(given, list) and len(given) > 0, f"grid {name}", "a list of values, such as [1,4]", given)
             check_distinct(f"grid {name}", given)
+            for value in given if name == "model.passes" else ():
+                right = value == "inf" or (is_number(value) and value >= 1)
+                expect(right, f"grid {name}", 'integers >= 1, or "inf"', value)
         return replace(self, grid=self.grid | values)
 
     def points(self) -> list[dict[str, object]]:

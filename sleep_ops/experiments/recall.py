@@ -29,7 +29,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sleep_ops.checks import check_count, expect
+from sleep_ops.checks import check_count, expect, is_number
 from sleep_ops.experiments.settings import RecallSettings
 from sleep_ops.files import pyplot
 from sleep_ops.ops.affine import segment_transition
@@ -58,16 +58,16 @@ class RecallExperiment(RecallSettings):
             check_count("passes", n)
         if not _rising(self.passes):
             raise ValueError(f"passes: expected rising integers >= 1, got {self.passes!r}")
-        if not all(_is_number(load) and 0 < load < math.inf for load in self.loads):
+        if not all(is_number(load) and 0 < load < math.inf for load in self.loads):
             raise ValueError(f"loads: expected numbers > 0, got {self.loads!r}")
         if not _rising((0, *map(self.pairs, self.loads))) or not self.loads:
             raise ValueError(
                 f"loads: expected rising numbers, each of more pairs than the one before at K = {self.key_dim}, "
                 f"got {self.loads!r}"
             )
-        if not _is_number(self.beta) or not 0 < self.beta < 2:
+        if not is_number(self.beta) or not 0 < self.beta < 2:
             raise ValueError(f"beta: expected a number in (0, 2), got {self.beta!r}")
-        if not _is_number(self.decay) or not 0 <= self.decay <= 1:
+        if not is_number(self.decay) or not 0 <= self.decay <= 1:
             raise ValueError(f"decay: expected a number in [0, 1], got {self.decay!r}")
         rows = self.memories * max(self.pairs(self.loads[-1]), self.key_dim)
         for names, numbers in (
@@ -138,10 +138,6 @@ def _one_thread():
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _rising(values: tuple) -> bool:

@@ -190,7 +190,7 @@ def train_runs(
     check_changes(figure, changes)
     check_distinct("baselines", baselines)
     points = figure.points()
-    largest = max(figure.grid[PASSES])
+    largest = max(figure.grid[PASSES], key=float)
     chosen: list[tuple[dict, str | None]] = [(point, None) for point in points]
     chosen += [(p, b) for b in baselines for p in points if p[PASSES] == largest]
     runs = []

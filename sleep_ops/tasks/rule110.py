@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sleep_ops.checks import check_counts
+from sleep_ops.checks import check_counts, is_number
 from sleep_ops.streams import Stream, source
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch
 from sleep_ops.tasks.common import as_batch, at_stage, check_first, score, stages_from
@@ -76,11 +76,9 @@ class Rule110:
         check_first(self, "first_t", 0, self.t)
         if self.boundary not in BOUNDARIES:
             raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {self.boundary!r}")
-        if self.held_out and not (0.01 <= self.held_out <= 0.5 and self.bits >= 10):
-            raise ValueError(
-                f"held_out: expected 0, or a fraction in [0.01, 0.5] of strings of at least 10 bits, got "
-                f"{self.held_out!r} at {self.bits} bits"
-            )
+        held_out, expected = self.held_out, "0, or a fraction in [0.01, 0.5] of strings of at least 10 bits"
+        if not (is_number(held_out) and (held_out == 0 or (0.01 <= held_out <= 0.5 and self.bits >= 10))):
+            raise ValueError(f"held_out: expected {expected}, got {held_out!r} at {self.bits} bits")
 
     @property
     def seq_len(self) -> int:

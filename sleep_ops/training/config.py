@@ -5,12 +5,13 @@ The options of commands are made of these dataclasses, so that nothing here impo
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sleep_ops import streams
-from sleep_ops.checks import check_choice, check_count, check_counts, check_flags, expect
+from sleep_ops.checks import check_choice, check_count, check_counts, check_flags, expect, is_number
 from sleep_ops.files import write_atomically
 from sleep_ops.model.config import HybridConfig, SleepSettings
 
@@ -135,15 +136,15 @@ class TrainConfig:
         check_counts(self, checkpoint_every=0, keep_checkpoints=1, stage_warmup=0)
         if self.seed >= 2**63:
             raise ValueError(f"seed: expected an integer < 2^63, got {self.seed}")
-        for name in ("lr_muon", "lr_adamw", "grad_clip"):
-            value = getattr(self, name)
-            if not value > 0 or (name != "grad_clip" and math.isinf(value)):
-                raise ValueError(f"{name}: expected a number > 0, got {value!r}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected a number >= 0, got {self.weight_decay!r}")
+        for name in ("lr_muon", "lr_adamw", "stage_loss"):
+            self._check_number(name, "a number > 0", lambda x: 0 < x < math.inf)
+        self._check_number("grad_clip", "a number > 0", lambda x: x > 0)
+        self._check_number("weight_decay", "a number >= 0", lambda x: 0 <= x < math.inf)
         for name in ("momentum", "warmup", "decay", "final_lr"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)!r}")
+            self._check_number(name, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+        self._check_number("curriculum", "a number in (0, 1]", lambda x: 0 < x <= 1)
+        if self.stop_at is not None:
+            self._check_number("stop_at", "a finite number or None", math.isfinite)
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup + decay: expected at most 1, got {self.warmup} + {self.decay}")
         check_flags(cuda_graph=self.cuda_graph, offload=self.offload, async_checkpoints=self.async_checkpoints)
@@ -160,12 +161,6 @@ class TrainConfig:
             if self.cuda_graph and getattr(self, name) != needed:
                 raise ValueError(f"{name}: expected {needed!r} with cuda_graph, got {getattr(self, name)!r}")
         check_choice("passes_schedule", self.passes_schedule, PASSES_SCHEDULES)
-        if not 0 < self.curriculum <= 1:
-            raise ValueError(f"curriculum: expected a number in (0, 1], got {self.curriculum!r}")
-        if not 0 < self.stage_loss < math.inf:
-            raise ValueError(f"stage_loss: expected a number > 0, got {self.stage_loss!r}")
-        if self.stop_at is not None and not math.isfinite(self.stop_at):
-            raise ValueError(f"stop_at: expected a finite number or None, got {self.stop_at!r}")
         if self.patience is not None:
             check_count("patience", self.patience)
         if self.profile is not None:
@@ -178,6 +173,10 @@ class TrainConfig:
                 raise ValueError(f"micro_batch: expected None with cuda_graph, got {self.micro_batch}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {PRECISIONS}, got {self.precision!r}")
+
+    def _check_number(self, name: str, expected: str, fits: Callable[[float], bool]) -> None:
+        value = getattr(self, name)
+        expect(is_number(value) and fits(value), name, expected, value)
 
     def learning_rate_factor(self, step: int) -> float:
         """The factor on both peak learning rates at `step` (0-based): linear warm-up, constant, linear decay."""
