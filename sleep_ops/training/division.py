@@ -27,15 +27,14 @@ class Division:
         shared = self.rows if self.by_columns else config.batch_size
         self.scored_rows = min(self.rows, -(-shared // world.size))
 
+    def check_rows(self) -> None:
+        """Raises ValueError where there is not a row of a batch for each process."""
+        least = 1 if self.by_columns else self.world.size
+        expect(self.batch_size >= least, "batch_size", f"at least {least}, one per process", self.batch_size)
+
     def check(self, model: nn.Module, task: Task) -> None:
-        """Raises ValueError where there are not rows for each process, or none can read its part of a text."""
+        """Raises ValueError where each process is to read its part of a text and can't."""
         if not self.by_columns:
-            expect(
-                self.batch_size >= self.world.size,
-                "batch_size",
-                f"at least {self.world.size}, one per process",
-                self.batch_size,
-            )
             return
         found = find_sleeping(model)
         settings = None if found is None else found.settings

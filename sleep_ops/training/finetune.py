@@ -64,7 +64,9 @@ def finetune(
             model = build_model(phases[0].run)
             check_vocabulary(model, task)  # nothing is deleted for settings that can't be
             for recipe in (phase.run.train for phase in phases):
-                Division(recipe, world).check(model, task)
+                division = Division(recipe, world)
+                division.check_rows()
+                division.check(model, task)
                 check_recipe(model, recipe, device)
             for phase in reversed(phases):  # a model goes before the run that made it, a run before what it began with
                 for path in filter(Path.exists, reversed(phase.exports)):

@@ -122,6 +122,7 @@ class Trainer(Steps):
         model = model or build_model(config, weights=checkpoint is None, device=place)
         check_vocabulary(model, self.task)
         division, stages = Division(t, self.world), Stages(self.task, t.stage_loss, t.stage_warmup)
+        division.check_rows()
         division.check(model, self.task)
         super().__init__(model, t, division=division, stages=stages, device=self.device, console=self.console)
         self.flops, self.peak, self.seconds = ModelFlops(self.model), peak_flops(self.device), 0.0
