@@ -343,6 +343,26 @@ def test_bad_inputs_name_the_argument(mixer, change, name):
         layer(**(dict(x=torch.zeros(3, 4, 20)) | change))
 
 
+BAD_PASSES = (0, -3, True, 0.5, float("nan"), -math.inf, "3")
+
+
+@pytest.mark.parametrize("output", (True, False))
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        *((dict(passes=passes, window=4), "passes") for passes in BAD_PASSES),
+        (dict(passes=1, window=0), "window"),
+        (dict(passes=2, window=True), "window"),
+        (dict(window=5), "window"),
+    ],
+    ids=str,
+)
+def test_passes_of_a_call_are_checked(mixer, given, name, output):
+    """As those of the layer are; a window alone would be for the passes of another."""
+    with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
+        make(mixer, passes=3, window=4)(vectors(), **given, output=output)
+
+
 @pytest.mark.parametrize("passes, window", ((1, None), (3, 4)))
 @pytest.mark.parametrize("size", ((0, 5), (2, 0), (0, 0)), ids=str)
 def test_an_idle_rank_has_no_tokens(mixer, size, passes, window):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sleep_ops.checks import expect
 from sleep_ops.ops.gated_delta_rule import delta_rule_state, gated_delta_rule, sleep_gated_delta_rule
 from sleep_ops.ops.gates import CLOSED
 from sleep_ops.ops.step import gated_delta_rule_step
@@ -17,6 +18,7 @@ from sleep_ops.validation import (
     check_cu_seqlens,
     check_full,
     check_lengths,
+    check_passes,
     check_state,
     check_tensor,
 )
@@ -124,10 +126,11 @@ class GDNMixer(nn.Module):
 
         Returns y, (y, state) with `return_state`, or (y, state, writes) with `return_writes`: what
         `replay` takes, the real tokens at the left of their row. Raises ValueError for a wrong
-        shape, dtype or device, or for more than one of attention_mask, lengths and cu_seqlens.
+        shape, dtype or device, for more than one of attention_mask, lengths and cu_seqlens, or for
+        passes and a window that can't be.
         """
         self._check(x, state, attention_mask, lengths, cu_seqlens)
-        sleep = (*((self.passes, self.window) if passes is None else (passes, window)), group)
+        sleep = (*self._sleep(passes, window), group)
         if group is not None:
             x, state = self._go_on(x, state, attention_mask, lengths, group)
         if attention_mask is None:
@@ -206,6 +209,14 @@ class GDNMixer(nn.Module):
             rule=self.rule, use_qk_l2norm=True, A_log=A_log, dt_bias=dt_bias, use_beta_sigmoid=True,
             allow_neg_eigval=self.allow_neg_eigval, impl=self.impl,
         )  # fmt: skip
+
+    def _sleep(self, passes, window):
+        """The passes and the window of a call: the layer's where it names neither."""
+        if passes is None:
+            expect(window is None, "window", "None without passes (both or neither)", window)
+            passes, window = self.passes, self.window
+        check_passes(passes, window, self.output_pass)
+        return passes, window
 
     def _check(self, x, state, attention_mask, lengths, cu_seqlens):
         check_full("x", x, 3, "[B, T, hidden_size]", 2)
