@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from judge import close, exact, outcome
 from small import normal
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from sleep_ops.layers import basic
 from sleep_ops.layers.basic import Linear, RMSNorm, project
@@ -97,11 +98,21 @@ class TestProject:
         monkeypatch.undo()
         close(found, self.gradients(lambda x, *ms: [m(x) for m in ms], x, modules))
 
-    @pytest.mark.parametrize("other", ["hook", "bias", "another class", "few rows", "no gradients"])
-    def test_calls_what_is_more_than_a_product(self, other):
+    @pytest.mark.parametrize(
+        "other", ["hook", "global hook", "own forward", "bias", "another class", "few rows", "no gradients"]
+    )
+    def test_calls_what_is_more_than_a_product(self, other, request):
         x, modules, called = normal(2, 80, 6), self.build(), []
         if other == "hook":
             modules[1].register_forward_hook(lambda *_: called.append(1))
+        elif other == "global hook":
+            registered = register_module_forward_hook(
+                lambda module, *_: called.append(1) if module is modules[1] else None
+            )
+            request.addfinalizer(registered.remove)
+        elif other == "own forward":
+            plain = modules[1].forward
+            modules[1].forward = lambda x: called.append(1) or plain(x)
         elif other == "bias":
             modules = self.build(a=Linear(6, 1))
         elif other == "another class":
@@ -112,4 +123,4 @@ class TestProject:
             found = project(x, *modules)
         assert len({y.untyped_storage().data_ptr() for y in found}) == len(modules)
         close(found, [module(x) for module in modules])
-        assert len(called) == (2 if other == "hook" else 0)
+        assert len(called) == (2 if "hook" in other or other == "own forward" else 0)

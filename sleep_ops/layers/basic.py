@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from sleep_ops.ops.linear import linear
 from sleep_ops.ops.rms_norm import rms_norm
@@ -25,7 +26,7 @@ def project(x: Tensor, *modules: nn.Module) -> Sequence[Tensor]:
     gradients each has a result of its own, so that a cache of one does not hold the others' memory.
     """
     rows = x.numel() // max(x.shape[-1], 1)
-    together = x.device.type == "cpu" and torch.is_grad_enabled() and rows >= _ROWS
+    together = x.device.type == "cpu" and torch.is_grad_enabled() and rows >= _ROWS and not _has_any_global_hook()
     if not (together and all(map(_is_plain, modules))):
         return [module(x) for module in modules]
     weights = [module.weight for module in modules]
@@ -35,7 +36,7 @@ def project(x: Tensor, *modules: nn.Module) -> Sequence[Tensor]:
 def _is_plain(module: nn.Module) -> bool:
     """Whether a call of the module is a product with its weight and nothing else."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return type(module) is Linear and module.bias is None and not any(hooks)
+    return type(module) is Linear and module.bias is None and not any(hooks) and "forward" not in module.__dict__
 
 
 class RMSNorm(nn.RMSNorm):
