@@ -1,6 +1,8 @@
 """Checks of settings, which are plain values; those of tensors are in `validation`. Nothing here needs PyTorch."""
 
+import sys
 from collections.abc import Sequence
+from typing import TypeGuard
 
 RULES = ("delta", "hebbian")
 IMPLS = ("auto", "triton", "torch", "reference")
@@ -11,6 +13,11 @@ def expect(condition: bool, name: str, expected: str, got: object) -> None:
     """ValueError in this project's words unless `condition`."""
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def is_finite(value: object) -> TypeGuard[int | float]:
+    """Whether value is an int or a float, and finite as a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sleep_ops.checks import check_choice, check_count
+from sleep_ops.checks import check_choice, check_count, is_finite
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KERNEL_IMPLS = ("auto", "triton", "torch")  # of operators whose PyTorch form is their specification
@@ -39,7 +39,7 @@ def check_tensor(
 
 def check_eps(name: str, eps: object) -> None:
     """Raise unless eps is a finite number >= 0."""
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
+    if not is_finite(eps) or eps < 0:
         raise ValueError(f"{name}: expected a finite number >= 0, got {eps!r}")
 
 
@@ -53,9 +53,7 @@ def check_full(name: str, x: object, ndim: int, dims: str, may_be_empty: int = 0
 
 def check_scale(scale: object) -> None:
     """Raise unless scale is None or a finite number."""
-    if scale is None:
-        return
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if scale is not None and not is_finite(scale):
         raise ValueError(f"scale: expected None or a finite number, got {scale!r}")
 
 

@@ -289,6 +289,7 @@ def test_endless_passes_are_very_many(mixer):
         (dict(window=0), "window"),
         (dict(window=float("nan")), "window"),
         (dict(norm_eps=float("nan")), "norm_eps"),
+        (dict(norm_eps=10**400), "norm_eps"),
         (dict(output_pass="middle"), "output_pass"),
         (dict(rule="oja"), "rule"),
         (dict(impl="cuda"), "impl"),
@@ -298,6 +299,12 @@ def test_endless_passes_are_very_many(mixer):
 def test_bad_settings_name_the_argument(mixer, change, name):
     with pytest.raises(ValueError, match=f"^{name}: expected .*got "):
         mixer(**(dict(hidden_size=20, num_heads=2, head_dim=8) | change))
+
+
+@pytest.mark.parametrize("batch_size", (-1, 2.0, True))
+def test_states_are_of_so_many_rows(mixer, batch_size):
+    with pytest.raises(ValueError, match="^batch_size: expected .*got "):
+        make(mixer).init_state(batch_size)
 
 
 def test_unknown_setting_is_a_type_error(mixer):

@@ -400,7 +400,7 @@ WRONG = [
     ("step", "v", [lambda v: v[:, :5]]),
     (PASSES, "initial_state", [torch.Tensor.double]),
     ("step", "state", [torch.Tensor.half]),
-    ("packed packed-sleep step", "scale", [math.nan]),
+    ("packed packed-sleep step", "scale", [math.nan, 10**400]),
     (ALL_RULES, "rule", ["oja"]),
     (ALL_RULES, "impl", ["cuda"]),
     (ALL_RULES, "use_qk_l2norm", ["no", 1]),
@@ -424,7 +424,7 @@ WRONG = [
     ("packed-short-conv packed-dynamic-conv", "activation", ["gelu"]),
     ("packed-short-conv norm", "impl", ["fast"]),
     ("norm", "x", [torch.tensor(1.0)]),
-    ("norm", "eps", [-1.0, math.nan, "1e-5"]),
+    ("norm", "eps", [-1.0, math.nan, "1e-5", 10**400]),
     ("attention", "backend", ["fast"]),
 ]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sleep_ops.checks import expect
+from sleep_ops.checks import check_count, expect
 from sleep_ops.ops.gated_delta_rule import delta_rule_state, gated_delta_rule, sleep_gated_delta_rule
 from sleep_ops.ops.gates import CLOSED
 from sleep_ops.ops.step import gated_delta_rule_step
@@ -83,7 +83,8 @@ class GDNMixer(nn.Module):
         return writes, conv_state
 
     def init_state(self, batch_size: int, *, dtype: torch.dtype | None = None) -> GDNState:
-        """A state of zeros, the convolution's in `dtype`."""
+        """A state of zeros, the convolution's in `dtype`. ValueError for a batch_size that is no integer >= 0."""
+        check_count("batch_size", batch_size, 0)
         device = self.A_log.device
         kept = torch.float64 if self._dtype() == torch.float64 else torch.float32
         if dtype is None:  # a quantised projection's is that of its storage
