@@ -252,6 +252,10 @@ def test_traces_as_one_graph(traced):
     close(*grads, rtol=1e-3, atol=1e-4)
 
 
+def marked(layer):
+    return [n for n, p in layer.named_parameters() if getattr(p, "_no_weight_decay", False)]
+
+
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deep", "pickle"]
 )
@@ -259,10 +263,18 @@ def test_copies_are_alike(mixer, copied):
     layer, x = make(mixer, passes=2, window=4), vectors()
     other = copied(layer)
     assert torch.equal(other(x), layer(x))
-    assert [n for n, p in other.named_parameters() if getattr(p, "_no_weight_decay", False)] == ["A_log", "dt_bias"]
+    assert marked(other) == ["A_log", "dt_bias"]
     fresh = make(mixer, seed=5, passes=2, window=4)
     fresh.load_state_dict(layer.state_dict())
     assert torch.equal(fresh(x), layer(x))
+
+
+def test_weights_that_come_later_are_marked(mixer):
+    """On the meta device first, then empty, or another's assigned."""
+    layer = make(mixer).to("meta")
+    assert marked(copy.deepcopy(layer).to_empty(device=DEVICE)) == marked(layer) == ["A_log", "dt_bias"]
+    layer.load_state_dict(make(mixer).state_dict(), assign=True)
+    assert marked(layer) == ["A_log", "dt_bias"] and layer.A_log.device.type == DEVICE
 
 
 def test_endless_passes_are_very_many(mixer):

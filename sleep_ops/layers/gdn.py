@@ -128,6 +128,11 @@ class SleepGDNLayer(GDNMixer):
         super().__setstate__(state)
         self._mark_parameters()  # a copied parameter has lost the mark
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._mark_parameters()  # as may one that was moved
+        return self
+
     def _build_convolutions(self, impl: str) -> None:
         self.conv_channels = 2 * self.key_channels + self.value_channels
         self.q_conv1d = ShortConvolution(self.key_channels, self.conv_size, impl)
@@ -143,6 +148,7 @@ class SleepGDNLayer(GDNMixer):
             if weight in state_dict and state_dict[weight].dim() == 3:
                 state_dict[weight] = state_dict[weight].squeeze(1)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._mark_parameters()  # those assigned have none
 
     def _project(self, x, conv_state, lengths, cu_seqlens):
         q_state, *states = self._split_state(conv_state)
