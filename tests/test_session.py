@@ -14,7 +14,7 @@ from sleep_ops.layers.mixer import GDNState
 from sleep_ops.model.sampling import sample
 from sleep_ops.model.session import _digest
 
-LENGTH = 17
+LENGTH, NAN = 17, float("nan")
 OPTIONS = [
     pytest.param(eviction, loop, passes, id=f"{eviction}-{'all' if loop is None else 'middle'}-N{passes}")
     for eviction, loop, passes in itertools.product(("hard", "sliding"), (None, (1, 2)), (1, 2, 3))
@@ -284,7 +284,9 @@ def test_options_that_change_no_state_do_not_keep_a_session_from_loading(tmp_pat
 def test_sampling_at_the_edges():
     flat = torch.zeros(200, 4)
     assert len(set(sample(flat, temperature=1.0, top_k=1).tolist())) == 1
-    assert (sample(torch.tensor([[1.0, 2.0]]), temperature=1e-40) == 1).all()
+    for least in (1e-40, 1e-46):
+        assert (sample(torch.tensor([[1.0, 2.0]]), temperature=least) == 1).all()
+        assert (sample(torch.tensor([[1.0, 2.0]]), temperature=1.0, top_p=least) == 1).all()
     seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
     both = (sample(flat, temperature=1.0, top_k=9, top_p=1.0, generator=g) for g in (seeded(), seeded()))
     assert torch.equal(*both)
@@ -301,12 +303,21 @@ def test_sampling_at_the_edges():
         ("input_ids", lambda s: s.read(tokens(3, 2))),
         ("attention_mask", lambda s: s.read(tokens(2, 3), torch.ones(2, 2))),
         ("token_ids", lambda s: s.step(tokens(2, 1))),
-        ("max_new_tokens", lambda s: s.generate(None, 0)),
+        *(("max_new_tokens", lambda s, n=n: s.generate(tokens(2, 2), n)) for n in (0, True, 3.0, NAN, float("inf"))),
         ("temperature", lambda s: s.generate(None, 1, temperature=-1.0)),
-        ("temperature", lambda s: s.generate(None, 1, temperature=float("nan"))),
+        ("temperature", lambda s: s.generate(None, 1, temperature=NAN)),
+        ("temperature", lambda s: s.generate(None, 1, temperature=10**400)),
         ("temperature", lambda s: s.generate(None, 1, temperature=None)),
         ("top_k", lambda s: s.generate(None, 1, top_k=0)),
         ("eos_token_id", lambda s: s.generate(None, 1, eos_token_id=VOCAB)),
+        ("eos_token_id", lambda s: s.generate(None, 1, eos_token_id=True)),
+        *(
+            ("pad_token_id", lambda s, pad=pad: s.generate(tokens(2, 2), 1, eos_token_id=1, pad_token_id=pad))
+            for pad in (1.5, "x", 2**63)
+        ),
+        ("generator", lambda s: s.generate(tokens(2, 2), 1, temperature=1.0, generator=3)),
+        ("on_token", lambda s: s.generate(tokens(2, 2), 1, on_token=3)),
+        ("attention_mask", lambda s: s.generate(None, 1, attention_mask=torch.zeros(7))),
         ("token_ids", lambda s: s.step(3)),
         ("input_ids", lambda s: s.read([1, 2])),
         ("path", lambda s: s.save("no/such/folder/session")),

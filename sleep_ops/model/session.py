@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sleep_ops import ragged
+from sleep_ops.checks import expect
 from sleep_ops.layers.mixer import GDNState, ReplayInputs
 from sleep_ops.model.sampling import check_sampling, sample
 from sleep_ops.model.sleeping import SleepingModel, sleeping
@@ -133,7 +134,12 @@ class SleepSession:
         Returns the new tokens only, int64 `[B, <= max_new_tokens]`; the session has then read all
         of them but the filling. Raises ValueError naming the argument.
         """
-        check_sampling(max_new_tokens, temperature, top_k, top_p, eos_token_id, self.model.vocab_size)
+        check_sampling(
+            max_new_tokens, temperature, top_k, top_p, eos_token_id, pad_token_id, generator, on_token,
+            self.model.vocab_size,
+        )  # fmt: skip
+        alone = input_ids is None and attention_mask is not None
+        expect(not alone, "attention_mask", "None without input_ids", "a mask")
         if input_ids is not None:
             self.read(input_ids, attention_mask)
         if self.logits is None or 0 in self.position:
