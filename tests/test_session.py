@@ -234,6 +234,23 @@ def test_a_saved_memory_is_the_fast_weights_alone(eviction, kind, tmp_path):
         assert not torch.allclose(loaded.read(question), session.read(question))
 
 
+@pytest.mark.parametrize("memory_only", (True, False))
+def test_a_file_has_no_weights_twice(memory_only, tmp_path):
+    """Of rows selected, and of some that slept before the others."""
+    model, ids, saved = tiny(passes=2), tokens(length=9), []
+    session, ragged = SleepSession(model), SleepSession(model)
+    session.read(ids)
+    ragged.read(ids, torch.arange(9) < torch.tensor([[9], [5]]))
+    for s in (session, ragged):
+        s.sleep()
+    for s in (session, session.select([1, 0]), ragged):
+        s.save(tmp_path / "session", memory_only=memory_only)
+        with safe_open(tmp_path / "session", framework="pt") as file:
+            saved.append(set(file.keys()))
+        assert_same_state(model, SleepSession.load(tmp_path / "session", model).state, s.state)
+    assert saved[0] == saved[1] == saved[2] and not any(name.startswith("start") for name in saved[0])
+
+
 @pytest.mark.parametrize("kind", ("refine", "replay"))
 def test_selected_rows_go_on_as_they_would_have(kind, tmp_path):
     """In another order, several times over, in the middle of a window, and from a saved memory."""
@@ -268,7 +285,7 @@ def test_a_session_goes_on_in_a_narrower_model(dtype, tmp_path):
     expected = session.read(tokens(1, 9, seed=2))
     loaded = SleepSession.load(tmp_path / "session", tiny(passes=2).to(dtype))
     assert loaded.state.blocks[1].fast_weights.dtype == torch.float32
-    assert loaded.state.blocks[0].keys.dtype == dtype
+    assert loaded.state.blocks[0].keys.dtype == loaded.logits.dtype == dtype
     logits = loaded.read(tokens(1, 9, seed=2)).double()
     assert (logits - expected).norm() < (0.2 if dtype == torch.bfloat16 else 1e-4) * expected.norm()
 

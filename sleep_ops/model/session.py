@@ -289,8 +289,9 @@ class SleepSession:
         weight = model.embedding_weight
         activations = (x for s in state.blocks for name, x in s._asdict().items() if name != "fast_weights")
         widest = max(x.element_size() for x in activations)
-        session.state = state.to(weight.device, weight.dtype if widest > weight.element_size() else None)
-        session.logits = tensors["logits"].to(weight.device) if "logits" in tensors else None
+        dtype = weight.dtype if widest > weight.element_size() else None
+        session.state = state.to(weight.device, dtype)
+        session.logits = tensors["logits"].to(weight.device, dtype) if "logits" in tensors else None
         return session
 
 
@@ -308,7 +309,8 @@ def _named(state: SleepState) -> dict[str, Tensor]:
         return getattr(state.blocks[i], name, None)
 
     named = {}
-    for part in ("blocks", "start", "writes"):
+    # Where no window is begun the first ones are the present ones, if perhaps as copies.
+    for part in ("blocks", "start", "writes") if max(state.in_window) > 0 else ("blocks",):
         for i, s in enumerate(getattr(state, part)):
             if s is not None:
                 own = {name: x for name, x in s._asdict().items() if part == "blocks" or x is not held(i, name)}
