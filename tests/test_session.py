@@ -234,6 +234,30 @@ def test_a_saved_memory_is_the_fast_weights_alone(eviction, kind, tmp_path):
         assert not torch.allclose(loaded.read(question), session.read(question))
 
 
+def test_every_row_needs_a_token_to_generate_from(tmp_path):
+    """Not its memory alone, whatever becomes of the session, and whatever other rows have read."""
+    model, path = tiny(passes=2), tmp_path / "session"
+    fresh, session = SleepSession(model), SleepSession(model)
+    session.read(tokens(length=7))
+    session.sleep()
+    session.save(path, memory_only=True)
+    memory = SleepSession.load(path, model)
+    for s in (fresh, memory):
+        before, position = s.state, s.position
+        with pytest.raises(ValueError, match=r"^input_ids: expected a prompt for every row, got none for rows \[1\]"):
+            s.generate(tokens(length=3), 2, attention_mask=_one_row())
+        assert s.state is before and s.position == position and s.logits is None
+
+    memory.read(tokens(length=3), _one_row())
+    memory.save(path)
+    for s in (memory, memory.fork(), memory.select([0, 1]), SleepSession.load(path, model)):
+        with pytest.raises(ValueError, match=r"got none for rows \[1\]"):
+            s.generate()
+        assert s.select([0, 0]).generate(None, 2).shape == (2, 2)
+        s.read(tokens(length=2), _one_row().flip(0)[:, :2])
+        assert s.generate(None, 2).shape == (2, 2)
+
+
 @pytest.mark.parametrize("memory_only", (True, False))
 def test_a_file_has_no_weights_twice(memory_only, tmp_path):
     """Of rows selected, and of some that slept before the others."""
@@ -337,6 +361,8 @@ def test_sampling_at_the_edges():
         ("attention_mask", lambda s: s.generate(None, 1, attention_mask=torch.zeros(7))),
         ("token_ids", lambda s: s.step(3)),
         ("input_ids", lambda s: s.read([1, 2])),
+        ("all_logits", lambda s: s.read(tokens(2, 3), all_logits="no")),
+        ("memory_only", lambda s: s.save("session", memory_only="no")),
         ("path", lambda s: s.save("no/such/folder/session")),
         ("input_ids", lambda s: SleepSession(s.model).generate(tokens(2, 3), 1, attention_mask=_one_row())),
         ("top_p", lambda s: s.generate(None, 1, top_p=1.5)),

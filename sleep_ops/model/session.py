@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sleep_ops import ragged
-from sleep_ops.checks import expect
+from sleep_ops.checks import check_flags, expect
 from sleep_ops.layers.mixer import GDNState, ReplayInputs
 from sleep_ops.model.sampling import check_sampling, sample
 from sleep_ops.model.sleeping import SleepingModel, sleeping
 from sleep_ops.model.spans import marked
 from sleep_ops.model.state import SleepState
-from sleep_ops.ragged import Lengths
+from sleep_ops.ragged import Lengths, Rows
 
 FORMAT = "sleep-ops session"
 VERSION = 3  # before 2, a window's first states are there even where they are the present ones; before 3, conv_tail
@@ -40,6 +40,7 @@ class SleepSession:
         self._passes = self.model.settings.resolve_passes(passes)
         self.state: SleepState | None = None
         self.logits: Tensor | None = None
+        self._ready: tuple[bool, ...] = ()  # rows whose logits follow a token, not a memory alone
 
     @property
     def passes(self) -> int | float:
@@ -63,13 +64,27 @@ class SleepSession:
         after every token, `[B, T, vocab_size]`, zero at padding. Raises ValueError naming the
         argument; the session is then as before.
         """
+        check_flags(all_logits=all_logits)
+        return self._read(*self._rows(input_ids, attention_mask), all_logits)
+
+    def _rows(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Rows, Tensor]:
+        """As `SleepingModel.rows`; ValueError too where they are not as many as before."""
         if isinstance(input_ids, Tensor) and input_ids.dim() == 1:
             input_ids = input_ids[None]
         rows, ids = self.model.rows(input_ids, attention_mask)
+        before, now = len(self.position), len(rows.lengths)
+        expect(self.state is None or now == before, "input_ids", f"{before} rows as before", now)
+        return rows, ids
+
+    def _ready_after(self, lengths: Lengths) -> tuple[bool, ...]:
+        """The rows that have logits to go on from once so many more tokens are read."""
+        before = self._ready or (False,) * len(lengths)
+        return tuple(a or n > 0 for a, n in zip(before, lengths, strict=True))
+
+    def _read(self, rows: Rows, ids: Tensor, all_logits: bool = False) -> Tensor:
+        """What `read` does with input that was checked."""
         lengths = rows.lengths
         state = self.model.init_state(len(lengths)) if self.state is None else self.state
-        if len(state.position) != len(lengths):
-            raise ValueError(f"input_ids: expected {len(state.position)} rows as before, got {len(lengths)}")
         last, pieces = self.logits, []
         ends = [[0] * n + [1] for n in lengths]
         wanted = [range(n + 1) for n in lengths] if all_logits else ends
@@ -85,7 +100,7 @@ class SleepSession:
                     before = torch.zeros_like(final) if last is None else last
                     final = torch.where(torch.tensor(ending, device=h.device)[:, None], final, before)
                 last = final
-        self.state, self.logits = reading.state, last
+        self.state, self.logits, self._ready = reading.state, last, self._ready_after(lengths)
         return rows.unpack(pieces)[0] if all_logits else last
 
     def step(self, token_ids: Tensor) -> Tensor:
@@ -132,7 +147,8 @@ class SleepSession:
         on_token: receives every new `[B]` as it appears.
 
         Returns the new tokens only, int64 `[B, <= max_new_tokens]`; the session has then read all
-        of them but the filling. Raises ValueError naming the argument.
+        of them but the filling. A bad argument, or a row without a token to go on from, is a
+        ValueError that names the argument, and nothing is read.
         """
         check_sampling(
             max_new_tokens, temperature, top_k, top_p, eos_token_id, pad_token_id, generator, on_token,
@@ -140,12 +156,14 @@ class SleepSession:
         )  # fmt: skip
         alone = input_ids is None and attention_mask is not None
         expect(not alone, "attention_mask", "None without input_ids", "a mask")
-        if input_ids is not None:
-            self.read(input_ids, attention_mask)
-        if self.logits is None or 0 in self.position:
+        prompt = None if input_ids is None else self._rows(input_ids, attention_mask)
+        ready = self._ready if prompt is None else self._ready_after(prompt[0].lengths)
+        if not ready or not all(ready):
             held = "only a memory to go on from" if self.position else "nothing has been read yet"
-            got = f"tokens read so far: {self.position}" if 0 in self.position else f"None, and {held}"
+            got = f"none for rows {[b for b, r in enumerate(ready) if not r]}" if ready else f"None, and {held}"
             raise ValueError(f"input_ids: expected a prompt for every row, got {got}")
+        if prompt is not None:
+            self._read(*prompt)
         pad = eos_token_id if pad_token_id is None else pad_token_id
         alive = torch.ones(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
         tokens = []
@@ -167,7 +185,7 @@ class SleepSession:
     def fork(self) -> "SleepSession":
         """An independent session that goes on from where this one stands."""
         other = SleepSession(self.model, self.passes)
-        other.state, other.logits = self.state, self.logits
+        other.state, other.logits, other._ready = self.state, self.logits, self._ready
         return other
 
     def select(self, rows: Sequence[int]) -> "SleepSession":
@@ -184,6 +202,7 @@ class SleepSession:
         other.state = self.state.select(rows)
         if self.logits is not None:
             other.logits = self.logits[torch.tensor(rows, device=self.logits.device)]
+            other._ready = tuple(self._ready[b] for b in rows)
         return other
 
     def save(self, path: str | os.PathLike, *, memory_only: bool = False) -> None:
@@ -198,6 +217,7 @@ class SleepSession:
 
         Raises ValueError where nothing has been read yet, and for memory_only with a window begun.
         """
+        check_flags(memory_only=memory_only)
         if self.state is None:
             raise ValueError("session: expected something to have been read before saving, got an empty session")
         if memory_only and max(self.state.in_window) > 0:
@@ -217,6 +237,7 @@ class SleepSession:
             "config": json.dumps(self.model.identity(), sort_keys=True),
             "rows": json.dumps([state.position, state.in_window, state.carried, state.labelled, state.padded]),
             "passes": str(self.passes),
+            "ready": json.dumps(self._ready if "logits" in named else ()),
         }
         header["digest"] = _digest(tensors, header)
         partial = path.with_name(path.name + ".partial")
@@ -291,7 +312,10 @@ class SleepSession:
         widest = max(x.element_size() for x in activations)
         dtype = weight.dtype if widest > weight.element_size() else None
         session.state = state.to(weight.device, dtype)
-        session.logits = tensors["logits"].to(weight.device, dtype) if "logits" in tensors else None
+        if "logits" in tensors:
+            session.logits = tensors["logits"].to(weight.device, dtype)
+            begun = [n > 0 for n in state.position]  # files without "ready" say no more
+            session._ready = tuple(json.loads(header["ready"]) if "ready" in header else begun)
         return session
 
 
