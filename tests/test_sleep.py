@@ -298,6 +298,25 @@ def test_bad_input_names_the_argument(name, arguments):
         model(**(given | arguments))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [dict(window=2), dict(num_kv_heads=2), dict(head_dim=16), dict(gdn_head_v_dim=2), dict(conv_size=3)]
+    + [dict(hidden_size=24, head_dim=8, gdn_head_dim=8), dict(reinject=True), dict(loop_gate=True)],
+    ids=str,
+)
+def test_states_of_other_models_are_refused(changes):
+    """In the middle of a window; their own go on."""
+    settings = dict(passes=2, window=WINDOW)
+    model, other, ids = tiny(**settings), tiny(**(settings | changes)), tokens(2, 8)
+    states = [m(ids).state for m in (model, other)]
+    for m, state in zip((model, other), states, strict=True):
+        assert m(ids, state=state).state.position == (16, 16)
+    for m, state in ((other, states[0]), (model, states[1])):
+        if m is other or "window" not in changes:
+            with pytest.raises(ValueError, match="^state: expected .*got "):
+                m(ids, state=state)
+
+
 def test_unknown_keys_and_changes_of_a_configuration():
     config = tiny().config
     with pytest.raises(ValueError, match="sleepy"):

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from sleep_ops import ragged
+from sleep_ops.checks import check_count, expect
 from sleep_ops.layers.attention import AttentionState, SpanContext
 from sleep_ops.layers.block import Block, BlockState
 from sleep_ops.layers.mixer import GDNState, ReplayInputs
@@ -130,12 +131,13 @@ class SleepStack:
         self.replayed = tuple(i for i in looped if blocks[i].fast_weights)
 
     def init_state(self, batch_size: int) -> SleepState:
-        """The state before the first token."""
+        """The state before the first token. ValueError for a batch_size that is no integer >= 0."""
+        check_count("batch_size", batch_size, 0)
         blocks = tuple(block.init_state(batch_size) for block in self.blocks)
         none, unwritten = (0,) * batch_size, (None,) * len(blocks)
         return SleepState(blocks, self._starts(blocks), None, unwritten, none, none, none, (False,) * batch_size, none)
 
-    def check(self, state: SleepState, batch_size: int) -> None:
+    def check(self, state: SleepState, batch_size: int, hidden_size: int) -> None:
         """Raises ValueError where `state` can't be one of this stack's, for batch_size rows."""
         if not isinstance(state, SleepState):
             raise ValueError(f"state: expected a SleepState, got {type(state).__name__}")
@@ -148,6 +150,17 @@ class SleepStack:
             )
         if len(state.position) != batch_size:
             raise ValueError(f"state: expected {batch_size} rows, got {len(state.position)}")
+        for i, (own, given) in enumerate(zip(self.init_state(1).blocks, state.blocks, strict=True)):
+            skip = 1 if isinstance(own, GDNState) else 2  # rows, and as many tokens as were kept
+            sizes, got = ([list(x.shape[skip:]) for x in s] for s in (own, given))
+            expect(got == sizes, "state", f"one of this model, with sizes {sizes} in block {i}", got)
+        if state.hidden is not None:
+            width = hidden_size * (2 if self.feed_from_input else 1)
+            got = state.hidden.shape[-1]
+            expect(got == width, "state", f"one of this model, with hidden states of size {width}", got)
+        filled = max(ragged.add(state.in_window, state.padded))
+        fits = self.window is None or filled < self.window
+        expect(fits, "state", f"less than a window of {self.window} tokens begun", filled)
 
     def wake(
         self, h: Tensor, state: SleepState, span: Span, *, passes: int | float

@@ -101,7 +101,8 @@ class SleepingModel:
     settings: its `SleepSettings`.
     sleep_blocks: the blocks, first one first, with the methods of `layers.block.Block`.
     vocab_size: tokens there are.
-    embedding_weight: any parameter that shows the device and dtype of embeddings.
+    embedding_weight: any parameter that shows the device and dtype of embeddings, and their size as
+        its last.
     training: as an `nn.Module`'s.
     embed: int64 ids `[B, T]` -> `[B, T, hidden_size]`.
     predict: outputs of the last block -> logits.
@@ -260,7 +261,7 @@ class SleepingModel:
         self._check(call)
         passes = self.settings.resolve_passes(call.passes)
         if state is not None:
-            self.stack.check(state, len(rows.lengths))
+            self.stack.check(state, len(rows.lengths), self.embedding_weight.shape[-1])
             if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
                 state = state.recordable()
         if call.group is not None:
