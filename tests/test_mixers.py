@@ -345,6 +345,7 @@ def test_unknown_setting_is_a_type_error(mixer):
         (dict(x=torch.zeros(3, 4, 20).double()), "x"),
         (dict(x=torch.zeros(3, 4, 20, device="meta")), "x"),
         (dict(x=None), "x"),
+        *((dict([(name, "no")]), name) for name in ("return_state", "return_writes", "output")),
         (dict(state=(torch.zeros(3, 4, 8, 6).half(), torch.zeros(3, 3, 56))), "state.fast_weights"),
         (dict(state=(torch.zeros(3, 4, 8, 6), None)), "state.conv_state"),
         (dict(state=(torch.zeros(3, 4, 8, 6), torch.zeros(3, 3, 56, device="meta"))), "state.conv_state"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sleep_ops.checks import check_count, expect
+from sleep_ops.checks import check_count, check_flags, expect
 from sleep_ops.ops.gated_delta_rule import delta_rule_state, gated_delta_rule, sleep_gated_delta_rule
 from sleep_ops.ops.gates import CLOSED
 from sleep_ops.ops.step import gated_delta_rule_step
@@ -127,9 +127,10 @@ class GDNMixer(nn.Module):
 
         Returns y, (y, state) with `return_state`, or (y, state, writes) with `return_writes`: what
         `replay` takes, the real tokens at the left of their row. Raises ValueError for a wrong
-        shape, dtype or device, for more than one of attention_mask, lengths and cu_seqlens, or for
-        passes and a window that can't be.
+        shape, dtype or device, for more than one of attention_mask, lengths and cu_seqlens, for
+        passes and a window that can't be, or for a flag that is neither True nor False.
         """
+        check_flags(return_state=return_state, return_writes=return_writes, output=output)
         self._check(x, state, attention_mask, lengths, cu_seqlens)
         sleep = (*self._sleep(passes, window), group)
         if group is not None:

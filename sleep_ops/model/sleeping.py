@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sleep_ops import ragged
-from sleep_ops.checks import check_choice, expect
+from sleep_ops.checks import check_choice, check_flags, expect
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.model.loss import chunked_cross_entropy, summed_cross_entropy
 from sleep_ops.model.sleep import Reading, SleepStack
@@ -273,7 +273,7 @@ class SleepingModel:
             expect(labels is not None, "labels", "a tensor with return_logits=False", None)
         if labels is not None and (loss_mask is None or loss_mask.device == labels.device):
             real = labels != -100
-            loss_mask = real if loss_mask is None else real & loss_mask.bool()
+            loss_mask = real if loss_mask is None else real & loss_mask
         loss = rows.counts(loss_mask)
         loss_tokens = sum(row[-1] for row in loss)
         counted = None
@@ -284,7 +284,7 @@ class SleepingModel:
                 valid = (labels >= 0) & (labels < self.vocab_size) | (labels == -100)
                 expected = f"0 to {self.vocab_size - 1}, or -100"
                 expect(bool(valid.all()), "labels", expected, labels[~valid][:1].tolist())
-            counted = rows.pack(ragged.send(loss_mask.bool(), ids.device))
+            counted = rows.pack(ragged.send(loss_mask, ids.device))
         return Plan(
             rows, ids, labels, counted, loss, loss_tokens, passes, state, padded,
             all_logits, call.return_logits, call.return_state, call.group,
@@ -367,11 +367,17 @@ class SleepingModel:
         expect(not call.return_state, "return_state", "False with group", call.return_state)
 
     def _check(self, call: Call) -> None:
-        labels, shape, device = call.labels, tuple(call.input_ids.shape), self.embedding_weight.device
-        for name, x in (("labels", labels), ("loss_mask", call.loss_mask)):
+        check_flags(return_logits=call.return_logits, return_state=call.return_state)
+        if call.all_logits is not None:
+            check_flags(all_logits=call.all_logits)
+        labels, loss_mask = call.labels, call.loss_mask
+        shape, device = tuple(call.input_ids.shape), self.embedding_weight.device
+        for name, x in (("labels", labels), ("loss_mask", loss_mask)):
             if x is not None:
                 expect(isinstance(x, Tensor), name, "a tensor", type(x).__name__)
                 expect(tuple(x.shape) == shape, name, f"shape {shape}", tuple(x.shape))
+        if loss_mask is not None:
+            expect(loss_mask.dtype == torch.bool, "loss_mask", "bool", loss_mask.dtype)
         if labels is not None:
             expect(labels.dtype in (torch.int32, torch.int64), "labels", "int32 or int64", labels.dtype)
             expect(labels.device == device, "labels", f"a tensor on {device}", str(labels.device))
