@@ -138,7 +138,7 @@ class SleepStack:
         return SleepState(blocks, self._starts(blocks), None, unwritten, none, none, none, (False,) * batch_size, none)
 
     def check(self, state: SleepState, batch_size: int, hidden_size: int) -> None:
-        """Raises ValueError where `state` can't be one of this stack's, for batch_size rows."""
+        """Raises ValueError where `state` can't be one of this stack's, for batch_size rows of hidden_size."""
         if not isinstance(state, SleepState):
             raise ValueError(f"state: expected a SleepState, got {type(state).__name__}")
         kinds = [GDNState if b.fast_weights else AttentionState for b in self.blocks]
