@@ -15,9 +15,14 @@ def expect(condition: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether value is an int or a float, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def is_finite(value: object) -> TypeGuard[int | float]:
     """Whether value is an int or a float, and finite as a float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return is_number(value) and abs(value) <= sys.float_info.max
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -37,11 +42,6 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise unless value is an int >= least."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-
-
-def is_number(value: object) -> bool:
-    """Whether it is an int or a float, and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_counts(settings: object, **least: int) -> None:
