@@ -3,9 +3,11 @@
 import gzip
 import json
 import math
+import shutil
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -355,6 +357,54 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     result = trainer(tmp_path).fit()
     assert result.finished and result.step == 12
     assert (tmp_path / "metrics.csv").read_text() == before
+
+
+def test_a_second_trainer_leaves_the_logs_of_the_first(tmp_path):
+    def second(calls, loss):
+        if calls == 5:
+            with pytest.raises(ValueError, match="another process trains in"):
+                other.fit()
+        return loss
+
+    first = trainer(tmp_path, at_forward=second)
+    other = trainer(tmp_path)
+    assert first.fit().finished
+    assert columns(tmp_path / "metrics.csv", "step") == [(float(i),) for i in range(1, 13)]
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "eval.csv"])
+@pytest.mark.parametrize(
+    "text", ["a,b\n1,2\n", "step,loss\nx,1\n", "step,loss\n" + 200000 * "\0"], ids=["foreign", "word", "nul"]
+)
+def test_a_damaged_log_is_noticed_before_anything_is_trained(name, text, tmp_path):
+    trainer(tmp_path).fit(until=5)
+    (tmp_path / name).write_text(text)
+    again, before = trainer(tmp_path), {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        again.fit()
+    assert again.step == 5 and before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("left", [b"x,1,2\n", 200000 * b"\0", b"\xff\xfe"], ids=["word", "nul", "bytes"])
+def test_what_a_power_cut_leaves_behind_the_last_step_is_dropped(left, tmp_path):
+    trainer(tmp_path / "straight").fit()
+    trainer(tmp_path / "cut").fit(until=5)
+    with (tmp_path / "cut" / "metrics.csv").open("ab") as file:
+        file.write(left)
+    trainer(tmp_path / "cut").fit()
+    assert losses(tmp_path / "straight") == losses(tmp_path / "cut")
+
+
+def test_a_run_that_was_half_deleted_begins_anew(tmp_path, monkeypatch):
+    trainer(tmp_path / "straight").fit()
+    trainer(tmp_path / "run").fit(until=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("sleep_ops.training.run.remove", killed := Mock(side_effect=[None, KeyboardInterrupt]))
+        with pytest.raises(KeyboardInterrupt):
+            trainer(tmp_path / "run", resume=False)
+    shutil.rmtree(killed.call_args_list[0].args[0])
+    trainer(tmp_path / "run").fit()
+    assert losses(tmp_path / "straight") == losses(tmp_path / "run")
 
 
 def test_fresh_deletes_the_old_run_and_nothing_else(tmp_path):

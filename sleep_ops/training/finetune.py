@@ -46,7 +46,7 @@ def finetune(
     model_type(config.folder)
     device = resolve_device(local_device(config.train.device))
     world = World.join(device)
-    console = (console or Console()) if world.main else Console(quiet=True)
+    console = (console or Console(markup=False)) if world.main else Console(quiet=True)
     phases, task, model = config.phases(out), task or build_task(config.task), None
 
     def begin() -> list[bool]:

@@ -12,6 +12,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sleep_ops.files import write_atomically
 
 
+def kept_rows(path: Path, step: int) -> list[dict[str, str]]:
+    """The rows of a log up to `step`; none where there is no file. ValueError, naming it, where they can't be read.
+
+    What comes after the row of `step` is not looked at: a machine that went down may have left anything there.
+    """
+    rows: list[dict[str, str]] = []
+    if not path.exists():
+        return rows
+    try:
+        # Bytes that are no text are no number of a step either.
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            reader = csv.DictReader(file)
+            names = reader.fieldnames or []
+            for row in reader if "step" in names else ():
+                if None not in row.values() and int(row["step"]) <= step:
+                    rows.append(row)
+                if rows and int(rows[-1]["step"]) == step:
+                    break
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path}: expected the log of a run up to step {step}, got a damaged one ({error})") from error
+    if "step" not in names:
+        raise ValueError(f"{path}: expected a log with a column step, got {names}")
+    return rows
+
+
 class CsvLog:
     """Rows of `path`, appended.
 
@@ -20,13 +45,7 @@ class CsvLog:
 
     def __init__(self, path: Path, columns: list[str], step: int):
         self.columns = columns
-        rows = []
-        if step and path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                if "step" not in (reader.fieldnames or []):
-                    raise ValueError(f"{path}: expected a log with a column step, got {reader.fieldnames}")
-                rows = [row for row in reader if None not in row.values() and int(row["step"]) <= step]
+        rows = kept_rows(path, step) if step else []
         text = io.StringIO()
         # A column that an older run did not have stays unknown.
         writer = csv.DictWriter(text, columns, restval="nan", extrasaction="ignore", lineterminator="\n")
@@ -59,11 +78,13 @@ def tensorboard_writer(folder: Path, step: int):
 class RunLog:
     """What a run writes of itself, from `step` on: metrics, evaluations, TensorBoard events.
 
-    active: False for one that writes nothing.
+    active: False for one that writes nothing. ValueError where a log that is there can't be gone on with.
     """
 
     def __init__(self, metrics: Path, evaluations: Path, board: Path, columns: list[str], step: int, active: bool):
         self._evaluations, self._folder, self._step, self._active = evaluations, board, step, active
+        if active and step:
+            kept_rows(evaluations, step)
         self._metrics = CsvLog(metrics, columns, step) if active else None
         self._evals: CsvLog | None = None
         self._board = None

@@ -149,7 +149,7 @@ def locked(folder: Path):
 def clear_run(folder: Path) -> None:
     """Delete a run's own files in `folder`, and nothing else."""
     with locked(folder):
-        for name in (CONFIG_FILE, *OWN):
+        for name in (*OWN, CONFIG_FILE):  # the last one says that the others are a run's
             remove(folder / name)
 
 

@@ -113,7 +113,7 @@ class Trainer(Steps):
         t = config.train
         self.device = resolve_device(local_device(t.device))
         self.world = World.join(self.device)
-        self.console = (console or Console()) if self.world.main else Console(quiet=True)
+        self.console = (console or Console(markup=False)) if self.world.main else Console(quiet=True)
         self.task = task or build_task(config.task)
         self.world.on_main(partial(check_folder, "out", self.out))
         checkpoint = self._newest(extend) if resume else None
@@ -154,28 +154,42 @@ class Trainer(Steps):
         """
         t = self.recipe
         last = t.steps if until is None else min(until, t.steps)
-        files = [self.out / name for name in (METRICS_FILE, EVAL_FILE, BOARD)]
         evaluation = None
-        with RunLog(*files, _COLUMNS, self.step, self.world.main) as log:  # type: ignore[call-arg, arg-type]
-            # Nothing to do must not cost an evaluation, nor a thread.
-            if self.step < last and not self.finished:
-                evaluation = self._train(last, log)
+        # Nothing to do must not cost an evaluation, nor a thread, and changes no file.
+        if self.step < last and not self.finished:
+            self._noted = self._signal = None
+            with noted(self._note), ExitStack() as stack:
+                evaluation = self._train(last, self._opened(stack))
         return TrainResult(self.step, self.finished, self._signal, evaluation, self.seconds, self.skipped)
+
+    def _opened(self, stack: ExitStack) -> RunLog:
+        """The run's log, as long as `stack` is; in the first process, which holds the folder against others."""
+        files = [self.out / name for name in (METRICS_FILE, EVAL_FILE, BOARD)]
+
+        def open_log(active: bool) -> RunLog:
+            return RunLog(*files, _COLUMNS, self.step, active)  # type: ignore[call-arg, arg-type]
+
+        log = open_log(False)
+
+        def begin() -> None:
+            nonlocal log
+            stack.enter_context(locked(self.out))
+            log = stack.enter_context(open_log(True))
+            self.config.save(self.out)
+
+        self.world.on_main(begin)
+        return log
 
     def _train(self, last: int, log: RunLog) -> dict[str, float] | None:
         """Steps up to `last`, and a checkpoint of where they end; returns the last evaluation."""
         t, evaluation, saved = self.recipe, None, self.step
-        self._noted = self._signal = None
         self.model.train()
         with (
-            ExitStack() as stack,
-            noted(self._note),
             deterministic(self.device),
             ProgressBar(self.console, self.label, self.step, t.steps) as bar,
             Trace(self.out / PROFILE, t.profile, self.device, self.world.rank) as trace,
             ThreadPoolExecutor(1, thread_name_prefix="data") as pool,
         ):
-            self.world.on_main(lambda: stack.enter_context(locked(self.out)))
             coming = pool.submit(self._make_batch, self.step)
             mark, mark_step = time.perf_counter(), self.step
             while not self._stopped() and self.step < last and not self.finished:
@@ -314,18 +328,17 @@ class Trainer(Steps):
         """The checkpoint to go on from."""
 
         def warn(text: str) -> None:
-            self.console.print(f"[yellow]{text}[/yellow]")
+            self.console.print(text, style="yellow", markup=False)
 
         return newest_checkpoint(self.config, self.out, warn, extend=extend, world=self.world)
 
     def _begin(self, resumed: bool) -> None:
-        """Make the run's folder, or check that it is free to go on in."""
+        """Make the run's folder, or check that it is free to go on in, which changes nothing there."""
+        if resumed:
+            with locked(self.out):  # refused here rather than by `fit`
+                return
         if self.out.exists():
-            if not resumed:
-                clear_run(self.out)
-            else:
-                with locked(self.out):  # refused here rather than by `fit`
-                    pass
+            clear_run(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.config.save(self.out)
 
