@@ -397,6 +397,28 @@ def test_a_newest_checkpoint_that_is_a_dangling_link_is_passed_over(tmp_path, be
     assert (tmp_path / "moved/manifest.json").is_file()
 
 
+def test_more_steps_that_are_not_taken_change_nothing(tmp_path):
+    def trained(*more):
+        return run("train", "rule110", *SMALL, *more, "--out", tmp_path)
+
+    trained("--steps", 4)
+    assert "nothing to do" in trained("--steps", 8, "--until", 2)
+    assert "nothing to do" in trained("--steps", 4)
+
+
+def test_a_folder_may_have_brackets_in_its_name(tmp_path):
+    out = tmp_path / "a[" / "5]"
+    assert "[/5]: finished" in "".join(run("train", "rule110", *SMALL, "--steps", 2, "--out", out).split("\n"))
+    assert "[/5]: already at step 2" in "".join(run("train", "rule110", *SMALL, "--steps", 2, "--out", out).split("\n"))
+
+
+def test_a_number_of_passes_is_evaluated_once(tmp_path):
+    run("train", "rule110", *SMALL, "--steps", 2, "--out", tmp_path)
+    for given in (("eval", tmp_path), ("probe", tmp_path, "--out", tmp_path / "probe")):
+        text = run(*given, "--passes", "1,1", "--device", "cpu", code=2)
+        assert "passes: expected distinct ones, got '1 more than once'" in text
+
+
 def test_eval_of_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     assert "file: expected a run folder, got a file" in run("eval", tmp_path / "file", code=2)

@@ -5,7 +5,9 @@ import json
 import pytest
 from commands import run
 
+from sleep_ops import HybridConfig
 from sleep_ops.files import read_csv, read_table
+from sleep_ops.tasks import Rule110, build_task
 from sleep_ops.training import CheckpointError
 from sleep_ops.training.checkpoint import load_checkpoint, save_checkpoint
 from sleep_ops.training.logs import CsvLog
@@ -94,3 +96,10 @@ def test_an_image_has_a_format(tmp_path):
 
 def test_task_options_that_are_no_numbers():
     assert "num_pairs: expected an integer" in refused("data", "mqar", "--task-option", "num_pairs=null")
+
+
+def test_settings_of_another_version_are_refused():
+    with pytest.raises(ValueError, match="task: expected settings of rule110, got speed"):
+        build_task(Rule110().to_dict() | {"speed": 3})
+    with pytest.raises(ValueError, match="values: expected hidden_size, layers"):
+        HybridConfig.from_dict({"window": 3})

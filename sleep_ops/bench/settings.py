@@ -6,7 +6,7 @@ And their checks: ValueError naming the setting, what was expected and what was 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sleep_ops.checks import check_count, check_distinct_counts
+from sleep_ops.checks import check_count, check_distinct_counts, expect
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,7 @@ def check_counts(settings: object, *names: str, **lowest: int) -> None:
         value = getattr(settings, name)
         if value is not None:
             check_count(name, value, low)
+            expect(name != "seed" or value < 2**63, name, "an integer < 2^63", value)
 
 
 def check_series(settings: object, *names: str) -> None:

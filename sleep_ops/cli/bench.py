@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sleep_ops.bench.settings import KernelsSettings, LaunchesSettings, PassesSettings, TrainSettings, TuneSettings
+from sleep_ops.cli.common import run_console
 from sleep_ops.cli.options import Fields, command, option
 from sleep_ops.training.heap import keep_freed_memory
 
@@ -29,7 +30,7 @@ def bench_passes(
     from sleep_ops.bench.passes import PassesBenchmark
     from sleep_ops.bench.plot import plot_passes
 
-    console = Console()
+    console = run_console()
     rows = _measure(console, PassesBenchmark(**settings), out / "passes.csv", seconds)
     plot_passes(rows, out / "passes.png")
     for name in dict.fromkeys(row["case"] for row in rows):
@@ -50,7 +51,7 @@ def bench_kernels(
     from sleep_ops.bench.kernels import KernelsBenchmark
     from sleep_ops.bench.plot import plot_kernels
 
-    console, benchmark = Console(), KernelsBenchmark(**settings)
+    console, benchmark = run_console(), KernelsBenchmark(**settings)
     sweep = benchmark.sweep
     name = f"kernels-{sweep}" if sweep else "kernels"
     rows = _measure(console, benchmark, out / f"{name}.csv", seconds)
@@ -84,7 +85,7 @@ def time_training(settings: dict, out: Path, seconds: float | None = None) -> No
     from sleep_ops.bench.training import TrainBenchmark
 
     keep_freed_memory()
-    console = Console()
+    console = run_console()
     rows = _measure(console, TrainBenchmark(**settings), out / "train.csv", seconds)
     plot_training(rows, out / "train.png")
     table = Table("preset", "provider", "mode", "checkpointing", "L", "N", "ms", "tokens/s", "peak MiB")
@@ -109,7 +110,7 @@ def bench_tune(
 
     if write:
         check_writable()
-    console, benchmark = Console(), TuneBenchmark(**settings)
+    console, benchmark = run_console(), TuneBenchmark(**settings)
     _measure(console, benchmark, out / "tune.csv", seconds)
     table = Table("width", "K", "V", "GPU", "kernel", "value columns, warps, stages")
     for (name, key), (tokens, *launches) in benchmark.found.items():
@@ -132,7 +133,7 @@ def bench_launches(
     from sleep_ops.bench.launches import LaunchesBenchmark
     from sleep_ops.bench.plot import plot_launches
 
-    console = Console()
+    console = run_console()
     rows = _measure(console, LaunchesBenchmark(**settings), out / "launches.csv", seconds)
     plot_launches(rows, out / "launches.png")
     table = Table("case", "direction", "kernel", "grid", "ms", "of the call")

@@ -6,13 +6,16 @@ from contextlib import contextmanager
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 
 def run_console() -> Console:
-    """One that prints in the first of the processes of a run alone, as `torchrun` numbers them."""
-    return Console(quiet=os.environ.get("RANK", "0") != "0")
+    """One that prints in the first of the processes of a run alone, as `torchrun` numbers them.
+
+    Text is shown as it is: a path may have brackets.
+    """
+    return Console(markup=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 @contextmanager
@@ -23,21 +26,25 @@ def refusals(console: Console):
     try:
         yield
     except ValueError as error:
-        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        _print(console, "error", str(error))
         raise typer.Exit(2) from error
-    except (CheckpointError, TrainingDiverged, OSError, ImportError) as error:
+    except (CheckpointError, TrainingDiverged, OSError, ImportError, MemoryError) as error:
         told = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:  # without "[Errno 2]"
             told = f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
-        console.print(f"[red]failed[/red] {escape(told)}", highlight=False, soft_wrap=True)
+        _print(console, "failed", told)
         raise typer.Exit(1) from error
+
+
+def _print(console: Console, word: str, text: str) -> None:
+    console.print(Text.assemble((word, "red"), f" {text}"), soft_wrap=True)
 
 
 def exit_with(console: Console, failed: dict[str, str]) -> None:
     """Exit code 1 where runs failed, which are named with why; nothing where none did."""
     if failed:
         lines = [f"{name}: {why.partition(chr(10))[0]}" for name, why in failed.items()]
-        console.print("[red]failed[/red] " + escape("; ".join(lines)), highlight=False, soft_wrap=True)
+        _print(console, "failed", "; ".join(lines))
         raise typer.Exit(1)
 
 

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from sleep_ops.cli.common import exit_with, print_evaluations
+from sleep_ops.cli.common import exit_with, print_evaluations, run_console
 from sleep_ops.cli.options import (
     Device,
     Fields,
@@ -37,7 +36,8 @@ def evaluate(
     out: Annotated[Path | None, option("CSV file (not a folder) to write the table to.")] = None,
 ) -> None:
     """Accuracy of a saved run on fresh sequences, of held-out strings if it has any, with any number of passes."""
-    console = Console()
+    console = run_console()
+    from sleep_ops.checks import check_distinct
     from sleep_ops.files import check_file, write_csv
     from sleep_ops.model.sleeping import sleeping
     from sleep_ops.training import load_run
@@ -46,6 +46,7 @@ def evaluate(
     chosen = None if passes is None else tuple(count_or_inf("passes", text) for text in passes.split(","))
     if chosen is not None and min(chosen) < 1:
         raise ValueError(f"passes: expected integers >= 1, got {passes!r}")
+    check_distinct("passes", chosen or ())
     if samples < 1 or batch < 1 or seed < 0:
         raise ValueError(f"samples, batch, seed: expected >= 1, >= 1, >= 0, got {samples}, {batch}, {seed}")
     if out is not None:
@@ -79,10 +80,10 @@ def probe(
 
     Beside them the same for the string itself, and for the model before it was trained.
     """
-    console = Console()
+    console = run_console()
     from rich.progress import track
 
-    from sleep_ops.checks import check_count
+    from sleep_ops.checks import check_count, check_distinct
     from sleep_ops.experiments.probe import TRAINED, UNTRAINED, plot, table
     from sleep_ops.experiments.probe import probe as probe_models
     from sleep_ops.files import check_folder, write_csv
@@ -91,6 +92,8 @@ def probe(
     from sleep_ops.training.run import build_model
 
     chosen = None if passes is None else integers("passes", passes)
+    check_distinct("passes", chosen or ())
+    check_distinct("runs", [run.resolve() for run in runs])
     check_folder("out", out)
     rows = []
     for run in track(runs, "probing", console=console, transient=True):
@@ -123,7 +126,7 @@ def demo(
 
     Tables, CSV files, figures and checkpoints.
     """
-    console = Console()
+    console = run_console()
     from sleep_ops.experiments.demo import choose_scale, run_demo
 
     keep_freed_memory()
@@ -146,7 +149,7 @@ def recall(
     from sleep_ops.experiments.recall import RecallExperiment, plot, table
     from sleep_ops.files import check_folder, write_csv
 
-    console, experiment = Console(), RecallExperiment(**settings)
+    console, experiment = run_console(), RecallExperiment(**settings)
     check_folder("out", out)
     rows = experiment.run()
     write_csv(out / "recall.csv", rows)

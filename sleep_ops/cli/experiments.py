@@ -103,7 +103,7 @@ def plot(
     image: Annotated[Path | None, option("PNG, PDF or SVG; FIGURE.png in the folder by default.")] = None,
 ) -> None:
     """A figure from what its sweep has written so far, with the paper's numbers where it gives any."""
-    console = Console()
+    console = run_console()
     from sleep_ops.experiments.figures import load_figure
     from sleep_ops.experiments.plot import plot as draw
     from sleep_ops.experiments.plot import plot_seeds
@@ -136,7 +136,7 @@ def data(
     out: Annotated[Path | None, option("JSONL file to write instead of printing; new instances, one per line.")] = None,
 ) -> None:
     """Prints a task's instances with their answers, or exports them as JSONL."""
-    console = Console()
+    console = run_console()
     from sleep_ops.tasks import TASKS
     from sleep_ops.training.config import resolve_device
 

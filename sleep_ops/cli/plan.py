@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from sleep_ops.checks import check_count, expect
+from sleep_ops.cli.common import run_console
 from sleep_ops.cli.options import MODEL, RECIPE, Fields, all_but, command, count_or_inf, integers, option
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.training.config import FinetuneConfig
@@ -65,7 +65,7 @@ def plan(
     from sleep_ops.adapters.sizes import FAMILIES, write_default
     from sleep_ops.training.plan import predictions
 
-    console = Console()
+    console = run_console()
     with ExitStack() as stack:
         folder = Path(model)
         if not folder.is_dir():

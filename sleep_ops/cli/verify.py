@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from sleep_ops.cli.common import run_console
 from sleep_ops.cli.options import Device, Resume, command, option
 
 
@@ -21,7 +21,7 @@ def verify(
     Every step has its share of the minutes, never more than 9, and what does not fit or can't run here is left out, as
     the report says. The same command again goes on with what has not passed yet. Exit code 0 if all that ran passed.
     """
-    console = Console()
+    console = run_console()
     from rich.progress import Progress
 
     from sleep_ops.training.config import resolve_device

@@ -127,7 +127,7 @@ def run_demo(
     seeds: those of every N; None for the scale's. jobs: runs at a time, as in `sweep`. An interrupted demo goes on
     where it stopped. Returns the signal that stopped it, if one did, and the runs that failed.
     """
-    console, out = console or Console(), Path(out)
+    console, out = console or Console(markup=False), Path(out)
     seeds = (scale.train.seed,) if seeds is None else tuple(seeds)
     check_seeds(seeds)
     device, task, chance = resolve_device(scale.train.device), scale.task, scale.task.chance()

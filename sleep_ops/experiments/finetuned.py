@@ -142,7 +142,7 @@ def sweep_finetuned(
     expect(figure.kind == "finetune", "figure", "one of fine-tuning", figure.name)
     check_changes(figure, changes)
     by_seed = each_seed(seeds, changes)
-    console, out = console or Console(), Path(out)
+    console, out = console or Console(markup=False), Path(out)
     chosen: dict = grouped(figure.set | by_seed[0][1])
     recipe = {name: value for name, value in chosen["train"].items() if name != "warm_steps"}
     train = replace(RECIPE, **recipe)

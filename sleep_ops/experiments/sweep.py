@@ -264,7 +264,7 @@ def sweep(
     before anything is written.
     """
     expect(figure.kind == "train", "figure", "one of runs from scratch", figure.name)
-    console, out = console or Console(), Path(out)
+    console, out = console or Console(markup=False), Path(out)
     chosen = train_runs(figure, size, seeds=seeds, baselines=baselines, changes=changes)
     device = resolve_device(local_device(chosen[0][2].train.device))
     world = World.join(device)

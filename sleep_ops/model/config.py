@@ -119,6 +119,9 @@ class SleepSettings:
         """The inverse of `to_dict`; an unknown key is a ValueError."""
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         expect(not unknown, "values", "known configuration keys", unknown)
+        missing = dataclasses.MISSING
+        needed = {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}
+        expect(needed <= set(values), "values", f"{', '.join(sorted(needed))} among them", sorted(values))
         if values.get("passes") == "inf":
             values = values | {"passes": math.inf}
         return cls(**values)

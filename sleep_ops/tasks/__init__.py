@@ -1,5 +1,7 @@
 """Tasks that ask for reasoning over evicted context, behind one interface (`Task`)."""
 
+import inspect
+
 from sleep_ops.tasks.base import IGNORE_INDEX, Batch, Task
 from sleep_ops.tasks.depo import Depo
 from sleep_ops.tasks.gsm_infinite import GSMInfinite
@@ -15,11 +17,14 @@ TASKS: dict[str, type] = {
 
 
 def build_task(settings: dict) -> Task:
-    """Rebuild a task from its `to_dict()`."""
+    """Rebuild a task from its `to_dict()`. ValueError for a task or a setting that there is not."""
     settings = dict(settings)
     name = settings.pop("name", None)
     if name not in TASKS:
         raise ValueError(f"task: expected one of {tuple(TASKS)}, got {name!r}")
+    unknown = sorted(settings.keys() - inspect.signature(TASKS[name]).parameters.keys())
+    if unknown:
+        raise ValueError(f"task: expected settings of {name}, got {', '.join(unknown)}")
     return TASKS[name](**settings)
 
 

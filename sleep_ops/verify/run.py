@@ -61,7 +61,7 @@ class Verification:
         elif path.exists():
             try:
                 state = json.loads(path.read_text(encoding="utf-8"))
-                before, found = state["settings"], {name: Outcome(**x) for name, x in state["steps"].items()}
+                before, found = dict(state["settings"]), {name: Outcome(**x) for name, x in state["steps"].items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"out: expected the {STATE_FILE} of a verification, got {path}; use --fresh"
