@@ -38,10 +38,20 @@ def check_flags(**flags: object) -> None:
             raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 
+def is_count(value: object, least: int = 1) -> TypeGuard[int]:
+    """Whether value is an int >= least, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise unless value is an int >= least."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+    expect(is_count(value, least), name, f"an integer >= {least}", value)
+
+
+def check_seed(value: object) -> None:
+    """Raise unless value is an int from 0 to 2^63 - 1."""
+    check_count("seed", value, 0)
+    expect(value < 2**63, "seed", "an integer < 2^63", value)  # type: ignore[operator]
 
 
 def check_counts(settings: object, **least: int) -> None:
@@ -58,5 +68,5 @@ def check_distinct(name: str, values: Sequence) -> None:
 
 def check_distinct_counts(name: str, values: Sequence[int]) -> None:
     """Raise unless these are ints >= 1, at least one, none of them twice."""
-    counts = all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in values)
-    expect(len(values) > 0 and counts and len(set(values)) == len(values), name, "distinct integers >= 1", values)
+    right = len(values) > 0 and all(map(is_count, values)) and len(set(values)) == len(values)
+    expect(right, name, "distinct integers >= 1", values)

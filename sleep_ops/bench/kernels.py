@@ -31,6 +31,7 @@ from sleep_ops.bench.harness import (
 )
 from sleep_ops.bench.providers import operator_problem, replay_of
 from sleep_ops.bench.settings import KernelsSettings, check_choices, check_counts, check_dtype
+from sleep_ops.checks import check_seed
 from sleep_ops.training.config import resolve_device
 
 PROVIDERS = (*KernelsSettings.providers, "transformers")
@@ -60,7 +61,8 @@ class KernelsBenchmark(KernelsSettings):
         check_choices(self, cases=KERNEL_CASES["cpu"], providers=PROVIDERS)
         if self.sweep is not None and self.sweep not in SWEEPS["cpu"]:
             raise ValueError(f"sweep: expected one of {', '.join(SWEEPS['cpu'])}, got {self.sweep!r}")
-        check_counts(self, "passes", "repeats", seed=0)
+        check_counts(self, "passes", "repeats")
+        check_seed(self.seed)
         check_dtype(self)
         resolve_device(self.device)
 

@@ -30,6 +30,7 @@ from sleep_ops.bench.harness import (
 )
 from sleep_ops.bench.providers import operator_problem, replay_of
 from sleep_ops.bench.settings import LaunchesSettings, check_choices, check_counts, check_dtype
+from sleep_ops.checks import check_seed
 from sleep_ops.training.config import resolve_device
 
 LAUNCHES = 20  # of a kernel in one graph: the launch of the graph is then no part of its time
@@ -57,7 +58,8 @@ class LaunchesBenchmark(LaunchesSettings):
 
     def __post_init__(self):
         check_choices(self, cases=KERNEL_CASES["cuda"])
-        check_counts(self, "passes", "repeats", seed=0)
+        check_counts(self, "passes", "repeats")
+        check_seed(self.seed)
         check_dtype(self)
         device = resolve_device(self.device)
         if device.type != "cuda" or torch.version.hip:

@@ -15,6 +15,7 @@ from sleep_ops.bench.checks import ERRORS, operator_check, relative_errors, righ
 from sleep_ops.bench.harness import MACHINE, MODES, TIMES, Problem, default_repeats, environment, measure, run_of
 from sleep_ops.bench.providers import CHAINED, operator_problem, replay_of
 from sleep_ops.bench.settings import PassesSettings, check_choices, check_counts, check_dtype, check_series
+from sleep_ops.checks import check_seed
 from sleep_ops.training.config import resolve_device
 
 PROVIDERS = PassesSettings.providers
@@ -55,7 +56,8 @@ class PassesBenchmark(PassesSettings):
     """The benchmark of these settings. Raises ValueError for one that is unknown or out of range."""
 
     def __post_init__(self):
-        check_counts(self, "batch", "tokens", "heads", "head_dim", "window", "repeats", "max_chained", seed=0)
+        check_counts(self, "batch", "tokens", "heads", "head_dim", "window", "repeats", "max_chained")
+        check_seed(self.seed)
         check_series(self, "passes")
         check_choices(self, cases=PASSES_CASES["cpu"], providers=PROVIDERS)
         check_dtype(self)

@@ -20,6 +20,7 @@ from sleep_ops import HybridConfig, SleepHybridModel
 from sleep_ops.bench.fla_hybrid import load_fla_hybrid
 from sleep_ops.bench.harness import MACHINE, MIB, TIMES, Run, Stopwatch, environment, first_line, measure
 from sleep_ops.bench.settings import TrainSettings, check_choices, check_counts, check_series
+from sleep_ops.checks import check_seed
 from sleep_ops.tasks import Batch
 from sleep_ops.training.config import TrainConfig, resolve_device
 from sleep_ops.training.graph import StepGraphs
@@ -82,7 +83,8 @@ class TrainBenchmark(TrainSettings):
             object.__setattr__(self, "presets", DEFAULTS[device.type])
         check_choices(self, presets=PRESETS, checkpointing=CHECKPOINTING, providers=PROVIDERS)
         check_series(self, "passes", "windows")
-        check_counts(self, "batch", "repeats", seed=0)
+        check_counts(self, "batch", "repeats")
+        check_seed(self.seed)
         TrainConfig(precision=self.precision)
         if self.cuda_graph and device.type != "cuda":
             raise ValueError(f"cuda_graph: expected False without CUDA, got True on {device}")

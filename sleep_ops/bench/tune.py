@@ -42,6 +42,7 @@ from sleep_ops.bench.harness import (
 )
 from sleep_ops.bench.providers import operator_problem, replayed
 from sleep_ops.bench.settings import TuneSettings, check_choices, check_counts, check_dtype
+from sleep_ops.checks import check_seed
 from sleep_ops.files import write_atomically
 from sleep_ops.training.config import resolve_device
 
@@ -98,7 +99,8 @@ class TuneBenchmark(TuneSettings):
         if not self.chunks or not set(self.chunks) <= set(CHUNKS) or len(set(self.chunks)) < len(self.chunks):
             raise ValueError(f"chunks: expected distinct ones of {CHUNKS}, got {self.chunks!r}")
         check_dtype(self)
-        check_counts(self, "repeats", seed=0)
+        check_counts(self, "repeats")
+        check_seed(self.seed)
         device = resolve_device(self.device)
         if device.type != "cuda" or torch.version.hip:
             raise ValueError(f"device: expected an NVIDIA GPU, on which launch settings can be measured, got {device}")

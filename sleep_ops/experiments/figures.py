@@ -11,6 +11,8 @@ from importlib.resources import files
 from sleep_ops.checks import check_choice, check_distinct, expect, is_number
 from sleep_ops.experiments.presets import SIZES, read_toml
 
+PASSES = "model.passes"  # the setting that every grid has
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -46,7 +48,7 @@ class Figure:
             expect(name in self.grid, "grid", f"one of {', '.join(self.grid)}", name)
             expect(isinstance(given, list) and len(given) > 0, f"grid {name}", "a list of values, such as [1,4]", given)
             check_distinct(f"grid {name}", given)
-            for value in given if name == "model.passes" else ():
+            for value in given if name == PASSES else ():
                 right = value == "inf" or (is_number(value) and value >= 1)
                 expect(right, f"grid {name}", 'integers >= 1, or "inf"', value)
         return replace(self, grid=self.grid | values)

@@ -15,10 +15,9 @@ from rich.progress import track
 from sleep_ops.adapters.loading import model_type
 from sleep_ops.bench.harness import environment
 from sleep_ops.checks import check_count, expect
-from sleep_ops.experiments.figures import Figure
+from sleep_ops.experiments.figures import PASSES, Figure
 from sleep_ops.experiments.parallel import Ended, Outcome, Run, run_all, shares
 from sleep_ops.experiments.sweep import (
-    PASSES,
     Results,
     check_alike,
     check_changes,

@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.ticker import MaxNLocator
 
 from sleep_ops.checks import expect
-from sleep_ops.experiments.figures import Figure
+from sleep_ops.experiments.figures import PASSES, Figure
 from sleep_ops.experiments.statistics import interval
-from sleep_ops.experiments.sweep import PASSES, RESULTS_FILE, by_setting, levels_of, read_results
+from sleep_ops.experiments.sweep import RESULTS_FILE, by_setting, levels_of, read_results
 from sleep_ops.files import pyplot, read_csv
 from sleep_ops.tasks import build_task
 from sleep_ops.training import RunConfig

@@ -29,7 +29,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sleep_ops.checks import check_count, expect, is_number
+from sleep_ops.checks import check_count, expect, is_count, is_number
 from sleep_ops.experiments.settings import RecallSettings
 from sleep_ops.files import pyplot
 from sleep_ops.ops.affine import segment_transition
@@ -52,7 +52,7 @@ class RecallExperiment(RecallSettings):
             check_count(name, getattr(self, name))
         for name, low in (("codewords", 2), ("memories", 2), ("seed", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
+            if not (is_count(value, low) and value < 2**63):
                 raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
         for n in self.passes:
             check_count("passes", n)

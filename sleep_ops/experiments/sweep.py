@@ -9,7 +9,7 @@ from rich.console import Console
 from sleep_ops.bench.harness import environment
 from sleep_ops.checks import check_count, check_distinct, expect
 from sleep_ops.experiments import statistics
-from sleep_ops.experiments.figures import Figure
+from sleep_ops.experiments.figures import PASSES, Figure
 from sleep_ops.experiments.parallel import Ended, Outcome, Run, run_all, shares
 from sleep_ops.experiments.presets import preset, run_config, set_value
 from sleep_ops.files import check_folder, read_csv, read_table, write_csv
@@ -19,7 +19,6 @@ from sleep_ops.training.parallel import World, local_device
 from sleep_ops.training.run import EVAL_FILE
 
 RESULTS_FILE, CURVES_FILE, SUMMARY_FILE, PAIRED_FILE = "results.csv", "curves.csv", "summary.csv", "paired.csv"
-PASSES = "model.passes"
 
 
 def read_results(out: Path) -> list[dict[str, str]]:

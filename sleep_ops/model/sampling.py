@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sleep_ops.checks import check_count, expect, is_finite
+from sleep_ops.checks import check_count, expect, is_count, is_finite
 
 _LEAST = torch.finfo(torch.float32).tiny  # a number below may be 0 where logits are float32
 
@@ -58,7 +58,7 @@ def check_sampling(
         ("eos_token_id", eos_token_id, 0, vocab),
         ("pad_token_id", pad_token_id, -(2**63), 2**63),  # it is never read
     ):
-        inside = isinstance(token, int) and not isinstance(token, bool) and low <= token < high
+        inside = is_count(token, low) and token < high
         expect(token is None or inside, name, f"an integer from {low} to {high - 1}", token)
     drawn = generator is None or isinstance(generator, torch.Generator)
     expect(drawn, "generator", "a torch.Generator", generator)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sleep_ops import streams
-from sleep_ops.checks import check_choice, check_count, check_counts, check_flags, expect, is_number
+from sleep_ops.checks import check_choice, check_count, check_counts, check_flags, check_seed, expect, is_number
 from sleep_ops.files import write_atomically
 from sleep_ops.model.config import HybridConfig, SleepSettings
 
@@ -132,10 +132,9 @@ class TrainConfig:
     def __post_init__(self):
         if isinstance(self.profile, list):
             object.__setattr__(self, "profile", tuple(self.profile))
-        check_counts(self, steps=1, batch_size=1, seed=0, max_skipped=1, eval_every=0, eval_samples=1)
+        check_counts(self, steps=1, batch_size=1, max_skipped=1, eval_every=0, eval_samples=1)
         check_counts(self, checkpoint_every=0, keep_checkpoints=1, stage_warmup=0)
-        if self.seed >= 2**63:
-            raise ValueError(f"seed: expected an integer < 2^63, got {self.seed}")
+        check_seed(self.seed)
         for name in ("lr_muon", "lr_adamw", "stage_loss"):
             self._check_number(name, "a number > 0", lambda x: 0 < x < math.inf)
         self._check_number("grad_clip", "a number > 0", lambda x: x > 0)

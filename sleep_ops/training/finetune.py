@@ -22,8 +22,8 @@ from sleep_ops.tasks import Task, build_task
 from sleep_ops.training.config import CONFIG_FILE, FinetuneConfig, Phase, resolve_device
 from sleep_ops.training.division import Division
 from sleep_ops.training.parallel import World, local_device
-from sleep_ops.training.run import build_model, check_vocabulary, clear_run
-from sleep_ops.training.steps import check_recipe
+from sleep_ops.training.run import build_model, clear_run
+from sleep_ops.training.steps import check_run
 from sleep_ops.training.trainer import Trainer, TrainResult
 
 
@@ -62,12 +62,8 @@ def finetune(
                 phase.run.check_resumable(phase.out)
         if not resume:
             model = build_model(phases[0].run)
-            check_vocabulary(model, task)  # nothing is deleted for settings that can't be
-            for recipe in (phase.run.train for phase in phases):
-                division = Division(recipe, world)
-                division.check_rows()
-                division.check(model, task)
-                check_recipe(model, recipe, device)
+            for recipe in (phase.run.train for phase in phases):  # nothing is deleted for settings that can't be
+                check_run(model, task, recipe, Division(recipe, world), device)
             for phase in reversed(phases):  # a model goes before the run that made it, a run before what it began with
                 for path in filter(Path.exists, reversed(phase.exports)):
                     shutil.rmtree(path)

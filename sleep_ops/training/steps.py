@@ -10,20 +10,28 @@ from torch import Tensor, nn
 
 from sleep_ops.model.hybrid import SleepHybridModel
 from sleep_ops.model.sleeping import find_sleeping, sleeping
-from sleep_ops.tasks import Batch
+from sleep_ops.tasks import Batch, Task
 from sleep_ops.training.config import TrainConfig
 from sleep_ops.training.division import Division
 from sleep_ops.training.graph import StepGraphs
 from sleep_ops.training.offload import Offloaded
 from sleep_ops.training.optim import build_optimizers, set_learning_rates
 from sleep_ops.training.parallel import Replicated, World
-from sleep_ops.training.run import autocast, chosen_parameters, select_parameters
+from sleep_ops.training.run import autocast, check_vocabulary, chosen_parameters, select_parameters
 from sleep_ops.training.stages import Stages
 
 
 def shared_out(recipe: TrainConfig, world: World) -> bool:
     """Whether the processes share out the model's parameters."""
     return recipe.parallel == "fsdp" and world.size > 1
+
+
+def check_run(model: nn.Module, task: Task, recipe: TrainConfig, division: Division, device: torch.device) -> None:
+    """Raises ValueError where `model` can't be trained on `task` by this recipe and division; changes nothing."""
+    check_vocabulary(model, task)
+    division.check_rows()
+    division.check(model, task)
+    check_recipe(model, recipe, device)
 
 
 def check_recipe(model: nn.Module, recipe: TrainConfig, device: torch.device) -> None:

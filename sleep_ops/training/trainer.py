@@ -39,7 +39,6 @@ from sleep_ops.training.run import (
     PROFILE,
     autocast,
     build_model,
-    check_vocabulary,
     clear_run,
     deterministic,
     locked,
@@ -47,7 +46,7 @@ from sleep_ops.training.run import (
 )
 from sleep_ops.training.signals import noted
 from sleep_ops.training.stages import Stages
-from sleep_ops.training.steps import Steps, shared_out
+from sleep_ops.training.steps import Steps, check_run, shared_out
 from sleep_ops.training.usage import ModelFlops, peak_flops, peak_memory
 
 _COLUMNS = [
@@ -120,10 +119,8 @@ class Trainer(Steps):
         # Where the processes share out the model, one alone has to have it as a whole.
         place = "meta" if shared_out(t, self.world) and not self.world.main else "cpu"
         model = model or build_model(config, weights=checkpoint is None, device=place)
-        check_vocabulary(model, self.task)
         division, stages = Division(t, self.world), Stages(self.task, t.stage_loss, t.stage_warmup)
-        division.check_rows()
-        division.check(model, self.task)
+        check_run(model, self.task, t, division, self.device)
         super().__init__(model, t, division=division, stages=stages, device=self.device, console=self.console)
         self.flops, self.peak, self.seconds = ModelFlops(self.model), peak_flops(self.device), 0.0
         self._saving: Saving | None = None
