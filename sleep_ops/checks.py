@@ -25,6 +25,13 @@ def is_finite(value: object) -> TypeGuard[int | float]:
     return is_number(value) and abs(value) <= sys.float_info.max
 
 
+def check_positive(settings: object, *names: str) -> None:
+    """Raise unless each of these settings is a finite number > 0."""
+    for name in names:
+        value = getattr(settings, name)
+        expect(is_finite(value) and value > 0, name, "a number > 0", value)
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise unless value is one of the choices."""
     if value not in choices:

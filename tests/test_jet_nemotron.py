@@ -401,6 +401,7 @@ def _jet(**changes):
         (dict(num_key_value_heads=3), "num_key_value_heads"),
         (dict(vocab_size=0), "vocab_size"),
         (dict(rms_norm_eps=0), "rms_norm_eps"),
+        (dict(rope_theta=10**400), "rope_theta"),
         (dict(tie_word_embeddings="yes"), "tie_word_embeddings"),
         (dict(efficient_attention_config={"jet": JET}), "efficient_attention_config['swa']"),
         (dict(efficient_attention_config={"swa": {"window_size": 3}}), "efficient_attention_config['jet']"),

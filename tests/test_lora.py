@@ -240,6 +240,7 @@ def test_an_adapter_of_another_is_left_alone(folders, tmp_path):
     [
         ({"lora": 0}, "lora: expected an integer >= 1"),
         ({"lora_alpha": 0.0}, "lora_alpha: expected a number > 0"),
+        ({"lora_alpha": "2"}, "lora_alpha: expected a number > 0"),
         ({"lora": None, "lora_alpha": 2.0}, "lora_alpha: expected None without lora"),
         ({"lora": None, "lora_targets": ("q_proj",)}, "lora_targets: expected None without lora"),
         ({"lora_targets": ("",)}, "lora_targets: expected names"),

@@ -194,6 +194,12 @@ def test_bad_settings(settings, name):
         TrainConfig(**settings)
 
 
+@pytest.mark.parametrize("name", ["lr_adamw", "grad_clip", "weight_decay", "stop_at"])
+def test_numbers_too_large_for_a_float_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        TrainConfig(**{name: 10**400})
+
+
 @pytest.mark.parametrize("device", ["tpu", "meta", "cuda:99"])
 def test_bad_device(device):
     with pytest.raises(ValueError, match="device"):

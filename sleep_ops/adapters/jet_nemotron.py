@@ -20,7 +20,7 @@ from torch import nn
 
 from sleep_ops.adapters.checkpoint import load_weights, read_config
 from sleep_ops.adapters.port import Port
-from sleep_ops.checks import check_count, check_flags, expect
+from sleep_ops.checks import check_count, check_flags, check_positive, expect
 from sleep_ops.layers.attention import Attention
 from sleep_ops.layers.block import Block, SwiGLU
 from sleep_ops.layers.jet import DynamicConvolution, JetBlock
@@ -78,9 +78,7 @@ class JetNemotronConfig(SleepSettings):
         listed = isinstance(types, tuple | list) and all(t in LAYER_TYPES for t in types)
         expect(listed and len(types) == self.num_hidden_layers, "layer_types", expected, types)
         object.__setattr__(self, "layer_types", tuple(types))
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            value = getattr(self, name)
-            expect(type(value) in (int, float) and 0 < value < math.inf, name, "a number > 0", value)
+        check_positive(self, "rms_norm_eps", "rope_theta", "initializer_range")
         check_flags(tie_word_embeddings=self.tie_word_embeddings)
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         even = self.hidden_size % (2 * heads) == 0

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sleep_ops.adapters.checkpoint import load_weights, read_config
 from sleep_ops.adapters.port import Port
-from sleep_ops.checks import check_choice, check_count, check_flags, expect
+from sleep_ops.checks import check_choice, check_count, check_flags, check_positive, expect
 from sleep_ops.layers.attention import Attention, AttentionState, SpanContext
 from sleep_ops.layers.block import Block, SwiGLU
 from sleep_ops.layers.gdn import SleepGDNLayer
@@ -101,9 +101,7 @@ class OuroConfig(SleepSettings):
         )
         for name in ("jet_num_heads", "jet_head_dim", "jet_head_v_dim"):
             check_count(name, getattr(self, name))
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            value = getattr(self, name)
-            expect(type(value) in (int, float) and 0 < value < float("inf"), name, "a number > 0", value)
+        check_positive(self, "rms_norm_eps", "rope_theta", "initializer_range")
         check_flags(tie_word_embeddings=self.tie_word_embeddings)
         check_choice("mixer", self.mixer, tuple(MIXERS))
         groups = self.num_key_value_heads

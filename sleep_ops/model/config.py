@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sleep_ops.checks import BACKENDS, IMPLS, RULES, check_choice, check_count, check_flags, expect
+from sleep_ops.checks import BACKENDS, IMPLS, RULES, check_choice, check_count, check_flags, check_positive, expect
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -198,9 +198,7 @@ class HybridConfig(SleepSettings):
         ):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        for name in ("rope_theta", "norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            expect(type(value) in (int, float) and 0 < value < math.inf, name, "a number > 0", value)
+        check_positive(self, "rope_theta", "norm_eps", "initializer_range")
         for name in ("allow_neg_eigval", "tie_embeddings", "loop_gate", "reinject"):
             check_flags(**{name: getattr(self, name)})
         check_choice("rule", self.rule, RULES)

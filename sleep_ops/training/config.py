@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sleep_ops import streams
-from sleep_ops.checks import check_choice, check_count, check_counts, check_flags, check_seed, expect, is_number
+from sleep_ops.checks import (
+    check_choice,
+    check_count,
+    check_counts,
+    check_flags,
+    check_positive,
+    check_seed,
+    expect,
+    is_finite,
+    is_number,
+)
 from sleep_ops.files import write_atomically
 from sleep_ops.model.config import HybridConfig, SleepSettings
 
@@ -135,15 +145,14 @@ class TrainConfig:
         check_counts(self, steps=1, batch_size=1, max_skipped=1, eval_every=0, eval_samples=1)
         check_counts(self, checkpoint_every=0, keep_checkpoints=1, stage_warmup=0)
         check_seed(self.seed)
-        for name in ("lr_muon", "lr_adamw", "stage_loss"):
-            self._check_number(name, "a number > 0", lambda x: 0 < x < math.inf)
-        self._check_number("grad_clip", "a number > 0", lambda x: x > 0)
-        self._check_number("weight_decay", "a number >= 0", lambda x: 0 <= x < math.inf)
+        check_positive(self, "lr_muon", "lr_adamw", "stage_loss")
+        self._check_number("grad_clip", "a number > 0", lambda x: x == math.inf or (is_finite(x) and x > 0))
+        self._check_number("weight_decay", "a number >= 0", lambda x: is_finite(x) and x >= 0)
         for name in ("momentum", "warmup", "decay", "final_lr"):
             self._check_number(name, "a number in [0, 1]", lambda x: 0 <= x <= 1)
         self._check_number("curriculum", "a number in (0, 1]", lambda x: 0 < x <= 1)
         if self.stop_at is not None:
-            self._check_number("stop_at", "a finite number or None", math.isfinite)
+            self._check_number("stop_at", "a finite number or None", is_finite)
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup + decay: expected at most 1, got {self.warmup} + {self.decay}")
         check_flags(cuda_graph=self.cuda_graph, offload=self.offload, async_checkpoints=self.async_checkpoints)
@@ -357,8 +366,8 @@ class FinetuneConfig:
         for name in ("lora_alpha", "lora_targets"):
             value = getattr(self, name)
             expect(value is None or self.lora is not None, name, "None without lora", value)
-        scales = self.lora_alpha is None or 0 < self.lora_alpha < math.inf
-        expect(scales, "lora_alpha", "a number > 0", self.lora_alpha)
+        if self.lora_alpha is not None:
+            check_positive(self, "lora_alpha")
         named = self.lora_targets is None or (len(self.lora_targets) > 0 and all(self.lora_targets))
         expect(named, "lora_targets", "names of modules, as ('q_proj', 'v_proj')", self.lora_targets)
 

@@ -7,12 +7,11 @@ prediction.
 Settings are here, of which the command's options are made, so nothing imports PyTorch at once.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sleep_ops.checks import check_count, expect
+from sleep_ops.checks import check_count, check_positive, expect
 from sleep_ops.model.config import SleepSettings
 from sleep_ops.training.config import TrainConfig
 
@@ -60,9 +59,7 @@ class Machine:
 
     def __post_init__(self):
         check_count("gpus", self.gpus)
-        for name in ("memory", "peak", "bandwidth", "host_bandwidth"):
-            value = getattr(self, name)
-            expect(0 < value < math.inf, name, "a number > 0", value)
+        check_positive(self, "memory", "peak", "bandwidth", "host_bandwidth")
         expect(0 <= self.spare < 1, "spare", "a number in [0, 1)", self.spare)
         expect(0 < self.mfu <= 1, "mfu", "a number in (0, 1]", self.mfu)
 
