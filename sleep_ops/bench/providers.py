@@ -76,7 +76,13 @@ def load_transformers(case: Case, device: torch.device) -> Callable:
     """The PyTorch form that transformers' own models run where no kernels are."""
     module = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
     operator = inspect.unwrap(module.torch_chunk_gated_delta_rule)
-    return lambda *tokens: operator(*tokens[:-1], initial_state=tokens[-1], output_final_state=True)
+    groups = case.value_heads // case.heads
+
+    def one_pass(q, k, *rest):
+        q, k = (x.repeat_interleave(groups, dim=2) for x in (q, k))  # not all versions do it themselves
+        return operator(q, k, *rest[:-1], initial_state=rest[-1], output_final_state=True)
+
+    return one_pass
 
 
 OURS: dict[str, Callable] = {

@@ -94,9 +94,11 @@ class HFSleepingModel(SleepingModel):
     def _arguments(self, h: Tensor, context: SpanContext) -> dict:
         """What the layers are called with beside hidden states and cache."""
         if "rotary" not in context.shared:
-            rotary = getattr(self.model.model, "rotary_emb", None)
+            rotary, positions = getattr(self.model.model, "rotary_emb", None), context.positions()
+            if hasattr(rotary, "mrope_section"):  # places in time, height and width, the same for text
+                positions = positions.expand(3, -1, -1)
             with torch.no_grad():
-                context.shared["rotary"] = None if rotary is None else rotary(h, position_ids=context.positions())
+                context.shared["rotary"] = None if rotary is None else rotary(h, position_ids=positions)
         return {
             "position_embeddings": context.shared["rotary"],
             "position_ids": context.positions(),
