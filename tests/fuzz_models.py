@@ -215,10 +215,11 @@ class SlowLayer:
         query, key = torch.arange(held, held + T)[:, None], torch.arange(held + T)
         mask = torch.zeros(T, held + T, dtype=h.dtype).masked_fill((key > query) | (key <= query - limit), -torch.inf)
         positions = torch.arange(position, position + T)[None]
-        rotary = getattr(self.model.model, "rotary_emb", None)
+        from hf_models import rotations
+
         h = self.layer(
             h[None],
-            position_embeddings=None if rotary is None else rotary(h[None], position_ids=positions),
+            position_embeddings=rotations(self.model, h[None], positions),
             attention_mask=mask[None, None],
             position_ids=positions,
             past_key_values=cache,

@@ -64,6 +64,14 @@ def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **c
     return model.to(dtype)
 
 
+def rotations(model, h: torch.Tensor, positions: torch.Tensor):
+    """What layers take as position_embeddings at positions [B, T]; None of a model without rotary ones."""
+    rotary = getattr(model.model, "rotary_emb", None)
+    if hasattr(rotary, "mrope_section"):  # three positions of each token, the same for text
+        positions = positions.expand(3, -1, -1)
+    return None if rotary is None else rotary(h, position_ids=positions)
+
+
 def needs_cache(family: str) -> None:
     """Skips where transformers' own forward pass with a cache fails, whatever the mixer."""
     if family == "olmo_hybrid" and VERSION == (5, 14):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import slow_unless
-from hf_models import ATTENTION_ONLY, HYBRIDS, VERSION, VOCAB, build, config, needs_cache, tokens
+from hf_models import ATTENTION_ONLY, HYBRIDS, VERSION, VOCAB, build, config, needs_cache, rotations, tokens
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache
 
 from sleep_ops import SleepSession
@@ -47,7 +47,7 @@ class HandCache:
     def is_recording_past(self, i):
         return True  # keeps single tokens off the path that changes the convolution state in place
 
-    def has_previous_state(self, i=None):
+    def has_previous_state(self, i=None, **_):
         return (self.linear[-1] if i is None else i) in self.recurrent_states
 
     @property
@@ -70,7 +70,7 @@ class HandCache:
     def update_recurrent_state(self, state, i, **_):
         self.recurrent_states[i] = state
 
-    def update(self, keys, values, i, *_):
+    def update(self, keys, values, i, *_, **__):
         for store, new in ((self.keys, keys), (self.values, values)):
             store[i] = torch.cat([store[i], new], dim=2) if i in store else new
         return self.keys[i], self.values[i]
@@ -100,8 +100,7 @@ def algorithm_1(model, ids, window, passes, *, loop=None, eviction="hard"):
         keys = torch.arange(start - kept, start + h.shape[1])
         seen = (keys <= positions[:, None]) & (keys > positions[:, None] - window)
         mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
-        rotary = backbone.rotary_emb
-        rotated = None if rotary is None else rotary(h, position_ids=positions[None])
+        rotated = rotations(model, h, positions[None])
         for i in indices:
             linear = hasattr(backbone.layers[i], "linear_attn")
             h = backbone.layers[i](
@@ -496,7 +495,8 @@ def test_a_refusal_leaves_the_model_as_it_was():
 
 
 CALLS = {
-    "cache": (
+    "cache": (dict(cache=DynamicCache()), "^cache: expected None: a model that sleeps"),
+    "former-cache": (
         dict(past_key_values=DynamicCache()),
         "past_key_values: expected None: a model that sleeps",
     ),
@@ -665,7 +665,7 @@ def test_a_last_full_window_that_nothing_sees_does_not_sleep(kind):
 def test_fields_that_general_code_looks_for_are_none():
     model, ids = sleepify(build("qwen3_5_moe"), window=8), tokens(1, 10)
     out = model(ids, labels=ids)
-    for name in ("past_key_values", "hidden_states", "attentions", "aux_loss", "router_logits"):
+    for name in ("cache", "past_key_values", "hidden_states", "attentions", "aux_loss", "router_logits"):
         assert getattr(out, name) is None and name not in out
     assert set(out) == {"loss", "logits"} and len(out.to_tuple()) == 2
 

@@ -48,7 +48,9 @@ def choose_rule_impl(impl: str, k: Tensor) -> str:
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     """Switches autocast off on x's device, where there is one."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    # Compilers know no other devices, and those of older versions can't trace the question.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if known else contextlib.nullcontext()
 
 
 def no_tokens(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from sleep_ops.adapters.hf.cache import LayerCache
+from sleep_ops.adapters.hf.cache import CACHE, LayerCache
 from sleep_ops.checks import expect
 from sleep_ops.layers.attention import AttentionState, SpanContext, narrower
 from sleep_ops.layers.block import BlockState
@@ -47,9 +47,9 @@ class LayerBlock:
             attention_mask=None
             if self.fast_weights
             else context.mask(narrower(context.window, self._sliding_window())),
-            past_key_values=cache,
             use_cache=True,
             sleep_context=context,
+            **{CACHE: cache},
             **self._arguments(h, context),
         )
         dropped = "a layer that left no state: transformers' own checkpointing drops it"

@@ -6,6 +6,8 @@ transformers changes its caches in place, which autograd can't follow through a 
 
 import math
 
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -18,6 +20,7 @@ from sleep_ops.layers.mixer import GDNMixer, ReplayInputs
 from sleep_ops.ops.attention import causal_attention
 
 ATTENTION = "sleep_ops"  # this project's attention among those of transformers
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"  # as layers call it
 
 
 class LayerCache:

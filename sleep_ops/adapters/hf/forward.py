@@ -38,6 +38,7 @@ class SleepCausalLMOutput(ModelOutput):
     logits: Tensor | None = None
     positions: Tensor | None = None
     state: SleepState | None = None
+    cache: None = None
     past_key_values: None = None
     hidden_states: None = None
     attentions: None = None
@@ -58,6 +59,7 @@ class SleepBackboneOutput(ModelOutput):
 
     last_hidden_state: Tensor | None = None
     state: SleepState | None = None
+    cache: None = None
     past_key_values: None = None
     hidden_states: None = None
     attentions: None = None

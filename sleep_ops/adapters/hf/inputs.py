@@ -33,22 +33,24 @@ _INSTEAD = {
 }
 
 
-def check_cache(past_key_values, inputs_embeds, instead: str) -> None:
-    """Raises ValueError where either is given.
+def check_cache(options: dict, inputs_embeds, instead: str) -> None:
+    """Raises ValueError where a cache is among the options, or inputs_embeds are given.
 
     instead: what is done in place of a cache.
     """
-    if isinstance(past_key_values, SleepState):
-        instead = "a SleepState is passed as state="
-    got = type(past_key_values).__name__
-    expect(past_key_values is None, "past_key_values", f"None: {instead}", got)
+    for name in ("past_key_values", "cache"):  # the latter from transformers 5.24 on
+        cache = options.get(name)
+        if isinstance(cache, SleepState):
+            instead = "a SleepState is passed as state="
+        expect(cache is None, name, f"None: {instead}", type(cache).__name__)
     cut = "None: windows are cut from input_ids"
     expect(inputs_embeds is None, "inputs_embeds", cut, type(inputs_embeds).__name__)
 
 
 def check_unused(config: PreTrainedConfig, options: dict, past_key_values, inputs_embeds) -> None:
     """Raises ValueError for what can't be had, asked for in the call or the configuration."""
-    check_cache(past_key_values, inputs_embeds, "a model that sleeps keeps its own state (see return_state)")
+    options = options | {"past_key_values": past_key_values}
+    check_cache(options, inputs_embeds, "a model that sleeps keeps its own state (see return_state)")
     wished = {name: getattr(config, name, None) for name in _INSTEAD if name.startswith("output_")}
     for name, value in (wished | options).items():
         unset = name in _IGNORED or value is None or value is False

@@ -37,25 +37,28 @@ class _Mixer(GDNMixer):
     conv_channels = property(lambda self: 2 * self.key_dim + self.value_dim)
     convolutions: tuple[str, ...] = ("conv1d",)
 
-    def forward(self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **kwargs):
+    def forward(
+        self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, *, cache=None, **kwargs
+    ):
         """Called by transformers' layers. hidden_states `[B, T, hidden_size]` -> the same shape.
 
-        cache_params: a transformers cache, whose states of this layer are read and replaced; or a
-            `LayerCache`.
+        cache (cache_params before transformers 5.24): a transformers cache, whose states of this
+            layer are read and replaced; or a `LayerCache`.
         attention_mask: `[B, T]`, 1 = real token, padding anywhere.
         cu_seq_lens_q: borders of packed sequences.
         """
-        if isinstance(cache_params, LayerCache):
-            return cache_params.mix(self, hidden_states)
+        cache = cache_params if cache is None else cache
+        if isinstance(cache, LayerCache):
+            return cache.mix(self, hidden_states)
         borders = kwargs.get("cu_seq_lens_q")
-        state = None if cache_params is None else cached_state(cache_params, self)
+        state = None if cache is None else cached_state(cache, self)
         if attention_mask is not None:
             attention_mask = attention_mask[:, -hidden_states.shape[1] :]
         y, state = self.read(  # type: ignore[misc]
             hidden_states, state=state, attention_mask=attention_mask, cu_seqlens=borders, return_state=True
         )
-        if cache_params is not None:
-            store_state(cache_params, self, state)
+        if cache is not None:
+            store_state(cache, self, state)
         return y
 
     read = GDNMixer.forward

@@ -90,7 +90,7 @@ def sleepify(
 def _generate(self, *args, custom_generate=generate, streamer=None, **kwargs):
     """transformers' `generate`, through a `SleepSession` unless told otherwise."""
     before = "what was read before is passed as session="
-    inputs.check_cache(kwargs.get("past_key_values"), kwargs.get("inputs_embeds"), before)
+    inputs.check_cache(kwargs, kwargs.get("inputs_embeds"), before)
     if callable(custom_generate):  # transformers itself gives such loops neither streamer nor tokenizer
         kwargs = with_stop_strings(kwargs)
         custom_generate = custom_generate if streamer is None else partial(custom_generate, streamer=streamer)
