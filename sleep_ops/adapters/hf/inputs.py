@@ -38,8 +38,6 @@ def check_cache(past_key_values, inputs_embeds, instead: str) -> None:
 
     instead: what is done in place of a cache.
     """
-    if isinstance(past_key_values, SleepState):
-        instead = "a SleepState is passed as state="
     got = type(past_key_values).__name__
     expect(past_key_values is None, "past_key_values", f"None: {instead}", got)
     cut = "None: windows are cut from input_ids"
@@ -48,7 +46,10 @@ def check_cache(past_key_values, inputs_embeds, instead: str) -> None:
 
 def check_unused(config: PreTrainedConfig, options: dict, past_key_values, inputs_embeds) -> None:
     """Raises ValueError for what can't be had, asked for in the call or the configuration."""
-    check_cache(past_key_values, inputs_embeds, "a model that sleeps keeps its own state (see return_state)")
+    instead = "a model that sleeps keeps its own state (see return_state)"
+    if isinstance(past_key_values, SleepState):
+        instead = "a SleepState is passed as state="
+    check_cache(past_key_values, inputs_embeds, instead)
     wished = {name: getattr(config, name, None) for name in _INSTEAD if name.startswith("output_")}
     for name, value in (wished | options).items():
         unset = name in _IGNORED or value is None or value is False

@@ -91,6 +91,9 @@ def _generate(self, *args, custom_generate=generate, streamer=None, **kwargs):
     """transformers' `generate`, through a `SleepSession` unless told otherwise."""
     before = "what was read before is passed as session="
     inputs.check_cache(kwargs.get("past_key_values"), kwargs.get("inputs_embeds"), before)
+    prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    told = prompt is not None or kwargs.get("session") is None  # transformers would begin a text
+    expect(told, "input_ids", "tokens to read after the session's; session.generate() goes on without any", None)
     if callable(custom_generate):  # transformers itself gives such loops neither streamer nor tokenizer
         kwargs = with_stop_strings(kwargs)
         custom_generate = custom_generate if streamer is None else partial(custom_generate, streamer=streamer)
