@@ -125,8 +125,10 @@ def _counted(
     """Borders where positions begin again; None for plain rows."""
     batch, width = input_ids.shape
     expect(state is None, "position_ids", "None with state (positions run on)", "both")
-    shape = tuple(position_ids.shape)
-    expect(position_ids.dim() == 2 and shape[1] == width, "position_ids", f"None or shape {(batch, width)}", shape)
+    known = isinstance(position_ids, Tensor)
+    shape = tuple(position_ids.shape) if known else type(position_ids).__name__
+    fits = known and position_ids.dim() == 2 and shape[0] in (1, batch) and shape[1] == width
+    expect(fits, "position_ids", f"None or a tensor of shape {(batch, width)}", shape)
     counted = torch.arange(width, device=position_ids.device)
     if batch == 1 and attention_mask is None:
         starts = (position_ids[0] == 0).nonzero()[:, 0]

@@ -59,8 +59,10 @@ def sleepify(
     check_fast_weights(model)
     check_place(model)
     check_positions(model)
-    values = (getattr(model.config, "sleep", None) or {}) | given
-    expect("window" in values, "window", "a number of tokens", None)
+    remembered = getattr(model.config, "sleep", None) or {}
+    expect(isinstance(remembered, dict), "config.sleep", "settings of sleep", remembered)
+    values = remembered | given
+    expect(values.get("window") is not None, "window", "a number of tokens", None)
     chosen = SleepSettings.from_dict(values)
     chosen.resolve_loop(len(model.model.layers))
     longest = getattr(model.config, "max_position_embeddings", None)
