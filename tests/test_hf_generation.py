@@ -143,7 +143,7 @@ def test_streaming_gives_every_token_as_it_comes():
     assert streamer.ended and sum(streamer.pieces, []) == out[0].tolist()
 
 
-@pytest.mark.parametrize("how", ("keyword", "configuration"))
+@pytest.mark.parametrize("how", ("keyword", "configuration", "model"))
 def test_stop_strings(how, tmp_path):
     model, ids = sleeping(), tokens(1, 9)
     word_tokenizer(tmp_path, ["abcdef", *(f"w{i}" for i in range(3, 128))])  # the first: StopStringCriteria asks it
@@ -151,6 +151,8 @@ def test_stop_strings(how, tmp_path):
     out = model.generate(ids, **GREEDY, eos_token_id=None)
     stop = dict(stop_strings=[tokenizer.decode(out[0, 13])])
     options = GREEDY | stop if how == "keyword" else dict(generation_config=GenerationConfig(**GREEDY | stop))
+    if how == "model":
+        model.generation_config.stop_strings, options = stop["stop_strings"], GREEDY
     stopped = model.generate(ids, **options, eos_token_id=None, tokenizer=tokenizer)
     first = 9 + out[0, 9:].tolist().index(out[0, 13])
     assert torch.equal(stopped, out[:, : first + 1])
@@ -197,6 +199,8 @@ def test_inserted_fast_weights_generate():
     with torch.no_grad():
         predicted = model(out).logits.argmax(-1)
     assert torch.equal(out[:, 21:], predicted[:, 20:-1])
+    with pytest.raises(ValueError, match="^assistant_model: expected None"):
+        model.generate(ids, assistant_model=build("llama"), **GREEDY)
 
 
 def test_saved_sessions_go_on_and_know_their_model(tmp_path):

@@ -25,13 +25,13 @@ _OF_ONE_CALL = (
 )  # fmt: skip
 
 
-def with_stop_strings(options: dict) -> dict:
-    """`generate`'s options, with stop_strings as a stopping criterion.
+def with_stop_strings(options: dict, own: GenerationConfig) -> dict:
+    """`generate`'s options, with stop_strings as a stopping criterion; `own` is the model's configuration.
 
     transformers gives custom decoding loops no tokenizer.
     """
     config, tokenizer = options.get("generation_config"), options.get("tokenizer")
-    strings = options.get("stop_strings") or getattr(config, "stop_strings", None)
+    strings = options.get("stop_strings") or getattr(config, "stop_strings", None) or own.stop_strings
     if strings is None or tokenizer is None:
         return options
     criteria = [*(options.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, strings)]
@@ -39,6 +39,8 @@ def with_stop_strings(options: dict) -> dict:
     if config is not None:
         options["generation_config"] = config = copy.copy(config)
         config.stop_strings = None
+    if own.stop_strings is not None:  # transformers would put them in place of those taken out
+        options["stop_strings"] = None
     return options | {"stopping_criteria": StoppingCriteriaList(criteria)}
 
 
