@@ -6,7 +6,7 @@ import pytest
 import torch
 from hf_models import build, tokens
 from test_adapter_loading import word_tokenizer
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from sleep_ops import SleepSession
@@ -143,7 +143,7 @@ def test_streaming_gives_every_token_as_it_comes():
     assert streamer.ended and sum(streamer.pieces, []) == out[0].tolist()
 
 
-@pytest.mark.parametrize("how", ("keyword", "configuration"))
+@pytest.mark.parametrize("how", ("keyword", "configuration", "model"))
 def test_stop_strings(how, tmp_path):
     model, ids = sleeping(), tokens(1, 9)
     word_tokenizer(tmp_path, ["abcdef", *(f"w{i}" for i in range(3, 128))])  # the first: StopStringCriteria asks it
@@ -151,6 +151,8 @@ def test_stop_strings(how, tmp_path):
     out = model.generate(ids, **GREEDY, eos_token_id=None)
     stop = dict(stop_strings=[tokenizer.decode(out[0, 13])])
     options = GREEDY | stop if how == "keyword" else dict(generation_config=GenerationConfig(**GREEDY | stop))
+    if how == "model":
+        model.generation_config.stop_strings, options = stop["stop_strings"], GREEDY
     stopped = model.generate(ids, **options, eos_token_id=None, tokenizer=tokenizer)
     first = 9 + out[0, 9:].tolist().index(out[0, 13])
     assert torch.equal(stopped, out[:, : first + 1])
@@ -197,6 +199,8 @@ def test_inserted_fast_weights_generate():
     with torch.no_grad():
         predicted = model(out).logits.argmax(-1)
     assert torch.equal(out[:, 21:], predicted[:, 20:-1])
+    with pytest.raises(ValueError, match="^assistant_model: expected None"):
+        model.generate(ids, assistant_model=build("llama"), **GREEDY)
 
 
 def test_saved_sessions_go_on_and_know_their_model(tmp_path):
@@ -238,6 +242,8 @@ REFUSED = {
     "attentions": (dict(output_attentions=True, return_dict_in_generate=True), "output_attentions: expected False"),
     "hidden": (dict(output_hidden_states=True, return_dict_in_generate=True), "output_hidden_states: expected False"),
     "guidance": (dict(guidance_scale=1.5), "guidance_scale: expected None"),
+    "labels": (dict(labels=tokens(1, 9)), r"labels: expected None: it is for model\(...\) alone, got 'Tensor'"),
+    "windows": (dict(windows_by="positions"), "windows_by: expected None"),
     "no-session": (dict(session="night"), "session: expected a SleepSession, got 'str'"),
 }
 
@@ -248,8 +254,45 @@ def test_what_cannot_be_generated_is_refused(options, message):
         sleeping().generate(tokens(1, 9), max_new_tokens=3, **options)
 
 
+@pytest.mark.parametrize("name", ("state", "past_key_values"))
+def test_a_state_of_the_model_is_not_read_on_from(name):
+    model, ids = sleeping(), tokens(1, 9)
+    state = model(ids, return_state=True).state
+    with pytest.raises(ValueError, match=f"^{name}: expected None: what was read before is passed as session="):
+        model.generate(ids, max_new_tokens=3, **{name: state})
+
+
+def test_every_row_needs_a_token_to_generate_from():
+    model, ids = sleeping(), tokens(2, 9)
+    mask = torch.tensor([[1], [0]]).expand(2, 9)
+    session = SleepSession(model)
+    for options in (dict(), dict(session=session)):
+        with pytest.raises(ValueError, match=r"^input_ids: expected a prompt for every row, got none for rows \[1\]"):
+            model.generate(ids, attention_mask=mask, **options, **GREEDY)
+    assert session.state is None
+    session.read(ids)
+    assert model.generate(ids, attention_mask=mask, session=session, max_new_tokens=2).shape == (2, 11)
+
+
+def test_rows_that_stop_go_on_where_no_token_fills_them():
+    """As in transformers."""
+
+    class FirstRow(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([True, False])
+
+    model, ids = sleeping(), tokens(2, 9)
+    model.generation_config = GenerationConfig()
+    out = model.generate(ids, **GREEDY)
+    session = SleepSession(model)
+    assert torch.equal(model.generate(ids, stopping_criteria=[FirstRow()], session=session, **GREEDY), out)
+    assert session.position == (34, 34)
+
+
 def test_sessions_that_do_not_fit_the_call_are_refused():
     model, ids = sleeping(), tokens(1, 9)
+    with pytest.raises(ValueError, match="input_ids: expected tokens to read after the session's"):
+        model.generate(session=SleepSession(model), max_new_tokens=3)
     with pytest.raises(ValueError, match="passes: expected None with a session"):
         model.generate(ids, session=SleepSession(model), passes=2, max_new_tokens=3)
     with pytest.raises(ValueError, match="session: expected one over this very model"):

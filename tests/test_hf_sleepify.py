@@ -448,6 +448,14 @@ REFUSALS = {
         lambda: sleepify(build("qwen3_5"), window=513),
         "window: expected at most the model's 512",
     ),
+    "no-window-saved": (
+        lambda: sleepify(build("qwen3_5", sleep={"window": None})),
+        "window: expected a number of tokens, got None",
+    ),
+    "no-settings": (
+        lambda: sleepify(build("qwen3_5", sleep="deep"), window=8),
+        "config.sleep: expected settings of sleep, got 'deep'",
+    ),
     "loop": (lambda: sleepify(build("qwen3_5"), window=8, loop=(0, 4)), "loop: expected .* last < 4"),
     "passes": (lambda: sleepify(build("qwen3_5"), window=8, passes=0), "passes: expected"),
     "eviction": (lambda: sleepify(build("qwen3_5"), window=8, eviction="soft"), "eviction: expected"),
@@ -522,6 +530,10 @@ CALLS = {
         r"labels: expected a tensor of .* \(1, 4\), got \(1, 3\)",
     ),
     "short-shifted": (dict(shift_labels=torch.full((1, 3), -100), num_items_in_batch=4), r"labels: expected shape"),
+    "listed-positions": (dict(position_ids=[0, 1, 2, 3]), r"position_ids: expected .* \(1, 4\), got 'list'"),
+    "more-positions": (dict(position_ids=torch.arange(4).expand(2, 4)), r"position_ids: expected .* got \(2, 4\)"),
+    "no-logits": (dict(logits_to_keep=None), "logits_to_keep: expected an integer >= 0, got None"),
+    "negative-logits": (dict(logits_to_keep=-1), "logits_to_keep: expected an integer >= 0, got -1"),
     "passes": (dict(passes=0), "passes: expected"),
     "no-label": (dict(labels=torch.full((1, 4), -100)), "labels: expected at least one loss token"),
 }

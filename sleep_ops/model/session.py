@@ -103,6 +103,20 @@ class SleepSession:
         self.state, self.logits, self._ready = reading.state, last, self._ready_after(lengths)
         return rows.unpack(pieces)[0] if all_logits else last
 
+    @torch.no_grad()
+    def begin(self, input_ids: Tensor | None, attention_mask: Tensor | None = None) -> Tensor:
+        """Reads a prompt as `read` does, None for none: the logits to generate from.
+
+        ValueError too where a row has no token to go on from; nothing is read then.
+        """
+        prompt = None if input_ids is None else self._rows(input_ids, attention_mask)
+        ready = self._ready if prompt is None else self._ready_after(prompt[0].lengths)
+        if not ready or not all(ready):
+            held = "only a memory to go on from" if self.position else "nothing has been read yet"
+            got = f"none for rows {[b for b, r in enumerate(ready) if not r]}" if ready else f"None, and {held}"
+            raise ValueError(f"input_ids: expected a prompt for every row, got {got}")
+        return self.logits if prompt is None else self._read(*prompt)
+
     def step(self, token_ids: Tensor) -> Tensor:
         """Reads one token per row: token_ids, integer `[B]`, -> logits `[B, vocab_size]`."""
         if not isinstance(token_ids, Tensor) or token_ids.dim() != 1:
@@ -156,14 +170,7 @@ class SleepSession:
         )  # fmt: skip
         alone = input_ids is None and attention_mask is not None
         expect(not alone, "attention_mask", "None without input_ids", "a mask")
-        prompt = None if input_ids is None else self._rows(input_ids, attention_mask)
-        ready = self._ready if prompt is None else self._ready_after(prompt[0].lengths)
-        if not ready or not all(ready):
-            held = "only a memory to go on from" if self.position else "nothing has been read yet"
-            got = f"none for rows {[b for b, r in enumerate(ready) if not r]}" if ready else f"None, and {held}"
-            raise ValueError(f"input_ids: expected a prompt for every row, got {got}")
-        if prompt is not None:
-            self._read(*prompt)
+        self.begin(input_ids, attention_mask)
         pad = eos_token_id if pad_token_id is None else pad_token_id
         alive = torch.ones(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
         tokens = []

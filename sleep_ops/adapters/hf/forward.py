@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from sleep_ops.adapters.hf import inputs
-from sleep_ops.checks import expect
+from sleep_ops.checks import check_count, expect
 from sleep_ops.model.sleeping import Call
 from sleep_ops.model.state import SleepState
 
@@ -130,6 +130,8 @@ def forward(
         input_ids, attention_mask, position_ids, state, cu_seqlens if cu_seqlens is not None else cu_seq_lens_q, seq_idx
     )
     targets = inputs.shifted(labels, shift_labels, input_ids)
+    if not isinstance(logits_to_keep, Tensor):
+        check_count("logits_to_keep", logits_to_keep, 0)
     chosen = isinstance(logits_to_keep, Tensor) or logits_to_keep > 0
     expect(return_logits or not chosen, "logits_to_keep", "0 with return_logits=False", logits_to_keep)
     if all_logits is None:

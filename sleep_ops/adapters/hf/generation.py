@@ -18,14 +18,20 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from sleep_ops.checks import expect
 from sleep_ops.model.session import SleepSession
 
+# Arguments of the forward pass that say how one call reads a text: transformers hands them on to decoding loops.
+_OF_ONE_CALL = (
+    "labels", "shift_labels", "loss_mask", "num_items_in_batch", "cu_seqlens", "cu_seq_lens_q", "seq_idx",
+    "windows_by", "group", "predict", "state",
+)  # fmt: skip
 
-def with_stop_strings(options: dict) -> dict:
-    """`generate`'s options, with stop_strings as a stopping criterion.
+
+def with_stop_strings(options: dict, own: GenerationConfig) -> dict:
+    """`generate`'s options, with stop_strings as a stopping criterion; `own` is the model's configuration.
 
     transformers gives custom decoding loops no tokenizer.
     """
     config, tokenizer = options.get("generation_config"), options.get("tokenizer")
-    strings = options.get("stop_strings") or getattr(config, "stop_strings", None)
+    strings = options.get("stop_strings") or getattr(config, "stop_strings", None) or own.stop_strings
     if strings is None or tokenizer is None:
         return options
     criteria = [*(options.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, strings)]
@@ -33,6 +39,8 @@ def with_stop_strings(options: dict) -> dict:
     if config is not None:
         options["generation_config"] = config = copy.copy(config)
         config.stop_strings = None
+    if own.stop_strings is not None:  # transformers would put them in place of those taken out
+        options["stop_strings"] = None
     return options | {"stopping_criteria": StoppingCriteriaList(criteria)}
 
 
@@ -66,6 +74,10 @@ def generate(
         expect(not getattr(generation_config, name), name, "False: a session keeps neither", True)
     guidance = getattr(generation_config, "guidance_scale", None)
     expect(guidance in (None, 1), "guidance_scale", "None: the text is read once, with the prompt", guidance)
+    for name in _OF_ONE_CALL:
+        got = model_kwargs.get(name)
+        instead = "what was read before is passed as session=" if name == "state" else "it is for model(...) alone"
+        expect(got is None, name, f"None: {instead}", type(got).__name__)
     keep = session is not None
     expect(not keep or passes is None, "passes", "None with a session, which has its own", passes)
     if keep:
@@ -73,7 +85,8 @@ def generate(
         own = getattr(session.model, "model", None) is model
         expect(own, "session", "one over this very model", f"one over another {type(session.model).__name__}")
     session = session or SleepSession(model, passes)
-    logits = session.read(input_ids, model_kwargs.get("attention_mask"))
+    logits = session.begin(input_ids, model_kwargs.get("attention_mask"))
+    pad = generation_config._pad_token_tensor
     alive = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     all_scores, all_logits = [], []
     while bool(alive.any()):
@@ -87,12 +100,12 @@ def generate(
             token = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
         else:
             token = scores.argmax(-1)
-        if not bool(alive.all()):
-            token = torch.where(alive, token, generation_config._pad_token_tensor)
+        reading = alive | (pad is None)  # without a token to fill them, rows that have stopped go on with the others
+        if not bool(reading.all()):
+            token = torch.where(reading, token, pad)
         input_ids = torch.cat([input_ids, token[:, None]], dim=1)
         if streamer is not None:
             streamer.put(token.cpu())
-        reading = alive
         alive = alive & ~stopping_criteria(input_ids, scores)
         if keep or bool(alive.any()):
             logits = session.read(token[:, None], None if bool(reading.all()) else reading[:, None])

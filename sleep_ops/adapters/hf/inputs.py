@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from sleep_ops.checks import expect
 from sleep_ops.model.state import SleepState
 
+_CACHES = ("past_key_values", "cache")  # the latter from transformers 5.24 on
 _IGNORED = ("use_cache", "return_dict", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # What forward passes of transformers, and Liger's in their place, hand on to a backbone that has no use for it.
 FOR_LOSS = (
@@ -38,10 +39,8 @@ def check_cache(options: dict, inputs_embeds, instead: str) -> None:
 
     instead: what is done in place of a cache.
     """
-    for name in ("past_key_values", "cache"):  # the latter from transformers 5.24 on
+    for name in _CACHES:
         cache = options.get(name)
-        if isinstance(cache, SleepState):
-            instead = "a SleepState is passed as state="
         expect(cache is None, name, f"None: {instead}", type(cache).__name__)
     cut = "None: windows are cut from input_ids"
     expect(inputs_embeds is None, "inputs_embeds", cut, type(inputs_embeds).__name__)
@@ -50,7 +49,10 @@ def check_cache(options: dict, inputs_embeds, instead: str) -> None:
 def check_unused(config: PreTrainedConfig, options: dict, past_key_values, inputs_embeds) -> None:
     """Raises ValueError for what can't be had, asked for in the call or the configuration."""
     options = options | {"past_key_values": past_key_values}
-    check_cache(options, inputs_embeds, "a model that sleeps keeps its own state (see return_state)")
+    instead = "a model that sleeps keeps its own state (see return_state)"
+    if any(isinstance(options.get(name), SleepState) for name in _CACHES):
+        instead = "a SleepState is passed as state="
+    check_cache(options, inputs_embeds, instead)
     wished = {name: getattr(config, name, None) for name in _INSTEAD if name.startswith("output_")}
     for name, value in (wished | options).items():
         unset = name in _IGNORED or value is None or value is False
@@ -126,8 +128,10 @@ def _counted(
     """Borders where positions begin again; None for plain rows."""
     batch, width = input_ids.shape
     expect(state is None, "position_ids", "None with state (positions run on)", "both")
-    shape = tuple(position_ids.shape)
-    expect(position_ids.dim() == 2 and shape[1] == width, "position_ids", f"None or shape {(batch, width)}", shape)
+    known = isinstance(position_ids, Tensor)
+    shape = tuple(position_ids.shape) if known else type(position_ids).__name__
+    fits = known and position_ids.dim() == 2 and shape[0] in (1, batch) and shape[1] == width
+    expect(fits, "position_ids", f"None or a tensor of shape {(batch, width)}", shape)
     counted = torch.arange(width, device=position_ids.device)
     if batch == 1 and attention_mask is None:
         starts = (position_ids[0] == 0).nonzero()[:, 0]

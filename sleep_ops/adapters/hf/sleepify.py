@@ -59,8 +59,10 @@ def sleepify(
     check_fast_weights(model)
     check_place(model)
     check_positions(model)
-    values = (getattr(model.config, "sleep", None) or {}) | given
-    expect("window" in values, "window", "a number of tokens", None)
+    remembered = getattr(model.config, "sleep", None) or {}
+    expect(isinstance(remembered, dict), "config.sleep", "settings of sleep", remembered)
+    values = remembered | given
+    expect(values.get("window") is not None, "window", "a number of tokens", None)
     chosen = SleepSettings.from_dict(values)
     chosen.resolve_loop(len(model.model.layers))
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -91,8 +93,13 @@ def _generate(self, *args, custom_generate=generate, streamer=None, **kwargs):
     """transformers' `generate`, through a `SleepSession` unless told otherwise."""
     before = "what was read before is passed as session="
     inputs.check_cache(kwargs, kwargs.get("inputs_embeds"), before)
+    helper = kwargs.get("assistant_model")
+    expect(helper is None, "assistant_model", "None: decoding is not assisted", type(helper).__name__)
+    prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    told = prompt is not None or kwargs.get("session") is None  # transformers would begin a text
+    expect(told, "input_ids", "tokens to read after the session's; session.generate() goes on without any", None)
     if callable(custom_generate):  # transformers itself gives such loops neither streamer nor tokenizer
-        kwargs = with_stop_strings(kwargs)
+        kwargs = with_stop_strings(kwargs, self.generation_config)
         custom_generate = custom_generate if streamer is None else partial(custom_generate, streamer=streamer)
     return type(self).generate(self, *args, custom_generate=custom_generate, streamer=streamer, **kwargs)
 
