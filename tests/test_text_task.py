@@ -69,6 +69,17 @@ def test_running_text_is_cut_into_pieces_that_predict_every_token(tokenizer, tmp
     assert Text(data, tokenizer, eval_data=data).seq_len == 7
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["memory", "files"])
+def test_prompts_of_one_token_are_no_running_text(cached, tokenizer, tmp_path):
+    options = {"cache": str(tmp_path / "cache"), "seq_len": 3} if cached else {}
+    pairs = write(tmp_path / "pairs", "", *(pair(x, "ab") for x in WORDS))
+    texts = write(tmp_path / "texts", {"text": "a b"}, {"text": "c d"})
+    for _ in range(2):  # the second time from the files, if there are any
+        assert Text(pairs, tokenizer, **options).metric == "exact"
+        assert Text(texts, tokenizer, eval_data=pairs, **options).metric == "exact"
+        assert Text(pairs, tokenizer, eval_data=texts, **options).metric == "loss"
+
+
 def test_epochs_see_everything_once(tokenizer, tmp_path):
     data = write(tmp_path / "data", *(pair(x + y, x) for x in WORDS for y in "ab"))
     task = Text(data, tokenizer, held_out=0.2)

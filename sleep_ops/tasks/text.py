@@ -76,6 +76,7 @@ class Text:
     cache: str | None = None
     digest: str | None = None
     splits: dict[str, Examples] = field(init=False, repr=False, compare=False)
+    metric: str = field(init=False, repr=False, compare=False)  # exact answers; the loss where there are only texts
 
     name: ClassVar[str] = "text"
     window: ClassVar[None] = None
@@ -110,16 +111,17 @@ class Text:
         if self.seq_len is None:
             longest = max(int((examples.ends - examples.starts).max()) for examples in (train, asked))
             object.__setattr__(self, "seq_len", longest - 1)
+        answered, all_of_file = (asked.answers > 1).any(), (train, asked) if self.eval_data is None else (asked,)
+        if all((examples.answers == 1).all() for examples in all_of_file):
+            # Answers to prompts of one token begin where texts do: the first line says which they are.
+            _, first = next(_records(self.data if self.eval_data is None else self.eval_data, shown=False))
+            answered = "answer" in first
+        object.__setattr__(self, "metric", "exact" if answered else "loss")
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id in use."""
         return 1 + max(examples.top for examples in self.splits.values())
-
-    @property
-    def metric(self) -> str:
-        """Exact answers; the loss where there are only texts."""
-        return "exact" if (self.splits["eval"].answers > 1).any() else "loss"
 
     def to_dict(self) -> dict:
         return {"name": self.name} | {name: getattr(self, name) for name in _SETTINGS}
