@@ -147,6 +147,13 @@ def test_what_cannot_be_is_refused(tokenizer, tmp_path):
             Text(**{"data": data, "tokenizer": tokenizer} | options)
 
 
+@pytest.mark.parametrize("seed, step, size", [(-1, 0, 1), (2**64, 0, 1), (0, -1, 1), (0, 0, 0)])
+def test_batches_that_cannot_be_are_refused(seed, step, size, tokenizer, tmp_path):
+    task = Text(write(tmp_path / "data", pair("a", "b"), pair("c", "d")), tokenizer)
+    with pytest.raises(ValueError, match="^seed, step, size: expected integers"):
+        task.batch(seed, step, size)
+
+
 def test_data_that_changed_is_noticed(tokenizer, tmp_path):
     data = write(tmp_path / "data", pair("a", "b"), pair("c", "d"))
     settings = Text(data, tokenizer).to_dict()

@@ -136,8 +136,9 @@ class Text:
         """
         if split not in self.splits:
             raise ValueError(f"split: expected one of {tuple(self.splits)}, got {split!r}")
-        if seed < 0 or step < 0 or size < 1:
-            raise ValueError(f"seed, step, size: expected >= 0, >= 0, >= 1, got {seed}, {step}, {size}")
+        if not (0 <= seed < 1 << 64 and step >= 0 and size >= 1):
+            expected = "integers 0 <= seed < 2^64, step >= 0, size >= 1"
+            raise ValueError(f"seed, step, size: expected {expected}, got {seed}, {step}, {size}")
         examples = self.splits[split]
         input_ids = np.zeros((size, self.seq_len), dtype=np.int64)
         labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
