@@ -143,7 +143,8 @@ def replay(
             Transition(P, R), start, passes, windows, output_pass
         )
 
-    if passes == math.inf or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*transition, start))
+    if passes == math.inf or torch.compiler.is_compiling() or not differentiated:
         return run(*transition, start)
     return checkpoint(run, *transition, start, use_reentrant=False, preserve_rng_state=False)
 
