@@ -207,7 +207,7 @@ def _replay_endlessly(transition, start, passes, windows, output_pass):
 def _fixed_point(transition: Transition) -> Tensor:
     P, R = transition
     capturing = P.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not torch.compiler.is_compiling() and not capturing:
+    if len(P) and not torch.compiler.is_compiling() and not capturing:
         squarings = 40 if P.dtype == torch.float64 else 18
         power = P.detach()
         for _ in range(squarings):
