@@ -78,6 +78,15 @@ def test_fixed_point_is_where_passes_end():
     assert_same_with_gradients(got, want, tensors, state, rtol=1e-8, atol=1e-8)
 
 
+def test_no_sequences_have_no_fixed_points():
+    tensors, options, _ = problem(B=0)
+    transition = segment_transition(**tensors, **options)
+    limit = transition.fixed_point()
+    assert limit.shape == transition.R.shape == (0, HV, K, V)
+    gradients = torch.autograd.grad(limit.sum(), list(tensors.values()), allow_unused=True)
+    assert not any(x.any() for x in gradients if x is not None)
+
+
 def test_packed_sequences_each_have_a_map():
     tensors, options, state = problem(B=1, lengths=(15, 0, 25))
     got = segment_transition(**tensors, **options)

@@ -216,6 +216,27 @@ def test_a_bad_sequence_spoils_no_other():
         assert gradient[:, :5].isfinite().all()
 
 
+def test_borders_written_anew_before_the_backward_change_no_gradient():
+    def gradients(later):
+        tensors, options = arguments(Case("packed", lengths=(0, 17, 23), dims=(8, 6), heads=(1, 2)))
+        out = sleep_gated_delta_rule(**tensors, **options, passes=4)
+        options["cu_seqlens"].copy_(torch.tensor(later))
+        return torch.autograd.grad(out.output.sum() + out.final_state.square().sum(), list(tensors.values()))
+
+    identical(gradients([0, 0, 40, 40]), gradients([0, 0, 17, 40]))
+
+
+@pytest.mark.parametrize("window", [None, 16], ids=["one", "windows"])
+@pytest.mark.parametrize("case", [REPLAYS[1], REPLAYS[3], REPLAYS[9]], ids=str)
+def test_what_inference_mode_made_is_replayed_outside(case, window):
+    tensors, options = arguments(case)
+    options |= {"passes": 4, "window": window}
+    with torch.inference_mode():
+        made = {name: x.detach().clone() for name, x in tensors.items()}
+    got, want = (sleep_gated_delta_rule(**x, **options) for x in (made, tensors))
+    identical([x.detach() for x in got], [x.detach() for x in want])
+
+
 PLACES = [(2, 12, 4, None), (2, 10, 4, None), (2, 10, None, None), (1, 20, 4, (0, 7, 7, 8, 20)), (1, 9, 9, (0, 4, 9))]
 
 

@@ -69,6 +69,17 @@ def test_running_text_is_cut_into_pieces_that_predict_every_token(tokenizer, tmp
     assert Text(data, tokenizer, eval_data=data).seq_len == 7
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["memory", "files"])
+def test_prompts_of_one_token_are_no_running_text(cached, tokenizer, tmp_path):
+    options = {"cache": str(tmp_path / "cache"), "seq_len": 3} if cached else {}
+    pairs = write(tmp_path / "pairs", "", *(pair(x, "ab") for x in WORDS))
+    texts = write(tmp_path / "texts", {"text": "a b"}, {"text": "c d"})
+    for _ in range(2):  # the second time from the files, if there are any
+        assert Text(pairs, tokenizer, **options).metric == "exact"
+        assert Text(texts, tokenizer, eval_data=pairs, **options).metric == "exact"
+        assert Text(pairs, tokenizer, eval_data=texts, **options).metric == "loss"
+
+
 def test_epochs_see_everything_once(tokenizer, tmp_path):
     data = write(tmp_path / "data", *(pair(x + y, x) for x in WORDS for y in "ab"))
     task = Text(data, tokenizer, held_out=0.2)
@@ -134,6 +145,13 @@ def test_what_cannot_be_is_refused(tokenizer, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             Text(**{"data": data, "tokenizer": tokenizer} | options)
+
+
+@pytest.mark.parametrize("seed, step, size", [(-1, 0, 1), (2**64, 0, 1), (0, -1, 1), (0, 0, 0)])
+def test_batches_that_cannot_be_are_refused(seed, step, size, tokenizer, tmp_path):
+    task = Text(write(tmp_path / "data", pair("a", "b"), pair("c", "d")), tokenizer)
+    with pytest.raises(ValueError, match="^seed, step, size: expected integers"):
+        task.batch(seed, step, size)
 
 
 def test_data_that_changed_is_noticed(tokenizer, tmp_path):

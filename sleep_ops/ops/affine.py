@@ -143,7 +143,8 @@ def replay(
             Transition(P, R), start, passes, windows, output_pass
         )
 
-    if passes == math.inf or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*transition, start))
+    if passes == math.inf or torch.compiler.is_compiling() or not differentiated:
         return run(*transition, start)
     return checkpoint(run, *transition, start, use_reentrant=False, preserve_rng_state=False)
 
@@ -206,7 +207,7 @@ def _replay_endlessly(transition, start, passes, windows, output_pass):
 def _fixed_point(transition: Transition) -> Tensor:
     P, R = transition
     capturing = P.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not torch.compiler.is_compiling() and not capturing:
+    if len(P) and not torch.compiler.is_compiling() and not capturing:
         squarings = 40 if P.dtype == torch.float64 else 18
         power = P.detach()
         for _ in range(squarings):

@@ -72,9 +72,10 @@ class Windows:
 
     @property
     def present(self) -> Tensor | None:
-        # An ordinary pass over packed sequences never asks, and launches nothing for it.
-        if self.is_whole and self.cu_seqlens is not None:
-            return (self.cu_seqlens.diff() > 0)[:, None]
+        # An ordinary pass over packed sequences never asks, and launches nothing for it. Kept, for a backward that asks
+        # again: the caller may have written other borders by then.
+        if self._present is None and self.is_whole and self.cu_seqlens is not None:
+            self._present = (self.cu_seqlens.diff() > 0)[:, None]
         return self._present
 
     def split(self, x: Tensor) -> Tensor:

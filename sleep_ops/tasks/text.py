@@ -76,6 +76,7 @@ class Text:
     cache: str | None = None
     digest: str | None = None
     splits: dict[str, Examples] = field(init=False, repr=False, compare=False)
+    metric: str = field(init=False, repr=False, compare=False)  # exact answers; the loss where there are only texts
 
     name: ClassVar[str] = "text"
     window: ClassVar[None] = None
@@ -110,16 +111,17 @@ class Text:
         if self.seq_len is None:
             longest = max(int((examples.ends - examples.starts).max()) for examples in (train, asked))
             object.__setattr__(self, "seq_len", longest - 1)
+        answered, all_of_file = (asked.answers > 1).any(), (train, asked) if self.eval_data is None else (asked,)
+        if all((examples.answers == 1).all() for examples in all_of_file):
+            # Answers to prompts of one token begin where texts do: the first line says which they are.
+            _, first = next(_records(self.data if self.eval_data is None else self.eval_data, shown=False))
+            answered = "answer" in first
+        object.__setattr__(self, "metric", "exact" if answered else "loss")
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id in use."""
         return 1 + max(examples.top for examples in self.splits.values())
-
-    @property
-    def metric(self) -> str:
-        """Exact answers; the loss where there are only texts."""
-        return "exact" if (self.splits["eval"].answers > 1).any() else "loss"
 
     def to_dict(self) -> dict:
         return {"name": self.name} | {name: getattr(self, name) for name in _SETTINGS}
@@ -134,8 +136,9 @@ class Text:
         """
         if split not in self.splits:
             raise ValueError(f"split: expected one of {tuple(self.splits)}, got {split!r}")
-        if seed < 0 or step < 0 or size < 1:
-            raise ValueError(f"seed, step, size: expected >= 0, >= 0, >= 1, got {seed}, {step}, {size}")
+        if not (0 <= seed < 1 << 64 and step >= 0 and size >= 1):
+            expected = "integers 0 <= seed < 2^64, step >= 0, size >= 1"
+            raise ValueError(f"seed, step, size: expected {expected}, got {seed}, {step}, {size}")
         examples = self.splits[split]
         input_ids = np.zeros((size, self.seq_len), dtype=np.int64)
         labels = np.full((size, self.seq_len), IGNORE_INDEX, dtype=np.int64)
