@@ -48,8 +48,9 @@ class _Decays(torch.autograd.Function):
     def forward(ctx, g):
         ones = g.new_ones(g.shape[-2], g.shape[-2])
         g = g.clamp(min=VANISHED)  # -inf times 0 is not 0
-        decay = flushed_exp_((g * ones.tril(-1)).cumsum_(-2)).mul_(ones.tril())
-        G_exp = flushed_exp_(g.cumsum(-2))
+        # Not returned as changed in place: torch 2.11 compiles such a result without its gradient.
+        decay = flushed_exp_((g * ones.tril(-1)).cumsum_(-2)) * ones.tril()
+        G_exp = flushed_exp_(g.cumsum(-2)).view_as(g)
         ctx.save_for_backward(decay, G_exp)
         return decay, G_exp
 
@@ -80,7 +81,7 @@ class _System(torch.autograd.Function):
         gram = k @ k.mT
         ctx.save_for_backward(k, beta, decay, gram)
         ctx.dtype = dtype
-        return (gram * decay).mul_(beta), gram
+        return gram * decay * beta, gram  # nor this
 
     @staticmethod
     def backward(ctx, dL, d_gram):

@@ -66,7 +66,7 @@ class _DynamicConv(torch.autograd.Function):
         ctx.save_for_backward(x, kernels)
         ctx.silu = silu
         z = _products(x, kernels)
-        return (F.silu(z) if silu else z).to(x.dtype)
+        return (F.silu(z) if silu else z.view_as(z)).to(x.dtype)  # a view: see short_conv.py
 
     @staticmethod
     def backward(ctx, dy):

@@ -170,7 +170,7 @@ class _DepthwiseConv(torch.autograd.Function):
             z += bias
         ctx.save_for_backward(x, taps, z if silu else None)
         ctx.has_bias = bias is not None
-        return F.silu(z) if silu else z
+        return F.silu(z) if silu else z.view_as(z)  # torch 2.11 compiles a result changed in place without its gradient
 
     @staticmethod
     def backward(ctx, dy):
