@@ -51,7 +51,8 @@ def dynamic_convolution(
     laid, place = behind_states(x, W, conv_state, cu_seqlens)
     if place is not None:
         kernels = kernels.new_zeros(1, laid.shape[1] - W + 1, *kernels.shape[2:]).index_copy(1, place, kernels)
-    output = of_tokens(_DynamicConv.apply(laid, kernels, activation == "silu"), place, lengths)
+    output = _DynamicConv.apply(laid, kernels, activation == "silu").to(x.dtype)
+    output = of_tokens(output, place, lengths)
     return ShortConvOutput(output, next_conv_state(x, W, conv_state, lengths, cu_seqlens))
 
 
@@ -66,20 +67,17 @@ class _DynamicConv(torch.autograd.Function):
         ctx.save_for_backward(x, kernels)
         ctx.silu = silu
         z = _products(x, kernels)
-        return (F.silu(z) if silu else z.view_as(z)).to(x.dtype)  # a view: see short_conv.py
+        return F.silu(z) if silu else z.view_as(z)  # a view: see short_conv.py
 
     @staticmethod
     def backward(ctx, dy):
         check_first_order("dynamic_convolution")
         x, kernels = ctx.saved_tensors
         T, W = kernels.shape[1], kernels.shape[3]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dz = dy.to(wide)
-        if ctx.silu:
-            dz = torch.ops.aten.silu_backward(dz, _products(x, kernels))
-        dx, dkernels = torch.zeros_like(x, dtype=wide), torch.empty_like(kernels)
+        dz = torch.ops.aten.silu_backward(dy, _products(x, kernels)) if ctx.silu else dy
+        dx, dkernels = torch.zeros_like(x, dtype=dy.dtype), torch.empty_like(kernels)
         for j in range(W):
-            dx[:, j : j + T].addcmul_(dz, kernels[..., j].to(wide))
+            dx[:, j : j + T].addcmul_(dz, kernels[..., j].to(dy.dtype))
             dkernels[..., j] = dz * x[:, j : j + T]
         return dx.to(x.dtype), dkernels, None
 

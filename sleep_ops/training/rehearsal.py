@@ -40,12 +40,22 @@ from sleep_ops.training.steps import Steps
 
 _aten = torch.ops.aten
 _COLLECTIVES = ("c10d", "_c10d_functional")
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
+    """Two products over q [B, H, T, K], k [B, HKV, S, K], v [B, HKV, S, V]; PyTorch's count wants as many heads."""
+    return 2 * q[..., 0].numel() * k.shape[2] * (q.shape[3] + v.shape[3])
+
+
+def _attention_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__, **___) -> int:
+    """Five: the scores again, and two gradients of each of those products."""
+    return 2 * q[..., 0].numel() * k.shape[2] * (3 * q.shape[3] + 2 * v.shape[3])
+
+
 _FLOPS = flop_registry | {
     _aten._grouped_mm: lambda a, b, *_, **__: 2 * a.numel() * b.shape[-1],  # every token's choices, whatever they are
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _aten._scaled_dot_product_flash_attention_backward
-    ],
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
 
