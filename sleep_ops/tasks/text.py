@@ -76,7 +76,7 @@ class Text:
     cache: str | None = None
     digest: str | None = None
     splits: dict[str, Examples] = field(init=False, repr=False, compare=False)
-    metric: str = field(init=False, repr=False, compare=False)  # exact answers; the loss where there are only texts
+    metric: str = field(init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "text"
     window: ClassVar[None] = None
@@ -111,12 +111,16 @@ class Text:
         if self.seq_len is None:
             longest = max(int((examples.ends - examples.starts).max()) for examples in (train, asked))
             object.__setattr__(self, "seq_len", longest - 1)
-        answered, all_of_file = (asked.answers > 1).any(), (train, asked) if self.eval_data is None else (asked,)
-        if all((examples.answers == 1).all() for examples in all_of_file):
+        object.__setattr__(self, "metric", self._metric(train, asked))
+
+    def _metric(self, train: Examples, asked: Examples) -> str:
+        """Exact answers; the loss where there are only texts."""
+        of_file = (train, asked) if self.eval_data is None else (asked,)
+        if all((examples.answers == 1).all() for examples in of_file):
             # Answers to prompts of one token begin where texts do: the first line says which they are.
             _, first = next(_records(self.data if self.eval_data is None else self.eval_data, shown=False))
-            answered = "answer" in first
-        object.__setattr__(self, "metric", "exact" if answered else "loss")
+            return "exact" if "answer" in first else "loss"
+        return "exact" if (asked.answers > 1).any() else "loss"
 
     @property
     def vocab_size(self) -> int:
