@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import slow_unless
-from hf_models import VOCAB, build, tokens
+from hf_models import VERSION, VOCAB, build, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -154,7 +154,8 @@ class TestTrainer:
         arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=1)
         for model in (plain, own):
             losses.append(Trainer(model, arguments, eval_dataset=dataset).evaluate()["eval_loss"])
-        assert losses[1] == pytest.approx(losses[0], rel=1e-4, nan_ok=True)  # some versions leave nothing out
+        assert math.isfinite(losses[0]) or VERSION < (5, 23)  # former ones leave nothing out
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4, nan_ok=True)
 
     def test_a_collator_may_say_that_nobody_looks_at_logits(self, tmp_path, in_chunks):
         """Examples of unequal numbers of labels, one of them without any, one by one."""

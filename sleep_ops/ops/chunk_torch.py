@@ -81,7 +81,7 @@ class _System(torch.autograd.Function):
         gram = k @ k.mT
         ctx.save_for_backward(k, beta, decay, gram)
         ctx.dtype = dtype
-        return gram * decay * beta, gram  # nor this
+        return gram * decay * beta, gram  # not in place: see _Decays
 
     @staticmethod
     def backward(ctx, dL, d_gram):
