@@ -1,22 +1,24 @@
 """Inputs of the gated delta rule that every implementation must get right, and the rule by which they are judged.
 
 The 2x rule: on the same quantised inputs, and measured against the token recurrence in float64, the error of the
-output, the final state and every gradient is at most twice that of the chunked PyTorch form in the same dtype, plus
-rounding, and what counts as zero.
+output, the final state and every gradient is at most twice that of the yardstick, the chunked PyTorch form with
+operands of products in the same dtype, plus rounding, and what counts as zero.
 """
 
 import itertools
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from judge import outcome, within_two_times
 from torch import Tensor
+from yardstick import RoundedPass
 
-from sleep_ops.ops.chunk_torch import TorchPass
+from sleep_ops.ops import dispatch
 from sleep_ops.ops.rule import RuleOptions
 from sleep_ops.reference import gated_delta_rule_reference
 
@@ -191,7 +193,7 @@ def evaluate(function: Any, case: Case, inputs: dict[str, Tensor | None], dtype:
 
 
 def single_pass(kind: type) -> Any:
-    """One pass by `kind` (TorchPass, TritonPass) with the signature of `gated_delta_rule_reference`."""
+    """One pass by `kind` (RoundedPass, TritonPass) with the signature of `gated_delta_rule_reference`."""
 
     def function(q, k, v, g, beta, *, scale, initial_state=None, cu_seqlens=None, **options):
         return kind(k, v, g, beta, RuleOptions(**options), cu_seqlens=cu_seqlens).run(q, initial_state, scale)
@@ -202,9 +204,14 @@ def single_pass(kind: type) -> Any:
 def check_two_times(
     function: Any, case: Case, dtype: torch.dtype, device: str, *, specification=gated_delta_rule_reference, plain=None
 ) -> None:
-    """The 2x rule for `function`, with the signature of the specification; `plain` is that of low-precision PyTorch."""
+    """The 2x rule for `function`, with the signature of the specification, as has `plain`: PyTorch with its roundings.
+
+    What `plain` calls with impl="torch" is the yardstick.
+    """
     inputs = make_inputs(case, dtype, device)
     truth = evaluate(specification, case, inputs, torch.float64)
-    plain, results = (evaluate(f, case, inputs) for f in (plain or single_pass(TorchPass), function))
+    with mock.patch.object(dispatch, "TorchPass", RoundedPass):
+        plain = evaluate(plain or single_pass(RoundedPass), case, inputs)
+    results = evaluate(function, case, inputs)
     rounding = torch.finfo(dtype).eps * (8 * case.amplification if dtype == torch.float32 else 0.5)
     within_two_times(results, plain, truth, rounding)

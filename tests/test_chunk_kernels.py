@@ -3,6 +3,8 @@
 import pytest
 import torch
 from cases import CASES, Case, check_two_times, evaluate, float16_is_slow, make_inputs, single_pass, slow_unless
+from judge import exact, relative_error
+from yardstick import RoundedPass
 
 from sleep_ops.kernels.configs import chunk_config
 from sleep_ops.ops.chunk_torch import TorchPass
@@ -38,6 +40,17 @@ def through_the_map(kind: type):
     return function
 
 
+@pytest.mark.parametrize("case", [GATED, PACKED, LONG_CHUNKS[2]], ids=str)
+def test_the_yardstick_rounds_and_does_nothing_else(case):
+    inputs = make_inputs(case, torch.bfloat16, "cpu")
+    truth = evaluate(gated_delta_rule_reference, case, inputs, torch.float64)
+    for name, value in evaluate(single_pass(RoundedPass), case, inputs, torch.float64).items():
+        exact(value, truth[name])
+    rounding, found = (evaluate(single_pass(kind), case, inputs) for kind in (RoundedPass, TorchPass))
+    for name in ("final_state", "dg", "dinitial_state"):
+        assert relative_error(rounding[name], truth[name]) > 10 * relative_error(found[name], truth[name]), name
+
+
 @pytest.mark.parametrize("case", slow_unless(QUICK, CASES))
 def test_two_times_rule(case, dtype, device):
     if device == "cpu" and not case.interpretable:
@@ -54,7 +67,7 @@ def test_two_times_rule_with_chunks_of_64(case, dtype, device, chunks_of_64):
 @pytest.mark.parametrize("case", LONG_CHUNKS[1:3], ids=str)
 @float16_is_slow
 def test_maps_of_passes_with_chunks_of_64(case, dtype, device, chunks_of_64):
-    check_two_times(through_the_map(TritonPass), case, dtype, device, plain=through_the_map(TorchPass))
+    check_two_times(through_the_map(TritonPass), case, dtype, device, plain=through_the_map(RoundedPass))
 
 
 @pytest.mark.parametrize("size", [2.0**-8, 2.0**10])
@@ -65,7 +78,7 @@ def test_queries_and_keys_of_any_norm(size, dtype, device, chunks_of_64):
     def resized(function):
         return lambda q, k, **others: function(q=size * q, k=size * k, **others)
 
-    functions = {"specification": gated_delta_rule_reference, "plain": single_pass(TorchPass)}
+    functions = {"specification": gated_delta_rule_reference, "plain": single_pass(RoundedPass)}
     functions = {name: resized(function) for name, function in functions.items()}
     check_two_times(resized(chunk_gated_delta_rule_triton), LONG_CHUNKS[0], dtype, device, **functions)
 

@@ -9,9 +9,9 @@ import torch
 from cases import CASES, GATED, NAMES, Case, arguments, check_two_times, evaluate, make_inputs, single_pass, slow_unless
 from judge import identical, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
+from yardstick import RoundedPass
 
 from sleep_ops.kernels.configs import single_chunk_config
-from sleep_ops.ops.chunk_torch import TorchPass
 from sleep_ops.ops.chunk_triton import TritonPass, as_tokens
 from sleep_ops.ops.gated_delta_rule import delta_rule_state, gated_delta_rule, sleep_gated_delta_rule
 from sleep_ops.ops.rule import RuleOptions
@@ -72,7 +72,7 @@ REPLAYED += ["gate-extreme", "gate-zero", "keys-zero-normalised", "strided", "T1
 @pytest.mark.parametrize("case", slow_unless(REPLAYED[:6], [x for x in WINDOWS + OTHERS if x.id in REPLAYED]))
 def test_two_times_rule_of_replay(case, output_pass, passes, dtype, device):
     specification, plain = (
-        replayed(one_pass, passes, output_pass) for one_pass in (gated_delta_rule_reference, single_pass(TorchPass))
+        replayed(one_pass, passes, output_pass) for one_pass in (gated_delta_rule_reference, single_pass(RoundedPass))
     )
     function = partial(sleep_gated_delta_rule, passes=passes, output_pass=output_pass, impl="triton")
     if case.gate == "zero":

@@ -1,19 +1,15 @@
-"""The chunked gated delta rule in PyTorch: what runs on CPU tensors, and the yardstick of the Triton kernels.
+"""The chunked gated delta rule in PyTorch: what runs on CPU tensors.
 
 Per chunk of C tokens, with G the cumulative log decay inside it, S0 the state before it and S1 after it:
 
     M_ij = e^(G_i - G_j) k_i . k_j  (i > j)     L = I + diag(beta) M     A = L^-1
-    Y = V - e^G * (K S0)                        U = A (beta * Y)         (Hebbian rule: U = beta * V)
+    U = A (beta * V) - W S0                     W = A (beta e^G * K)     (Hebbian rule: U = beta * V)
     O = scale e^G * (Q S0) + P U                P_ij = scale e^(G_i - G_j) q_i . k_j  (i >= j)
     S1 = e^G_C S0 + (e^(G_C - G) * K)^T U
 
 after Yang et al., "Parallelizing Linear Transformers with the Delta Rule", arXiv 2406.06484, and Yang, Kautz,
-Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464. Only Y, U and S1 are computed chunk by chunk; the rest is batched
-over chunks.
-
-float16 and bfloat16 inputs are computed as the kernels compute them: operands of matrix products are rounded to the
-input dtype, sums, gates, the inverse and the states are float32; gates that could follow a product are multiplied into
-an operand already rounded, so that products add up in place.
+Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464. Only W S0 and S1 are computed chunk by chunk; the rest is batched
+over chunks. float16 and bfloat16 inputs are computed in float32, and only results are rounded.
 """
 
 import torch
@@ -32,13 +28,15 @@ MAX_SHORT = 96  # tokens that are one chunk where keys have more dims, for short
 VANISHED = -1e4  # a log decay that leaves nothing, in every dtype
 
 
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype).float() if dtype in (torch.float16, torch.bfloat16) else x
-
-
 def _over_keys(x: Tensor) -> Tensor:
     """Summed over the value heads of a key head."""
     return x.sum(2, keepdim=True) if x.shape[2] > 1 else x
+
+
+def _scaled_product(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """scale x y, batched."""
+    product = x.new_empty(()).expand(x.shape[:-2].numel(), x.shape[-2], y.shape[-1])  # not read
+    return torch.baddbmm(product, *(z.flatten(0, -3) for z in (x, y)), beta=0, alpha=scale).unflatten(0, x.shape[:-2])
 
 
 class _Decays(torch.autograd.Function):
@@ -76,11 +74,9 @@ class _System(torch.autograd.Function):
     """L = beta * decay * (K K^T), and K K^T."""
 
     @staticmethod
-    def forward(ctx, k, beta, decay, dtype):
-        k = _rounded(k, dtype)
+    def forward(ctx, k, beta, decay):
         gram = k @ k.mT
         ctx.save_for_backward(k, beta, decay, gram)
-        ctx.dtype = dtype
         return gram * decay * beta, gram  # not in place: see _Decays
 
     @staticmethod
@@ -90,8 +86,8 @@ class _System(torch.autograd.Function):
         d_decay = dL * gram
         dbeta = (d_decay * decay).sum(-1, keepdim=True)
         d_gram = d_gram + _over_keys((dL * beta).mul_(decay))
-        dk = _rounded(d_gram + d_gram.mT, ctx.dtype) @ k
-        return dk, dbeta, d_decay.mul_(beta), None
+        dk = (d_gram + d_gram.mT) @ k
+        return dk, dbeta, d_decay.mul_(beta)
 
 
 class _Inverse(torch.autograd.Function):
@@ -121,189 +117,121 @@ class _Scan(torch.autograd.Function):
     G_exp [n, N, R, C, 1]; decay, L and its inverse A [n, N, R, C, C], no L and A for the Hebbian rule; state
     [N, R, K, V] or None for zero.
 
-    Backward, the last chunk first, with X for beta * Y:
+    Backward, the last chunk first, and then all other gradients over all chunks at once:
 
-        dU = P^T dO + (e^(G_C - G) * K) dS1     dX = A^T dU     dL = -dX U^T
-        dS0 = e^G_C dS1 + scale Q^T (e^G * dO) - K^T (beta e^G * dX)
+        dU = P^T dO + (e^(G_C - G) * K) dS1     dS0 = e^G_C dS1 + scale Q^T (e^G * dO) - W^T dU
+        dX = A^T dU     dL = -dX U^T            of X = beta * (V - e^G * K S0), of which U = A X
 
-    and all other gradients over all chunks at once. Those of decays are sums over products of keys or queries with
-    their own gradients, which cancel nothing.
+    Those of decays are sums over products of keys or queries with their own gradients, which cancel nothing.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, beta, decay, G_exp, L, A, state, scale, dtype):
-        def low(x):
-            return _rounded(x, dtype)
-
+    def forward(ctx, q, k, v, beta, decay, G_exp, L, A, state, scale):
         n, N, R, C, V = v.shape
+        K = k.shape[-1]
         first = 1 if state is None else 0
-        k_read, k_end = (G_exp * k).flatten(1, 2), low(decay[..., -1:, :].mT * k).flatten(1, 2)
-        end = G_exp[..., -1:, :].flatten(1, 2)
-        starts, final = (v.new_empty(*lead, N * R, k.shape[-1], V) for lead in ((n - first,), ()))
+        k_end, end = (decay[..., -1:, :].mT * k).flatten(1, 2), G_exp[..., -1:, :].flatten(1, 2)
+        reads = None
+        if A is None:
+            updates = (beta * v).flatten(1, 2)
+        else:
+            written = A * beta.mT
+            updates = written.flatten(1, 2) @ v.flatten(1, 2)
+            if n > first:
+                reads = ((written * G_exp.mT).flatten(2, 3) @ k[:, :, 0]).view(n, N * R, C, K)
+        starts, final = (v.new_empty(*lead, N * R, K, V) for lead in ((n - first,), ()))
         if state is not None:
             starts[0] = state.flatten(0, 1)
-        if A is None:
-            errors, updates = None, low(beta * v).flatten(1, 2)
-        else:
-            values, write, strength = v.flatten(1, 2), low(A).flatten(1, 2), beta.flatten(1, 2)
-            errors, updates = v.new_empty(values.shape), v.new_empty(values.shape)
-        for i in range(n):
-            start = starts[i - first] if i >= first else None
-            if A is not None:
-                if start is None:
-                    errors[i] = values[i]
-                else:
-                    torch.baddbmm(values[i], k_read[i], low(start), alpha=-1, out=errors[i])
-                torch.bmm(write[i], low(strength[i] * errors[i]), out=updates[i])
-                if dtype != updates.dtype:
-                    updates[i] = low(updates[i])
-            after = starts[i + 1 - first] if i + 1 < n else final
+        before = [None] * first + list(starts)
+        for i, (start, after) in enumerate(zip(before, [*before[1:], final], strict=True)):
+            update = updates[i]
             if start is None:
-                torch.bmm(k_end[i].mT, updates[i], out=after)
+                torch.bmm(k_end[i].mT, update, out=after)
             else:
-                torch.mul(end[i], start, out=after).baddbmm_(k_end[i].mT, updates[i])
+                if reads is not None:
+                    update.baddbmm_(reads[i], start, alpha=-1)
+                torch.mul(end[i], start, out=after).baddbmm_(k_end[i].mT, update)
             flush_(after)
 
         state = final.unflatten(0, (N, R))
         starts = starts if len(starts) else None
-        ctx.scale, ctx.dtype, ctx.shape = scale, dtype, v.shape
-        kept = [q, k, v if A is None else errors, beta, decay, G_exp, A, starts, updates, k_end]
+        ctx.scale, ctx.shape = scale, v.shape
+        kept = [q, k, v, beta, decay, G_exp, A, starts, updates, k_end, reads]
         if q is None:
             ctx.save_for_backward(*kept, None)
             return state
-        scores = q @ k.mT
-        o = low(decay * scores).mul_(scale).flatten(1, 2) @ updates
+        scores = _scaled_product(q, k.mT, scale)
+        o = (decay * scores).flatten(1, 2) @ updates
         if starts is not None:
-            o[first:].flatten(0, 1).baddbmm_((scale * G_exp * q)[first:].flatten(0, 2), low(starts).flatten(0, 1))
+            o[first:].flatten(0, 1).baddbmm_((G_exp * q)[first:].flatten(0, 2), starts.flatten(0, 1), alpha=scale)
         ctx.save_for_backward(*kept, scores)
         return o.view(v.shape), state
 
     @staticmethod
     def backward(ctx, *grads):
         check_first_order("gated_delta_rule")
-        q, k, y, beta, decay, G_exp, A, starts, updates, k_end, scores = ctx.saved_tensors
+        q, k, v, beta, decay, G_exp, A, starts, updates, k_end, reads, scores = ctx.saved_tensors
         scale = ctx.scale
-
-        def low(x):
-            return _rounded(x, ctx.dtype)
-
         n, N, R, C, V = ctx.shape
-        heads = (N, R)
         first = n - (0 if starts is None else len(starts))
+        d_updates = updates.new_empty(updates.shape)
         if q is not None:
-            do = low(grads[0]).contiguous().flatten(1, 2)
-            scaled = scale * G_exp
-            weights, q_read = low(decay * scores).mul_(scale).flatten(1, 2), (scaled * q).flatten(1, 2)
+            do = grads[0].contiguous().flatten(1, 2)
+            q_read = (G_exp * q).flatten(1, 2)
+            torch.matmul((decay * scores).flatten(1, 2).mT, do, out=d_updates)
 
-        end, strength, G_each = G_exp[..., -1:, :].flatten(1, 2), beta.flatten(1, 2), G_exp.flatten(1, 2)
-        k_each = k.expand(n, N, R, C, k.shape[-1]).flatten(1, 2)
-        after, d_start = updates.new_empty(n, N * R, k.shape[-1], V), None
-        after[-1] = grads[-1].flatten(0, 1)
-        shape = updates.shape
-        d_update, d_read, dv = (updates.new_empty(s) for s in (shape[1:], shape, shape))
-        inverse = None if A is None else low(A).mT.flatten(1, 2)
+        end = G_exp[..., -1:, :].flatten(1, 2)
+        d_states = updates.new_empty(n + 1 - first, N * R, k.shape[-1], V)
+        d_states[-1] = grads[-1].flatten(0, 1)
+        around = [None] * first + list(d_states)  # of the states before and after each chunk
         for i in reversed(range(n)):
-            dS = after[i]
-            torch.bmm(k_end[i], low(dS), out=d_update)
-            if q is not None:
-                d_update.baddbmm_(weights[i].mT, do[i])
-            if A is None:
-                d_read[i] = d_update
+            d_update, dS = d_updates[i], around[i + 1]
+            if q is None:
+                torch.bmm(k_end[i], dS, out=d_update)
             else:
-                torch.bmm(inverse[i], low(d_update), out=d_read[i])
-            torch.mul(strength[i], d_read[i], out=dv[i])
+                d_update.baddbmm_(k_end[i], dS)
             if i < first:
                 continue
-            if i:
-                before = after[i - 1]
-            else:
-                before = d_start = dS.new_empty(dS.shape)
-            torch.mul(end[i], dS, out=before)
+            before = torch.mul(end[i], dS, out=around[i])
             if q is not None:
-                before.baddbmm_(q_read[i].mT, do[i])
+                before.baddbmm_(q_read[i].mT, do[i], alpha=scale)
             if A is not None:
-                before.baddbmm_(k_each[i].mT, low(G_each[i] * dv[i]), alpha=-1)
+                before.baddbmm_(reads[i].mT, d_update, alpha=-1)
             flush_(before)
 
         def by_key(x):
-            return x.unflatten(1, heads)
+            return x.unflatten(1, (N, R))
 
         dG_exp, d_decay, dq = torch.zeros_like(G_exp), torch.zeros_like(decay), None
-        starts_low = None if starts is None else low(starts).mT
-        dk_end = by_key(updates @ low(after).mT)
+        after = d_states[1 - first :]
+        dk_end = by_key(updates @ after.mT)
         d_decay[..., -1, :] = (k * dk_end).sum(-1)
         dk = _over_keys(dk_end.mul_(decay[..., -1:, :].mT))
         if q is not None:
-            d_weights = by_key(do @ updates.mT).mul_(scale)
+            d_weights = by_key(do @ updates.mT)
             d_decay.addcmul_(d_weights, scores)
-            d_scores = low(_over_keys(d_weights.mul_(decay)))
+            d_scores = _over_keys(d_weights.mul_(decay)).mul_(scale)
             dq, dk = d_scores @ k, dk.add_(d_scores.mT @ q)
             if starts is not None:
-                read = by_key(do[first:] @ starts_low)
-                dG_exp[first:] = (q[first:] * read).sum(-1, keepdim=True).mul_(scale)
-                dq[first:] += _over_keys(read.mul_(scaled[first:]))
+                read = by_key(_scaled_product(do[first:], starts.mT, scale))
+                dG_exp[first:] = (q[first:] * read).sum(-1, keepdim=True)
+                dq[first:] += _over_keys(read.mul_(G_exp[first:]))
         if starts is not None:
             moved = starts.flatten(2)[..., None, :] @ after[first:].flatten(2)[..., None]
             dG_exp[first:, ..., -1:, :] += by_key(moved)
-        dL = None
-        dbeta = (y * d_read if A is not None else y * by_key(d_read)).sum(-1, keepdim=True).view(beta.shape)
+        dX, dL = by_key(d_updates), None
         if A is not None:
-            d_read = low(d_read)
-            dL = by_key(d_read @ updates.mT).mul_(-torch.ones_like(decay[0, 0, 0]).tril(-1))
-            if starts is not None:
-                read = by_key(d_read[first:] @ starts_low)
-                read.mul_(beta[first:])
-                dG_exp[first:] -= (k[first:] * read).sum(-1, keepdim=True)
-                dk[first:] -= _over_keys(read.mul_(G_exp[first:]))
-        d_start = None if d_start is None else d_start.unflatten(0, heads)
-        return dq, dk, by_key(dv), dbeta, d_decay, dG_exp, dL, None, d_start, None, None
-
-
-class TorchPass:
-    """Passes over the same k [B, T, H, K], v [B, T, HV, V], g, beta [B, T, HV] from any state, by PyTorch operations.
-
-    Options and shapes are those of `gated_delta_rule`, which validates them. Packed sequences are run as batches of
-    alike lengths; `longest`, a bound on their tokens, spares a GPU that (see `PackedSequences`). States are float32, or
-    float64 for float64 inputs. Differentiable by autograd; what passes share is computed once.
-    """
-
-    def __init__(
-        self,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        options: RuleOptions,
-        *,
-        cu_seqlens: Tensor | None = None,
-        longest: int | None = None,
-    ):
-        self.sequences = None if cu_seqlens is None else PackedSequences(cu_seqlens, v.shape[1], longest)
-        if self.sequences is None:
-            self.parts = [BatchPass(k, v, g, beta, options)]
-            return
-        closed = [CLOSED if raw else 0.0 for raw in (options.A_log is not None, options.use_beta_sigmoid)]
-        batches = [self.sequences.pad(x, c) for x, c in zip((k, v, g, beta), (0.0, 0.0, *closed), strict=True)]
-        self.parts = [BatchPass(k, v, g, beta, options) for k, v, g, beta in zip(*batches, strict=True)]
-
-    def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
-        """Output [B, T, HV, V] in v's dtype (None without q) and final state [N, HV, K, V]."""
-        if self.sequences is None:
-            return self.parts[0].run(q, state, scale)
-        none = [None] * len(self.parts)
-        queries = none if q is None else self.sequences.pad(q)
-        states = none if state is None else self.sequences.split(state)
-        outputs, states = zip(
-            *(part.run(q, s, scale) for part, q, s in zip(self.parts, queries, states, strict=True)), strict=True
-        )
-        return None if q is None else self.sequences.unpad(outputs), self.sequences.join(states)
-
-    def transition(self) -> tuple[Tensor, Tensor]:
-        """The pass as S -> P S + R: P [N, HV, K, K] and R [N, HV, K, V]."""
-        if self.sequences is None:
-            return self.parts[0].transition()
-        P, R = zip(*(part.transition() for part in self.parts), strict=True)
-        return self.sequences.join(P), self.sequences.join(R)
+            dX = A.mT @ dX
+            dL = (dX @ by_key(updates).mT).mul_(-torch.ones_like(decay[0, 0, 0]).tril(-1))
+        dbeta = (v * dX).sum(-1, keepdim=True)
+        if A is not None and starts is not None:
+            read = dX[first:] @ by_key(starts).mT
+            d_read = (k[first:] * read).sum(-1, keepdim=True)
+            dbeta[first:] -= G_exp[first:] * d_read
+            dG_exp[first:] -= beta[first:] * d_read
+            dk[first:] -= _over_keys(read.mul_((beta * G_exp)[first:]))
+        d_start = None if first else d_states[0].unflatten(0, (N, R))
+        return dq, dk, dX.mul_(beta), dbeta, d_decay, dG_exp, dL, None, d_start, None
 
 
 class BatchPass:
@@ -311,7 +239,7 @@ class BatchPass:
 
     def __init__(self, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, options: RuleOptions):
         acc = state_dtype(k, v)
-        self.acc, self.dtype, self.out_dtype, self.options = acc, k.dtype, v.dtype, options
+        self.acc, self.out_dtype, self.options = acc, v.dtype, options
         g, beta = options.activate(g, beta, acc)
         batch, tokens, heads, key_dim = k.shape
         value_heads, value_dim = v.shape[2:]
@@ -325,7 +253,7 @@ class BatchPass:
         self.L = self.A = None
         if options.rule == "delta":
             # the solves read L strictly below the diagonal, as unit triangular
-            self.L, self.gram = _System.apply(self.k, self.beta, self.decay, self.dtype)
+            self.L, self.gram = _System.apply(self.k, self.beta, self.decay)
             identity = torch.eye(self.chunk, dtype=acc, device=k.device).expand_as(self.L)
             self.A = torch.linalg.solve_triangular(self.L.detach(), identity, upper=False, unitriangular=True)
 
@@ -349,7 +277,7 @@ class BatchPass:
         return flushed(state[..., :key_dim], MAP), state[..., key_dim:]
 
     def _scan(self, q: Tensor | None, v: Tensor, state: Tensor | None, scale: float):
-        return _Scan.apply(q, self.k, v, self.beta, self.decay, self.G_exp, self.L, self.A, state, scale, self.dtype)
+        return _Scan.apply(q, self.k, v, self.beta, self.decay, self.G_exp, self.L, self.A, state, scale)
 
     def queries(self, q: Tensor) -> Tensor:
         """[B, T, H, K] -> [num_chunks, B * H, 1, chunk, K]."""
@@ -363,8 +291,8 @@ class BatchPass:
         return o.reshape(batch, self.num_chunks * self.chunk, heads * groups, value_dim)[:, : self.tokens]
 
     def _key(self, x: Tensor) -> Tensor:
-        """q or k, normalised where asked, and then as rounded as the inputs."""
-        return l2_normalise(x.to(self.acc)).to(self.dtype) if self.options.use_qk_l2norm else x
+        """q or k, normalised where asked."""
+        return l2_normalise(x.to(self.acc)) if self.options.use_qk_l2norm else x
 
     def _chunks(self, x: Tensor) -> Tensor:
         """[B, T, heads * R, ...] -> [num_chunks, B * heads, R, chunk, ...], padded with beta = g = 0."""
@@ -374,3 +302,52 @@ class BatchPass:
         batch, heads = self.shape[:2]
         x = x.unflatten(2, (heads, -1)).unflatten(1, (self.num_chunks, self.chunk)).permute(1, 0, 3, 4, 2, 5)
         return x.to(self.acc, memory_format=torch.contiguous_format).flatten(1, 2)
+
+
+class TorchPass:
+    """Passes over the same k [B, T, H, K], v [B, T, HV, V], g, beta [B, T, HV] from any state, by PyTorch operations.
+
+    Options and shapes are those of `gated_delta_rule`, which validates them. Packed sequences are run as batches of
+    alike lengths; `longest`, a bound on their tokens, spares a GPU that (see `PackedSequences`). States are float32, or
+    float64 for float64 inputs. Differentiable by autograd; what passes share is computed once.
+    """
+
+    batch_pass = BatchPass
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        options: RuleOptions,
+        *,
+        cu_seqlens: Tensor | None = None,
+        longest: int | None = None,
+    ):
+        self.sequences = None if cu_seqlens is None else PackedSequences(cu_seqlens, v.shape[1], longest)
+        if self.sequences is None:
+            self.parts = [self.batch_pass(k, v, g, beta, options)]
+            return
+        closed = [CLOSED if raw else 0.0 for raw in (options.A_log is not None, options.use_beta_sigmoid)]
+        batches = [self.sequences.pad(x, c) for x, c in zip((k, v, g, beta), (0.0, 0.0, *closed), strict=True)]
+        self.parts = [self.batch_pass(k, v, g, beta, options) for k, v, g, beta in zip(*batches, strict=True)]
+
+    def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
+        """Output [B, T, HV, V] in v's dtype (None without q) and final state [N, HV, K, V]."""
+        if self.sequences is None:
+            return self.parts[0].run(q, state, scale)
+        none = [None] * len(self.parts)
+        queries = none if q is None else self.sequences.pad(q)
+        states = none if state is None else self.sequences.split(state)
+        outputs, states = zip(
+            *(part.run(q, s, scale) for part, q, s in zip(self.parts, queries, states, strict=True)), strict=True
+        )
+        return None if q is None else self.sequences.unpad(outputs), self.sequences.join(states)
+
+    def transition(self) -> tuple[Tensor, Tensor]:
+        """The pass as S -> P S + R: P [N, HV, K, K] and R [N, HV, K, V]."""
+        if self.sequences is None:
+            return self.parts[0].transition()
+        P, R = zip(*(part.transition() for part in self.parts), strict=True)
+        return self.sequences.join(P), self.sequences.join(R)

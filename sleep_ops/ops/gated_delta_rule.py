@@ -87,10 +87,11 @@ def gated_delta_rule(
             dt_bias) gets there is that rank's part of the gradient, to be summed over ranks. The ranks must agree in
             everything but T and the values, in which tensors want gradients too. Not with cu_seqlens.
 
-    Errors: in 16 bits about a rounding of the inputs, where keys differ or decay. Keys that repeat without any decay
-    enlarge what a chunk's products are rounded by, as beta nears 2 without bound: over 256 equal keys bfloat16 outputs
-    err by some percent at beta = 1, by as much as their own size at beta = 2, and by some percent again with a decay of
-    -0.1. float32 inputs, or impl="reference", do not.
+    Errors: in PyTorch those of float32, whatever the inputs, and the rounding of the output. In Triton in 16 bits about
+    a rounding of the inputs, where keys differ or decay. Keys that repeat without any decay enlarge what a chunk's
+    products are rounded by there, as beta nears 2 without bound: over 256 equal keys bfloat16 outputs err by some
+    percent at beta = 1, by as much as their own size at beta = 2, and by some percent again with a decay of -0.1.
+    float32 inputs, or impl="torch", do not.
 
     Returns output [B, T, HV, V] in v's dtype and the final state; B or T may be 0. Differentiable in every float
     tensor, once (with impl="reference" and no group more often), not by torch.func, and not in forward mode, which is a
@@ -149,14 +150,14 @@ def sleep_gated_delta_rule(
     (`short_windows.py`); in Triton batched sequences of one window that one chunk holds (`single_chunk_config` of
     kernels/configs.py), with one launch for the pass that puts out, one for all the others, and only the inputs kept.
 
-    Errors: one pass errs by some roundings u of its products, relative to the state: about 2^-9 with bfloat16 inputs,
-    2^-12 with float16, 2^-22 with float32, several times that for windows of a thousand tokens. N passes err by at most
-    about N u while that is much less than 1, and by u / (1 - |P|) where decay makes |P| < 1. Beyond that nothing is
-    promised: the rounded P may have a norm above 1, and then errors grow exponentially (seen with bfloat16 and
-    float16, beta = 2 and no decay, from N in the hundreds on). Long sleeps in 16 bits want some decay. Short windows
-    err by less in 16 bits: in PyTorch by roundings of float32, in Triton by what the pass that puts out does. In
-    float32 they err by several times more where nothing decays (in PyTorch: and beta = 2), and where keys repeat too by
-    ten times, the gradient of g by two hundred (4e-3 at N = 64).
+    Errors: one pass errs by some roundings u of its products, relative to the state: about 2^-22 in PyTorch and with
+    float32 inputs, in Triton 2^-9 with bfloat16 and 2^-12 with float16 ones, several times that for windows of a
+    thousand tokens. N passes err by at most about N u while that is much less than 1, and by u / (1 - |P|) where decay
+    makes |P| < 1. Beyond that nothing is promised: the rounded P, or that of keys which are rounded and not normalised
+    here, may have a norm above 1, and then errors grow exponentially (seen in 16 bits with beta = 2 and no decay, from
+    N in the hundreds on). Long sleeps in 16 bits want some decay. Short windows err by less in Triton in 16 bits, by
+    what the pass that puts out does. In float32 they err by several times more where nothing decays (in PyTorch: and
+    beta = 2), and where keys repeat too by ten times, the gradient of g by two hundred (4e-3 at N = 64).
 
     With math.inf values err by u / (1 - |P|) too, but gradients of g and beta by its square: in float32 by 10 % where
     1 - |P| is 1e-3. On a CPU entries of maps below 1e-19 and of states below 1e-30 (float32) count as zero.

@@ -1,0 +1,83 @@
+"""The yardstick of the kernels' 2x rule: their arithmetic in plain PyTorch, operands of products in 16 bits.
+
+Sums, gates, the inverse and the states are float32, as in the kernels; so are float32's own products.
+"""
+
+import torch
+
+from sleep_ops.ops.chunk_torch import BatchPass, TorchPass
+
+
+def rounded(x, dtype):
+    return x.to(dtype).to(x.dtype)
+
+
+class Product(torch.autograd.Function):
+    """x y [..., m, n] of rounded operands, as are those of its gradients."""
+
+    @staticmethod
+    def forward(ctx, x, y, dtype):
+        x, y = rounded(x, dtype), rounded(y, dtype)
+        ctx.save_for_backward(x, y)
+        ctx.dtype = dtype
+        return x @ y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        grad = rounded(grad, ctx.dtype)
+        return grad @ y.mT, x.mT @ grad, None
+
+
+class Solution(torch.autograd.Function):
+    """U = A X of L U = X, with A = L^-1 known: dX = A^T dU, dL = -dX U^T below the diagonal."""
+
+    @staticmethod
+    def forward(ctx, L, A, x, dtype):
+        A = rounded(A, dtype)
+        U = A @ rounded(x, dtype)
+        ctx.save_for_backward(A, U)
+        ctx.dtype = dtype
+        return U
+
+    @staticmethod
+    def backward(ctx, grad):
+        A, U = ctx.saved_tensors
+        dX = A.mT @ rounded(grad, ctx.dtype)
+        return -(rounded(dX, ctx.dtype) @ rounded(U, ctx.dtype).mT).tril(-1), None, dX, None
+
+
+class RoundedBatch(BatchPass):
+    """The equations of chunk_torch.py, chunk after chunk, differentiated by autograd."""
+
+    def __init__(self, k, *others):
+        self.dtype = k.dtype
+        super().__init__(k, *others)
+
+    def _key(self, x):
+        return super()._key(x).to(x.dtype)
+
+    def _product(self, x, y):
+        lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        return Product.apply(x.expand(*lead, -1, -1), y.expand(*lead, -1, -1), self.dtype)
+
+    def _scan(self, q, v, state, scale):
+        n, N, R, _, V = v.shape
+        S = v.new_zeros(N, R, self.k.shape[-1], V) if state is None else state
+        outputs = []
+        for i in range(n):
+            k, G_exp, decay, U = self.k[i], self.G_exp[i], self.decay[i], self.beta[i] * v[i]
+            if self.L is not None:
+                Y = v[i] - G_exp * self._product(k, S)
+                U = Solution.apply(self.L[i], self.A[i], self.beta[i] * Y, self.dtype)
+            if q is not None:
+                P = decay * self._product(q[i], k.mT)
+                outputs.append(scale * (G_exp * self._product(q[i], S) + self._product(P, U)))
+            S = G_exp[..., -1:, :] * S + self._product(k.mT, decay[..., -1:, :].mT * U)
+        return S if q is None else (torch.stack(outputs), S)
+
+
+class RoundedPass(TorchPass):
+    """`TorchPass` with the kernels' roundings."""
+
+    batch_pass = RoundedBatch
