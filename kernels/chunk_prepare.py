@@ -35,6 +35,7 @@ from sleep_ops.kernels.primitives import (
     load_rows,
     load_tile,
     locate_chunk,
+    masked_sum,
     pair_decay,
     softplus,
     store_tile,
@@ -323,8 +324,9 @@ def gate_backward_kernel(gates, active, dG, d_active, dg, dbeta, partial, packin
         b_x += tl.load(gates.dt_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
         b_dg, b_drate = log_decay_gradient(b_dg, b_x, b_rate[None, :])
         p_partial = partial + i_c.to(tl.int64) * 2 * dims.HV
-        tl.store(p_partial + o_h, tl.sum(b_drate, 0), mask=m_h)
-        tl.store(p_partial + dims.HV + o_h, tl.sum(b_dg, 0), mask=m_h)
+        m_i = (o_i < num_rows)[:, None]
+        tl.store(p_partial + o_h, masked_sum(b_drate, m_i, 0), mask=m_h)
+        tl.store(p_partial + dims.HV + o_h, masked_sum(b_dg, m_i, 0), mask=m_h)
     store_tile(dg + o_gate, b_dg, o_i, o_h, dims.HV, num_rows, dims.HV)
 
     b_dbeta = tl.trans(load_tile(d_active + o_chunk, o_h, o_i, dims.C, dims.HV, num_rows))

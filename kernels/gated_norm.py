@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sleep_ops.kernels.primitives import masked_sum
+
 TILE = 2048  # elements a program holds: rows per block times the padded row length
 MAX_PARTIALS = 1024
 
@@ -62,8 +64,9 @@ def gated_norm_backward_kernel(dy, x, gate, weight, dx, dgate, partial, num_rows
         b_n = b_x * b_r
         b_s = tl.sigmoid(b_gate)
         b_dn = b_dy * b_w * b_gate * b_s
-        b_dw += tl.sum(b_dy * b_n * b_gate * b_s, 0)
-        _store_rows(dx, b_r * (b_dn - b_n * (tl.sum(b_n * b_dn, 1) / V)[:, None]), o_r, o_v, num_rows, V)
+        b_dw += masked_sum(b_dy * b_n * b_gate * b_s, (o_r < num_rows)[:, None], 0)
+        b_mean = masked_sum(b_n * b_dn, (o_v < V)[None, :], 1) / V
+        _store_rows(dx, b_r * (b_dn - b_n * b_mean[:, None]), o_r, o_v, num_rows, V)
         _store_rows(dgate, b_dy * b_n * b_w * b_s * (1.0 + b_gate * (1.0 - b_s)), o_r, o_v, num_rows, V)
     tl.store(partial + tl.program_id(0).to(tl.int64) * V + o_v, b_dw, mask=o_v < V)
 

@@ -95,6 +95,16 @@ def store_tile(p, b_x, o_r, o_c, stride, num_rows, num_cols):
 
 
 @triton.jit
+def masked_sum(b_x, m, axis: tl.constexpr):
+    """Sums where m, outside of which b_x is zero anyway.
+
+    Without m a product would be fused with the first addition between threads, which then hold different last bits of
+    what should be one sum, and with Triton 3.8 all store theirs in one place.
+    """
+    return tl.sum(tl.where(m, b_x, 0.0), axis)
+
+
+@triton.jit
 def load_rows(p, o_r, stride, num_rows):
     """Vector p[o_r * stride], zero from num_rows on."""
     return tl.load(p + o_r * stride, mask=o_r < num_rows, other=0.0)

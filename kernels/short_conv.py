@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sleep_ops.kernels.primitives import masked_sum
+
 BLOCK_T, BLOCK_D, NUM_WARPS = 16, 64, 4
 SUM_BLOCK_T = 8  # where weight gradients are summed: fewer rows, for the registers
 PARTIALS = 2048  # programs that sum weight gradients, each over every n-th block of its channels
@@ -142,7 +144,8 @@ def short_conv_z_backward_kernel(dy, inputs, dz, partial, borders, num_rows, blo
         o_r = (i * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * sizes.BT + tl.arange(0, sizes.BT)
         i_n, start, length, pos = _locate(o_r, num_rows, T, borders)
         p_rows = o_r[:, None] * D + o_d[None, :]
-        m_y = (pos < length)[:, None] & m_d[None, :]
+        m_t = (pos < length)[:, None]
+        m_y = m_t & m_d[None, :]
         b_dz = tl.load(dy + p_rows, mask=m_y, other=0.0).to(tl.float32)
         if sizes.SILU:
             b_z = _convolve(inputs, i_n, start, length, pos, o_d, D, W)
@@ -151,8 +154,8 @@ def short_conv_z_backward_kernel(dy, inputs, dz, partial, borders, num_rows, blo
         tl.store(dz + p_rows, b_dz, mask=(o_r < num_rows)[:, None] & m_d[None, :])
         for j in tl.static_range(0, W):
             b_x = _load_input(inputs, i_n, start, length, pos - j, o_d, D, W)
-            b_sums += tl.where((o_w == W - 1 - j)[:, None], tl.sum(b_dz * b_x, 0)[None, :], 0.0)
-        b_sums += tl.where((o_w == W)[:, None], tl.sum(b_dz, 0)[None, :], 0.0)
+            b_sums += tl.where((o_w == W - 1 - j)[:, None], masked_sum(b_dz * b_x, m_t, 0)[None, :], 0.0)
+        b_sums += tl.where((o_w == W)[:, None], masked_sum(b_dz, m_t, 0)[None, :], 0.0)
     p_partial = partial + (tl.program_id(0).to(tl.int64) * (W + 1) + o_w[:, None]) * D + o_d[None, :]
     tl.store(p_partial, b_sums, mask=(o_w <= W)[:, None] & m_d[None, :])
 

@@ -28,14 +28,14 @@ def test_elementwise(arch, dtype):
 
 @pytest.mark.parametrize("arch", [90, 80])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_in_the_type_of_their_terms(arch, dtype):
+def test_sums_and_signs_in_the_type_of_their_terms(arch, dtype):
     """Two of 16 bits are added at a time."""
     x, y = torch.randn(2, 512, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
     y[::3] *= 2**-9
-    z = nan(512).to(x.dtype)
+    z = nan(2, 512).to(x.dtype)
     with emulated(arch) as emulator:
         toys.sum_kernel[(1,)](x, y, z, BLOCK=512)
-    assert torch.equal(z, x + y)
+    assert torch.equal(z, torch.stack([x + y, -x]))
     assert not emulator.reports, emulator.summary()
 
 

@@ -149,12 +149,12 @@ def dot_reports(*replacement) -> set[str]:
 
 
 def test_shared_memory_that_nothing_wrote():
-    assert "uninit" in dot_reports(r"st\.shared\.v4\.b32[^;]*;", "")
+    assert "uninit" in dot_reports(r"st\.shared(?:::cta)?\.v4\.b32[^;]*;", "")
 
 
 @pytest.mark.parametrize("offset", [1, 1 << 20], ids=["misaligned", "beyond the end"])
 def test_shared_access_out_of_bounds(offset):
-    assert "bounds" in dot_reports(r"(st\.shared\.v4\.b32\s+\[ ?%r\d+)[^\]]*", rf"\1 + {offset}")
+    assert "bounds" in dot_reports(r"(st\.shared(?:::cta)?\.v4\.b32\s+\[ ?%r\d+)[^\]]*", rf"\1 + {offset}")
 
 
 @pytest.mark.parametrize("removed", [False, True])

@@ -15,9 +15,11 @@ def elementwise_kernel(x, y, z, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_kernel(x, y, z, BLOCK: tl.constexpr):
-    """z = x + y, in their type."""
+    """Rows of z: x + y and -x, in their type."""
     o = tl.arange(0, BLOCK)
-    tl.store(z + o, tl.load(x + o) + tl.load(y + o))
+    a = tl.load(x + o)
+    tl.store(z + o, a + tl.load(y + o))
+    tl.store(z + BLOCK + o, -a)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ UNARY = {
     "cos": "np.cos({a})",
     "tanh": "np.tanh({a})",
 }
+SIGNS = {"bf16": 0x8000, "bf16x2": 0x80008000, "f16x2": 0x80008000}  # bits that make a number negative
 UNDEFINED = 0x5AA5C33C5AA5C33C  # of a register that nothing writes: LLVM's undefined bits, which must not count
 BINARY = {"add": "{a} + {b}", "sub": "{a} - {b}", "and": "{a} & {b}", "or": "{a} | {b}", "xor": "{a} ^ {b}"}
 
@@ -127,8 +128,14 @@ class Translator(MemoryInstructions):
         if handler is not None:
             return handler(ins, following) if ins.kind == "control" else handler(ins)
         type_ = ins.parts[-1]
+        if root == "neg" and type_ in SIGNS:
+            a = self.read(ins.operands[1], type_)
+            return self.write(ins.operands[0], f"{a} ^ {self.number(SIGNS[type_], type_)}", type_, ins)
         if root in UNARY:
             value = UNARY[root].format(a=self.read(ins.operands[1], type_))
+        elif root in ("add", "sub") and ins.parts[1:] == ["bf16"]:
+            a, b = (f"from_bf16({self.read(x, type_)})" for x in ins.operands[1:3])
+            return self.write(ins.operands[0], f"to_bf16(m.full({BINARY[root].format(a=a, b=b)}))", type_, ins)
         elif root == "add" and ins.parts[1:] in (["bf16x2"], ["f16x2"]):
             a, b = (f"unpacked(m.full({self.read(x, type_)}), {type_!r})" for x in ins.operands[1:3])
             return self.write(ins.operands[0], f"packed({a} + {b}, {type_!r})", type_, ins)
@@ -289,6 +296,9 @@ class Translator(MemoryInstructions):
     def op_fma(self, ins):
         """Rounded once: computed in more bits than the result has."""
         type_ = ins.parts[-1]
+        if ins.parts[1:] == ["rn", "bf16"]:
+            a, b, c = (f"from_bf16({self.read(x, type_)}).astype(F8)" for x in ins.operands[1:])
+            return self.write(ins.operands[0], f"to_bf16(m.full({a} * {b} + {c}).astype(F4))", type_, ins)
         if ins.parts[1:] in (["rn", "bf16x2"], ["rn", "f16x2"]):
             a, b, c = (f"unpacked(m.full({self.read(x, type_)}), {type_!r})" for x in ins.operands[1:])
             return self.write(ins.operands[0], f"packed({a} * {b} + {c}, {type_!r})", type_, ins)
