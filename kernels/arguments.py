@@ -51,12 +51,14 @@ class Prepared(NamedTuple):
     last token its sum stays.
     beta: [chunks, HV, C] float32, the active write strength, zero past the last token.
     A: [chunks, HV, C, C], the delta rule's inverse; None for the Hebbian rule.
+    QK: [chunks, HV, C, C], e^{G_i - G_j} <q_i, k_j> for i >= j, else 0; None where sweeps form it of q and k.
     rq, rk: [B, T, H] float32, the inverse norms of rows of q and k before `normalise`; None where they are as given.
     """
 
     G: Any = None
     beta: Any = None
     A: Any = None
+    QK: Any = None
     rq: Any = None
     rk: Any = None
 

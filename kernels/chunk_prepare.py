@@ -3,13 +3,16 @@
 With k_i, beta_i and the cumulative log decay G_i of one chunk of C tokens (Yang, Kautz, Hatamizadeh, "Gated Delta
 Networks", arXiv 2412.06464, section 3.3),
 
-    L = I + diag(beta) M,    M_ij = exp(G_i - G_j) <k_i, k_j> for i > j, else 0,    A = L^{-1}.
+    L = I + diag(beta) M,    M_ij = exp(G_i - G_j) <k_i, k_j> for i > j, else 0,    A = L^{-1},
+
+and, where sweeps are to read it, QK_ij = exp(G_i - G_j) <q_i, k_j> for i >= j, else 0. Value heads that share queries
+and keys share their products.
 
 Backwards only the gates are at home here: g_i is the sum of what reaches G_i, ..., G_C. What reaches the keys and gates
 through A is chunk_grad's.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,10 +27,11 @@ from sleep_ops.kernels.arguments import (
     Tokens,
     load_gate,
     load_keys,
+    load_queries,
     make_dims,
     store_vector,
 )
-from sleep_ops.kernels.configs import ChunkConfig, block_size
+from sleep_ops.kernels.configs import ChunkConfig, block_size, heads_together
 from sleep_ops.kernels.primitives import (
     LOG2E,
     decay,
@@ -81,6 +85,8 @@ def left_blocks(b_L, level):
 @triton.jit
 def unit_lower_inverse(b_L, dtype: tl.constexpr):
     """Inverse of a unit lower triangular [BLOCK, BLOCK] tile, float32, by forward substitution over doubling blocks.
+
+    Reads what is below the diagonal only.
 
     Let A_s hold the inverses of the diagonal blocks of size s, and X_s the block of L left of each second one. Then
     A_2s = A_s - A_s X_s A_s. Unlike the power series of L - I, no term outgrows the result (repeated keys, beta 2).
@@ -173,14 +179,6 @@ def log_decay_gradient(b_dg, b_x, b_rate):
     return b_dg * tl.sigmoid(b_x), b_dg * softplus(b_x)
 
 
-class Block(NamedTuple):
-    """Of BLOCK tokens: K [BLOCK, BK], G and active beta [BLOCK]."""
-
-    b_k: Any
-    b_G: Any
-    b_beta: Any
-
-
 @triton.jit
 def block_of(b_x, i):
     """Block i of numbers of a chunk's tokens [C]: those of its own tokens [BLOCK]."""
@@ -190,19 +188,40 @@ def block_of(b_x, i):
 
 
 @triton.jit
-def block_below(row, column):
-    """The block of L in the rows of one block of tokens and the columns of an earlier one  [BLOCK, BLOCK]."""
-    b_k, b_G, b_beta = row
-    b_k_column, b_G_column, _ = column
-    b_kk = tl.dot(b_k, tl.trans(b_k_column), input_precision="ieee")  # K_i K_j^T  [BLOCK, BLOCK]
-    return b_beta[:, None] * b_kk * decay(b_G[:, None] - b_G_column[None, :])
+def row_products(b_x, keys, i):
+    """Row i of the blocks of X K^T up to the diagonal, of X's block i, b_x, and K's blocks, `keys`."""
+    products = ()
+    for j in tl.static_range(0, i + 1):
+        products = products + (tl.dot(b_x, tl.trans(keys[j]), input_precision="ieee"),)  # X_i K_j^T  [BLOCK, BLOCK]
+    return products
 
 
 @triton.jit
-def store_block(A, b_A, i, j, number, C: tl.constexpr):
-    """Store block i, j of A [chunks, HV, C, C] of the chunk and value head with that number."""
-    p_A = A + number * (C * C) + i * (BLOCK * C) + j * BLOCK
-    store_tile(p_A, b_A, tl.arange(0, BLOCK), tl.arange(0, BLOCK), C, BLOCK, BLOCK)
+def with_row(products, i, tokens, QK, rows, block_dims: tl.constexpr):
+    """Blocks of K, and rows of blocks of K K^T and, with QK, of Q K^T: those up to block i, of those before it."""
+    keys, key_products, query_products = products
+    keys = keys + (load_keys(tokens, rows, block_dims),)
+    key_products = key_products + (row_products(keys[i], keys, i),)
+    if QK is not None:
+        query_products = query_products + (row_products(load_queries(tokens, rows, block_dims), keys, i),)
+    return keys, key_products, query_products
+
+
+@triton.jit
+def row_decays(G, i):
+    """Row i of the blocks [BLOCK, BLOCK] of e^{G_a - G_b} for a >= b, else 0, up to the diagonal; G in blocks."""
+    o_i = tl.arange(0, BLOCK)
+    decays = ()
+    for j in tl.static_range(0, i):
+        decays = decays + (decay(G[i][:, None] - G[j][None, :]),)
+    return decays + (pair_decay(G[i], o_i[:, None] >= o_i[None, :]),)
+
+
+@triton.jit
+def store_block(x, b_x, i, j, number, C: tl.constexpr):
+    """Store block i, j of x [chunks, HV, C, C] of the chunk and value head with that number."""
+    p_x = x + number * (C * C) + i * (BLOCK * C) + j * BLOCK
+    store_tile(p_x, b_x, tl.arange(0, BLOCK), tl.arange(0, BLOCK), C, BLOCK, BLOCK)
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs"])
@@ -214,52 +233,75 @@ def chunk_prepare_kernel(
     T,
     num_seqs,
     BETA_SCALE: tl.constexpr,
+    HEADS: tl.constexpr,
     dims: tl.constexpr,
     block_dims: tl.constexpr,
 ):
-    """Gates and inverse of one chunk of C tokens (dims) and value head, A block by block of BLOCK tokens (block_dims).
+    """Gates, inverse and QK of one chunk of C tokens (dims) and HEADS value heads that share queries and keys.
 
-    With L_ij and A_ij the blocks of L and of its inverse, A_ij = -A_ii (L_ij A_jj + ... + L_i,i-1 A_i-1,j) for j < i.
+    Squares are formed block by block of BLOCK tokens (block_dims); those past the diagonal are zero. With L_ij and A_ij
+    the blocks of L and of its inverse, A_ij = -A_ii (L_ij A_jj + ... + L_i,i-1 A_i-1,j) for j < i. Products with keys
+    are formed once for all the heads, for a single one row by row, which takes fewer registers.
 
     Reads
         g and beta; with BETA_SCALE > 0 beta is the logit of BETA_SCALE * sigmoid(beta),
-        k, where A is wanted.
+        k, where A is wanted, and q, where QK is.
     Writes
         G and the active beta,
-        A = L^{-1}, by the arithmetic of block_product; None for the Hebbian rule.
+        A = L^{-1}, by the arithmetic of block_product; None for the Hebbian rule,
+        QK, where given, as only beside A.
 
-    Grid (chunks, HV). Mirrors `log_decay`, `write_strength` and `l2_normalise` of sleep_ops/reference.py.
+    Grid (chunks, HV / HEADS). Mirrors `log_decay`, `write_strength` and `l2_normalise` of sleep_ops/reference.py.
     """
-    i_hv = tl.program_id(1)
+    i_hv0 = tl.program_id(1) * HEADS
+    i_h = i_hv0 // (dims.HV // dims.H)
     C: tl.constexpr = dims.C
     start, num_rows = locate_chunk(tl.program_id(0), packing, T, num_seqs, C)
-    i_h = i_hv // (dims.HV // dims.H)
-    number = tl.program_id(0).to(tl.int64) * dims.HV + i_hv
-    chunk = Chunk(start, num_rows, i_h, i_hv, number)
     dtype: tl.constexpr = tokens.k.dtype.element_ty
-    b_G, b_beta = activate_gates(gates, chunk, dtype, BETA_SCALE, dims)
-    store_vector(prepared.G, b_G, chunk, dims)
-    store_vector(prepared.beta, b_beta, chunk, dims)
-    if prepared.A is not None:
-        zero = tl.full([BLOCK, BLOCK], 0.0, tl.float32)
-        blocks = ()
-        A = ()  # the blocks of A, row by row up to the diagonal
+    zero = tl.full([BLOCK, BLOCK], 0.0, tl.float32)
+    shared = ((), (), ())  # see with_row
+    if prepared.A is not None and HEADS > 1:
         for i in tl.static_range(0, C // BLOCK):
-            rows = Chunk(start + i * BLOCK, num_rows - i * BLOCK, i_h, i_hv, None)
-            block = Block(load_keys(tokens, rows, block_dims), block_of(b_G, i), block_of(b_beta, i))
-            b_A = delta_rule_inverse(*block, BLOCK)
-            for j in tl.static_range(0, i):
-                b_LA = zero
-                for m in tl.static_range(j, i):
-                    b_LA += block_product(block_below(block, blocks[m]), A[m * (m + 1) // 2 + j], dtype)
-                b_A_ij = -block_product(b_A, b_LA, dtype)
-                store_block(prepared.A, b_A_ij, i, j, number, C)
-                A = A + (b_A_ij,)
-            A = A + (b_A,)
-            blocks = blocks + (block,)
-            store_block(prepared.A, b_A, i, i, number, C)
-            for j in tl.static_range(i + 1, C // BLOCK):
-                store_block(prepared.A, zero, i, j, number, C)
+            rows = Chunk(start + i * BLOCK, num_rows - i * BLOCK, i_h, None, None)
+            shared = with_row(shared, i, tokens, prepared.QK, rows, block_dims)
+    for r in range(0, HEADS):
+        i_hv = i_hv0 + r
+        number = tl.program_id(0).to(tl.int64) * dims.HV + i_hv
+        chunk = Chunk(start, num_rows, i_h, i_hv, number)
+        b_G, b_beta = activate_gates(gates, chunk, dtype, BETA_SCALE, dims)
+        store_vector(prepared.G, b_G, chunk, dims)
+        store_vector(prepared.beta, b_beta, chunk, dims)
+        if prepared.A is not None:
+            products = shared
+            G = ()
+            A = ()  # its rows of blocks up to the diagonal
+            for i in tl.static_range(0, C // BLOCK):
+                if HEADS == 1:
+                    rows = Chunk(start + i * BLOCK, num_rows - i * BLOCK, i_h, None, None)
+                    products = with_row(products, i, tokens, prepared.QK, rows, block_dims)
+                _, key_products, query_products = products
+                G = G + (block_of(b_G, i),)
+                b_beta_i = block_of(b_beta, i)
+                decays = row_decays(G, i)
+                L = ()
+                for j in tl.static_range(0, i + 1):
+                    if prepared.QK is not None:
+                        store_block(prepared.QK, query_products[i][j] * decays[j], i, j, number, C)
+                    L = L + (b_beta_i[:, None] * key_products[i][j] * decays[j],)
+                b_A_ii = unit_lower_inverse(L[i], dtype)
+                A_i = ()
+                for j in tl.static_range(0, i):
+                    b_LA = zero
+                    for m in tl.static_range(j, i):
+                        b_LA += block_product(L[m], A[m][j], dtype)
+                    A_i = A_i + (-block_product(b_A_ii, b_LA, dtype),)
+                    store_block(prepared.A, A_i[j], i, j, number, C)
+                A = A + (A_i + (b_A_ii,),)
+                store_block(prepared.A, b_A_ii, i, i, number, C)
+                for j in tl.static_range(i + 1, C // BLOCK):
+                    store_block(prepared.A, zero, i, j, number, C)
+                    if prepared.QK is not None:
+                        store_block(prepared.QK, zero, i, j, number, C)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -352,20 +394,23 @@ def chunk_prepare(
     beta_scale: float,
     config: ChunkConfig,
 ) -> Prepared:
-    """G in decay_dtype(k.dtype), active beta and A in k's dtype (None for the Hebbian rule).
+    """G in decay_dtype(k.dtype), active beta, and in k's dtype A (None for the Hebbian rule) and with q beside it QK.
 
     Of the tokens k is enough.
     """
     T, H, K = tokens.k.shape[1:]
     HV, C, device = gates.g.shape[2], config.chunk, tokens.k.device
-    prepared = Prepared(
-        torch.empty(num_chunks, HV, C, dtype=decay_dtype(tokens.k.dtype), device=device),
-        torch.empty(num_chunks, HV, C, dtype=torch.float32, device=device),
-        torch.empty(num_chunks, HV, C, C, dtype=tokens.k.dtype, device=device) if rule == "delta" else None,
-    )
+    G = torch.empty(num_chunks, HV, C, dtype=decay_dtype(tokens.k.dtype), device=device)
+    active = torch.empty(num_chunks, HV, C, dtype=torch.float32, device=device)
+    A = QK = None
+    if rule == "delta":
+        A = torch.empty(num_chunks, HV, C, C, dtype=tokens.k.dtype, device=device)
+        QK = None if tokens.q is None else torch.empty_like(A)
+    prepared = Prepared(G, active, A, QK)
     dims = [make_dims(H, HV, K, 0, rows, config.prepare.block_v) for rows in (C, BLOCK.value)]
-    chunk_prepare_kernel[(num_chunks, HV)](
-        tokens, gates, prepared, packing, T, packing.num_seqs, beta_scale, *dims, **config.prepare.options
+    heads = heads_together(num_chunks * H, HV // H, device)
+    chunk_prepare_kernel[(num_chunks, HV // heads)](
+        tokens, gates, prepared, packing, T, packing.num_seqs, beta_scale, heads, *dims, **config.prepare.options
     )
     return prepared
 

@@ -112,8 +112,11 @@ def chunk_scan_kernel(
 
         if output is not None:
             b_q = load_queries(tokens, chunk, dims)
-            b_QK = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # Q K^T  [C, C]
-            b_QK *= pair_decay(b_G, o_i[:, None] >= o_i[None, :])
+            if prepared.QK is None:
+                b_QK = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # Q K^T  [C, C]
+                b_QK *= pair_decay(b_G, o_i[:, None] >= o_i[None, :])
+            else:
+                b_QK = load_square(prepared.QK, chunk, dims)
             b_O = b_e[:, None] * tl.dot(b_q, b_S.to(dtype), input_precision="ieee")  # Q S  [C, BV]
             b_O += tl.dot(b_QK.to(dtype), b_U.to(dtype), input_precision="ieee")  # QK U  [C, BV]
             store_columns(output, scale * b_O, chunk, o_v, dims.V, dims.V, dims)
@@ -180,9 +183,13 @@ def chunk_reverse_kernel(
             # e^{G_C - G} K dS  [C, BV]
             b_dU = decay(G_C - b_G)[:, None] * tl.dot(b_k, b_dS.to(dtype), input_precision="ieee")
             if cotangents.output is not None:
-                b_decay = pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
-                b_QKT = scale * b_decay * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # QK^T  [C, C]
-                b_dU += tl.dot(b_QKT.to(dtype), b_dO.to(dtype), input_precision="ieee")  # QK^T dO  [C, BV]
+                if prepared.QK is None:
+                    b_decay = pair_decay_transposed(b_G, o_i[None, :] >= o_i[:, None])
+                    b_QKT = scale * b_decay * tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # QK^T  [C, C]
+                    b_dU += tl.dot(b_QKT.to(dtype), b_dO.to(dtype), input_precision="ieee")  # QK^T dO  [C, BV]
+                else:
+                    b_QK = load_square(prepared.QK, chunk, dims)
+                    b_dU += scale * tl.dot(tl.trans(b_QK), b_dO.to(dtype), input_precision="ieee")  # QK^T dO  [C, BV]
             b_A = load_square(prepared.A, chunk, dims)
             b_beta = load_vector(prepared.beta, chunk, dims)
             b_dX = tl.dot(tl.trans(b_A), b_dU.to(dtype), input_precision="ieee")  # A^T dU  [C, BV]

@@ -39,6 +39,14 @@ class ChunkConfig(NamedTuple):
     grad: Launch
 
 
+def few_programs(launch: Launch, states: int, columns: int, device: torch.device) -> bool:
+    """Whether a sweep over so many states of so many columns each leaves multiprocessors without a program.
+
+    Its tiles are to be wide: narrow ones are of GPUs and dtypes for which that has not been looked at.
+    """
+    return launch.block_v > 32 and states * triton.cdiv(columns, launch.block_v) < multiprocessors(device)
+
+
 def sweep_launch(launch: Launch, states: int, columns: int, device: torch.device, *, light: bool = False) -> Launch:
     """The launch of a sweep over so many states of so many columns each; a `light` one needs little shared memory.
 
@@ -47,9 +55,17 @@ def sweep_launch(launch: Launch, states: int, columns: int, device: torch.device
     """
     if launch.block_v <= 32:
         return launch
-    if states * triton.cdiv(columns, launch.block_v) < multiprocessors(device):
+    if few_programs(launch, states, columns, device):
         return Launch(launch.block_v // 2, launch.warps, launch.stages + 1)
     return launch._replace(stages=launch.stages + light)
+
+
+def heads_together(programs: int, heads: int, device: torch.device) -> int:
+    """How many of the `heads` value heads that share keys a program of chunk_prepare takes: all of them, or one.
+
+    All where that leaves `programs` enough to fill the GPU, of which 8 with one warp fit on a multiprocessor.
+    """
+    return heads if programs >= 8 * multiprocessors(device) else 1
 
 
 class SingleChunkConfig(NamedTuple):
@@ -81,10 +97,18 @@ def _architecture(device: torch.device) -> str:
 _known_architecture = functools.cache(_architecture)
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 0 for other devices."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    return (_multiprocessors if torch.compiler.is_compiling() else _known_multiprocessors)(device)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_known_multiprocessors = functools.cache(_multiprocessors)
 
 
 def launch_key(K: int, V: int, dtype: torch.dtype, arch: str | None) -> tuple[str, int, int, str | None]:

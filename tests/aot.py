@@ -69,7 +69,7 @@ def _chunk_arguments(kernel: Any, dtype: str, absent: tuple[str, ...]) -> dict[s
     return {
         "tokens": Tokens(p("q"), p("k"), p("v"), *2 * [None if "cu_seqlens" in absent else "i32"], "i32"),
         "gates": Gates(*(p(name, "fp32") for name in ("g", "beta", "A_log", "dt_bias"))),
-        "prepared": Prepared(p("G", G), p("beta", "fp32"), p("A"), p("rq", "fp32"), p("rk", "fp32")),
+        "prepared": Prepared(p("G", G), p("beta", "fp32"), p("A"), p("QK"), p("rq", "fp32"), p("rk", "fp32")),
         "packing": Packing(p("cu_seqlens", "i32"), p("chunk_offsets", "i64")),
         "cotangents": Cotangents(p("d_output"), p("d_state", "fp32" if kernel is chunk_reverse_kernel else dtype)),
         "gradients": Gradients(p("dq"), p("dk"), p("dv"), p("dG", G), p("dbeta", "fp32")),
@@ -97,7 +97,8 @@ def chunk_cases(
     arch = f"sm{archs[0]}"
     config = chunk_config(K, V, 1 << 15, DTYPES[dtype], arch if chunk else None)
     config = config._replace(chunk=chunk or config.chunk)
-    none = () if packed else ("cu_seqlens", "chunk_offsets")
+    many = () if packed else ("cu_seqlens", "chunk_offsets")  # absent in the first place
+    none = (*many, "QK")
     widened = (*none, "q", "rq", "output", "initial_state", "d_output", "dq", "ds")
     light_scan, light_reverse = (
         sweep_launch(launch, 1, V, torch.device("cpu"), light=True) for launch in (config.scan, config.reverse)
@@ -107,6 +108,14 @@ def chunk_cases(
     if config.chunk == 64:
         name, kernel = "chunk_grad_long", chunk_grad_long_kernel
     gradient = [(name, kernel, config.grad, none, V), (f"{name}_widened", kernel, config.grad, widened, V)]
+    few = []
+    if config.scan.block_v > 32:  # what sweep_launch makes of them for few programs
+        scan, reverse = (launch._replace(block_v=32, stages=3) for launch in (config.scan, config.reverse))
+        few = [
+            ("chunk_prepare_few", chunk_prepare_kernel, config.prepare, many, V),
+            ("chunk_scan_few", chunk_scan_kernel, scan, (*many, "states"), V),
+            ("chunk_reverse_few", chunk_reverse_kernel, reverse, many, V),
+        ]
     for name, kernel, launch, absent, columns in (
         ("chunk_prepare", chunk_prepare_kernel, config.prepare, none, V),
         ("chunk_scan", chunk_scan_kernel, config.scan, (*none, "states"), V),
@@ -116,6 +125,7 @@ def chunk_cases(
         ("chunk_reverse", chunk_reverse_kernel, config.reverse, none, V),
         ("chunk_reverse_widened", chunk_reverse_kernel, light_reverse, (*widened, "d_initial_state"), K + V),
         *gradient,
+        *few,
         ("gate_backward", gate_backward_kernel, config.prepare, none, V),
     ):
         if not l2norm:
@@ -126,6 +136,7 @@ def chunk_cases(
         if kernel is gate_backward_kernel:
             dims = GateDims(4 * groups, config.chunk, 4 * groups, 1.0)
         arguments = _chunk_arguments(kernel, dtype, absent) | {"dims": dims, "block_dims": block_dims}
+        arguments["HEADS"] = groups
         yield Case(f"{name}-{label}", kernel, arguments, launch.warps, launch.stages, archs)
 
 

@@ -21,6 +21,7 @@ LARGE_SPILL_BYTES |= {"single_chunk_forward": 96, "single_chunk_backward": 520}
 LARGE_SPILL_BYTES |= {"replay_forward": 112, "replay_backward": 2736}
 # By architecture: the same of any kernel for chunks of 64.
 LONG_SPILL_BYTES = {80: 784, 90: 288, 100: 352}
+FEW_SPILL_BYTES = {"chunk_prepare_few": 416}  # of those for few programs, others none
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +58,16 @@ def test_chunks_of_64_are_for_the_newest_tensor_cores(records):
     long = [r for r in records if "C64" in r["kernel"] and not r["kernel"].startswith(others)]
     for arch, instruction in {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}.items():
         found = {r["kernel"]: r["tensor_core"] for r in long if r["arch"] == arch}
-        assert len(found) == 8 and all(instructions[0] == instruction for instructions in found.values())
+        assert len(found) == (10 if arch == 90 else 8) and all(
+            instructions[0] == instruction for instructions in found.values()
+        )
         assert all(len(found[kernel]) == 1 or kernel.startswith("chunk_grad_long") for kernel in found)
 
 
 def test_every_multiprocessor_holds_two_programs(records):
-    """Of the chunk kernels, so that one computes while another waits for memory."""
-    assert not [r for r in records if r["programs"] < 2 and r["kernel"].startswith(("chunk_", "single_chunk_"))]
+    """Of the chunk kernels, so that one computes while another waits for memory; but where there are too few."""
+    few = [r for r in records if r["programs"] < 2 and r["kernel"].startswith(("chunk_", "single_chunk_"))]
+    assert all(r["kernel"].startswith(("chunk_scan_few", "chunk_reverse_few")) for r in few)
 
 
 def test_shared_memory_fits(records):
@@ -77,6 +81,8 @@ def test_spills_stay_within_bounds(records):
             continue
         large = "K256" in shape or "V192" in shape
         bound = (LARGE_SPILL_BYTES if large else SPILL_BYTES).get(kernel, 0)
-        if "C64" in shape:
+        if kernel.endswith("_few"):
+            bound = FEW_SPILL_BYTES.get(kernel, 0)
+        elif "C64" in shape:
             bound = LONG_SPILL_BYTES[record["arch"]]
         assert record["spill_bytes"] <= bound, record

@@ -6,7 +6,9 @@ from cases import CASES, Case, check_two_times, evaluate, float16_is_slow, make_
 from judge import exact, relative_error
 from yardstick import RoundedPass
 
+from sleep_ops.kernels import chunk_prepare
 from sleep_ops.kernels.configs import chunk_config
+from sleep_ops.ops import chunk_triton
 from sleep_ops.ops.chunk_torch import TorchPass
 from sleep_ops.ops.chunk_triton import TritonPass, _chunk_offsets, _num_chunks
 from sleep_ops.ops.launching import as_rows
@@ -62,6 +64,21 @@ def test_two_times_rule(case, dtype, device):
 def test_two_times_rule_with_chunks_of_64(case, dtype, device, chunks_of_64):
     assert chunk_config(*case.dims, 70, dtype).chunk == 64
     check_two_times(chunk_gated_delta_rule_triton, case, dtype, device)
+
+
+def with_scores(q, k, v, g, beta, *, scale, initial_state=None, cu_seqlens=None, **options):
+    """As single_pass(TritonPass), but the pass knows its queries, and keeps their products with keys."""
+    one_pass = TritonPass(k, v, g, beta, RuleOptions(**options), cu_seqlens=cu_seqlens, q=q)
+    assert (one_pass.QK is None) == (options.get("rule") == "hebbian")
+    return one_pass.run(q, initial_state, scale)
+
+
+@pytest.mark.parametrize("case", slow_unless(["packed", "grouped-gated"], LONG_CHUNKS))
+@pytest.mark.parametrize("heads_together", [True, False], ids=["heads together", "heads apart"])
+def test_products_kept_for_few_programs(case, heads_together, dtype, device, chunks_of_64, monkeypatch):
+    monkeypatch.setattr(chunk_triton, "few_programs", lambda *_: True)
+    monkeypatch.setattr(chunk_prepare, "heads_together", lambda _, heads, __: heads if heads_together else 1)
+    check_two_times(with_scores, case, dtype, device)
 
 
 @pytest.mark.parametrize("case", LONG_CHUNKS[1:3], ids=str)

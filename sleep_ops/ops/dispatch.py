@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,16 +118,19 @@ def prepare_pass(
     impl: str,
     cu_seqlens: Tensor | None = None,
     longest: int | None = None,
+    q: Tensor | None = None,
 ):
     """An object with `run(q, state, scale)` and `transition()`: one pass over these tokens, from any state.
 
-    impl is one of "triton", "torch" and "reference" (see `choose_rule_impl`); the rest as in `TorchPass`. Arguments are
-    already checked, autocast is off.
+    impl is one of "triton", "torch" and "reference" (see `choose_rule_impl`); q, if it is known already, as in
+    `TritonPass`; the rest as in `TorchPass`. Arguments are already checked, autocast is off.
     """
-    form: Any = ReferencePass if impl == "reference" else TorchPass
     if impl == "triton":
         # Imported where it is used: everything else works without Triton.
-        from sleep_ops.ops.chunk_triton import TritonPass as form
+        from sleep_ops.ops.chunk_triton import TritonPass
+
+        return TritonPass(k, v, g, beta, options, cu_seqlens=cu_seqlens, longest=longest, q=q)
+    form = ReferencePass if impl == "reference" else TorchPass
     return form(k, v, g, beta, options, cu_seqlens=cu_seqlens, longest=longest)
 
 
@@ -150,7 +152,7 @@ def run_pass(
         from sleep_ops.ops.single_chunk import single_chunk_pass
 
         return single_chunk_pass(q, k, v, g, beta, options, scale=scale, initial_state=state)
-    return prepare_pass(k, v, g, beta, options, impl=impl, cu_seqlens=cu_seqlens).run(q, state, scale)
+    return prepare_pass(k, v, g, beta, options, impl=impl, cu_seqlens=cu_seqlens, q=q).run(q, state, scale)
 
 
 def is_single_chunk(k: Tensor, v: Tensor, impl: str, cu_seqlens: Tensor | None) -> bool:

@@ -14,11 +14,12 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 @contextlib.contextmanager
-def on_gpu(arch: int, **options) -> Iterator[Emulator]:
+def on_gpu(arch: int, multiprocessors: int = 0, **options) -> Iterator[Emulator]:
     """impl="triton" on CPU tensors runs as compiled for sm_`arch`; torch.empty gives NaN. `options` are Emulator's."""
     with contextlib.ExitStack() as stack:
         for module in (configs, chunk_triton, single_chunk):
             stack.enter_context(mock.patch.object(module, "architecture", lambda device: f"sm{arch}"))
+        stack.enter_context(mock.patch.object(configs, "multiprocessors", lambda device: multiprocessors))
         for module in (dispatch, gated_norm, short_conv, step):
             if hasattr(module, "choose_impl"):
                 stack.enter_context(mock.patch.object(module, "choose_impl", lambda impl, x: impl))

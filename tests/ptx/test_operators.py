@@ -14,6 +14,7 @@ from judge import triton_within_two_times
 from ptx.emulation import DTYPES, check_silent, launch_table, on_gpu
 
 from sleep_ops import gated_delta_rule, sleep_gated_delta_rule
+from sleep_ops.kernels import chunk_prepare
 from sleep_ops.kernels.launches import LAUNCHES
 from sleep_ops.ops.affine import segment_transition
 from sleep_ops.ops.gated_norm import gated_rms_norm
@@ -24,7 +25,6 @@ from sleep_ops.reference import sleep_gated_delta_rule_reference
 SM90 = ("16-bit", None, None, "sm90")
 CHUNKS_OF_32 = {SM90: LAUNCHES["16-bit", None, None, None]}
 CHUNKS_OF_64 = {("16-bit", None, None, None): (64, (16, 1, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1))}  # sm_90 has its own
-FEW_PROGRAMS = {SM90: (64, (16, 1, 1), (32, 4, 3), (32, 4, 3), (32, 4, 3))}  # by sweep_launch of kernels/configs.py
 ONE_PASS = ("chunk_prepare", "chunk_scan", "chunk_reverse", "gate_backward")
 WHOLE = (*ONE_PASS, "chunk_grad")
 LONG = (*ONE_PASS, "chunk_grad_long")
@@ -61,7 +61,6 @@ PASSES = [
     Problem("long-chunks-K128-V128", gated(260, 128, 128, heads=(1, 1)), LONG, CHUNKS_OF_64),
     Problem("long-chunks-K60-V100", gated(260, 60, 100), LONG, CHUNKS_OF_64),
     Problem("long-chunks-K96-V256", gated(260, 96, 256), LONG, CHUNKS_OF_64),
-    Problem("long-chunks-few-programs", gated(325, 128, 128, heads=(1, 1)), LONG, CHUNKS_OF_64 | FEW_PROGRAMS),
     Problem("long-chunks-packed", Case("p", lengths=(70, 0, 1, 260), dims=(64, 64), strided=True), LONG, CHUNKS_OF_64),
     Problem(
         "long-chunks-hebbian",
@@ -123,6 +122,26 @@ def test_one_pass(problem, arch, dtype):
     check_silent(emulator, *problem.kernels)
     normalised = problem.case.options.get("use_qk_l2norm", False) and problem.kernels is not SINGLE_CHUNK
     assert ("normalise_kernel" in emulator.counts) == normalised
+
+
+@pytest.mark.parametrize(
+    ("case", "apart"),
+    [
+        pytest.param(gated(325, 64, 64), False, id="heads together"),
+        pytest.param(gated(325, 64, 64), True, id="heads apart", marks=pytest.mark.slow),
+        pytest.param(gated(325, 128, 128, heads=(1, 1)), True, id="K128-V128", marks=pytest.mark.slow),
+        pytest.param(
+            Case("p", lengths=(70, 0, 1, 325), dims=(64, 64), strided=True), True, id="packed", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_few_programs(case, apart, monkeypatch):
+    """Which leave multiprocessors idle: narrower tiles, and products of queries and keys kept for the sweeps."""
+    if not apart:
+        monkeypatch.setattr(chunk_prepare, "heads_together", lambda programs, heads, device: heads)
+    with on_gpu(90, multiprocessors=132) as emulator:
+        check_two_times(run_triton(gated_delta_rule), case, torch.bfloat16, "cpu")
+    check_silent(emulator, *LONG)
 
 
 @pytest.mark.parametrize(("problem", "arch", "dtype"), params(SLEEPS))
