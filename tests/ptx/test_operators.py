@@ -6,6 +6,7 @@ Long enough that loops are pipelined: at least four chunks. The quick cases touc
 import re
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -148,6 +149,12 @@ def test_few_programs(case, apart, monkeypatch):
 def test_sleep(problem, arch, dtype):
     """Four passes over windows of 40 (of 150 with long chunks): the widened kernels. Six over one of a single chunk."""
     sleep = {"passes": 6 if problem.kernels is REPLAY else 4, "window": 40 if problem.rows is CHUNKS_OF_32 else 150}
+
+    def plain(*tensors, **options):
+        """Powers of T x T only where the kernels take them too: elsewhere maps, which err by more."""
+        with mock.patch("sleep_ops.ops.gated_delta_rule.is_short", lambda _: problem.kernels is REPLAY):
+            return sleep_gated_delta_rule(*tensors, impl="torch", **sleep, **options)
+
     with launch_table("LAUNCHES", problem.rows), on_gpu(arch) as emulator:
         check_two_times(
             run_triton(sleep_gated_delta_rule, **sleep),
@@ -155,7 +162,7 @@ def test_sleep(problem, arch, dtype):
             DTYPES[dtype],
             "cpu",
             specification=lambda *tensors, **options: sleep_gated_delta_rule_reference(*tensors, **sleep, **options),
-            plain=lambda *tensors, **options: sleep_gated_delta_rule(*tensors, impl="torch", **sleep, **options),
+            plain=plain,
         )
     check_silent(emulator, *problem.kernels)
 
