@@ -61,7 +61,7 @@ class RoundedBatch(BatchPass):
         lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
         return Product.apply(x.expand(*lead, -1, -1), y.expand(*lead, -1, -1), self.dtype)
 
-    def _scan(self, q, v, state, scale):
+    def _scan(self, q, v, state):
         n, N, R, _, V = v.shape
         S = v.new_zeros(N, R, self.k.shape[-1], V) if state is None else state
         outputs = []
@@ -72,7 +72,7 @@ class RoundedBatch(BatchPass):
                 U = Solution.apply(self.L[i], self.A[i], self.beta[i] * Y, self.dtype)
             if q is not None:
                 P = decay * self._product(q[i], k.mT)
-                outputs.append(scale * (G_exp * self._product(q[i], S) + self._product(P, U)))
+                outputs.append(G_exp * self._product(q[i], S) + self._product(P, U))
             S = G_exp[..., -1:, :] * S + self._product(k.mT, decay[..., -1:, :].mT * U)
         return S if q is None else (torch.stack(outputs), S)
 

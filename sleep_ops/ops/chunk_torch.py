@@ -4,7 +4,7 @@ Per chunk of C tokens, with G the cumulative log decay inside it, S0 the state b
 
     M_ij = e^(G_i - G_j) k_i . k_j  (i > j)     L = I + diag(beta) M     A = L^-1
     U = A (beta * V) - W S0                     W = A (beta e^G * K)     (Hebbian rule: U = beta * V)
-    O = scale e^G * (Q S0) + P U                P_ij = scale e^(G_i - G_j) q_i . k_j  (i >= j)
+    O = scale (e^G * (Q S0) + P U)              P_ij = e^(G_i - G_j) q_i . k_j  (i >= j)
     S1 = e^G_C S0 + (e^(G_C - G) * K)^T U
 
 after Yang et al., "Parallelizing Linear Transformers with the Delta Rule", arXiv 2406.06484, and Yang, Kautz,
@@ -31,12 +31,6 @@ VANISHED = -1e4  # a log decay that leaves nothing, in every dtype
 def _over_keys(x: Tensor) -> Tensor:
     """Summed over the value heads of a key head."""
     return x.sum(2, keepdim=True) if x.shape[2] > 1 else x
-
-
-def _scaled_product(x: Tensor, y: Tensor, scale: float) -> Tensor:
-    """scale x y, batched."""
-    product = x.new_empty(()).expand(x.shape[:-2].numel(), x.shape[-2], y.shape[-1])  # not read
-    return torch.baddbmm(product, *(z.flatten(0, -3) for z in (x, y)), beta=0, alpha=scale).unflatten(0, x.shape[:-2])
 
 
 class _Decays(torch.autograd.Function):
@@ -111,7 +105,7 @@ def inverse(L: Tensor, A: Tensor) -> Tensor:
 
 
 class _Scan(torch.autograd.Function):
-    """The outputs (none without q) and the last state, from what passes share and the state before the first chunk.
+    """The outputs before `scale` (none without q) and the last state, from what passes share and the state before.
 
     q, k [n, N, 1, C, K] and v [n, N, R, C, V] chunk by chunk, of N = B * H key heads with R value heads each; beta,
     G_exp [n, N, R, C, 1]; decay, L and its inverse A [n, N, R, C, C], no L and A for the Hebbian rule; state
@@ -119,14 +113,14 @@ class _Scan(torch.autograd.Function):
 
     Backward, the last chunk first, and then all other gradients over all chunks at once:
 
-        dU = P^T dO + (e^(G_C - G) * K) dS1     dS0 = e^G_C dS1 + scale Q^T (e^G * dO) - W^T dU
+        dU = P^T dO + (e^(G_C - G) * K) dS1     dS0 = e^G_C dS1 + Q^T (e^G * dO) - W^T dU
         dX = A^T dU     dL = -dX U^T            of X = beta * (V - e^G * K S0), of which U = A X
 
     Those of decays are sums over products of keys or queries with their own gradients, which cancel nothing.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, beta, decay, G_exp, L, A, state, scale):
+    def forward(ctx, q, k, v, beta, decay, G_exp, L, A, state):
         n, N, R, C, V = v.shape
         K = k.shape[-1]
         first = 1 if state is None else 0
@@ -155,15 +149,15 @@ class _Scan(torch.autograd.Function):
 
         state = final.unflatten(0, (N, R))
         starts = starts if len(starts) else None
-        ctx.scale, ctx.shape = scale, v.shape
+        ctx.shape = v.shape
         kept = [q, k, v, beta, decay, G_exp, A, starts, updates, k_end, reads]
         if q is None:
             ctx.save_for_backward(*kept, None)
             return state
-        scores = _scaled_product(q, k.mT, scale)
+        scores = q @ k.mT
         o = (decay * scores).flatten(1, 2) @ updates
         if starts is not None:
-            o[first:].flatten(0, 1).baddbmm_((G_exp * q)[first:].flatten(0, 2), starts.flatten(0, 1), alpha=scale)
+            o[first:].flatten(0, 1).baddbmm_((G_exp * q)[first:].flatten(0, 2), starts.flatten(0, 1))
         ctx.save_for_backward(*kept, scores)
         return o.view(v.shape), state
 
@@ -171,7 +165,6 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, *grads):
         check_first_order("gated_delta_rule")
         q, k, v, beta, decay, G_exp, A, starts, updates, k_end, reads, scores = ctx.saved_tensors
-        scale = ctx.scale
         n, N, R, C, V = ctx.shape
         first = n - (0 if starts is None else len(starts))
         d_updates = updates.new_empty(updates.shape)
@@ -194,7 +187,7 @@ class _Scan(torch.autograd.Function):
                 continue
             before = torch.mul(end[i], dS, out=around[i])
             if q is not None:
-                before.baddbmm_(q_read[i].mT, do[i], alpha=scale)
+                before.baddbmm_(q_read[i].mT, do[i])
             if A is not None:
                 before.baddbmm_(reads[i].mT, d_update, alpha=-1)
             flush_(before)
@@ -210,10 +203,10 @@ class _Scan(torch.autograd.Function):
         if q is not None:
             d_weights = by_key(do @ updates.mT)
             d_decay.addcmul_(d_weights, scores)
-            d_scores = _over_keys(d_weights.mul_(decay)).mul_(scale)
+            d_scores = _over_keys(d_weights.mul_(decay))
             dq, dk = d_scores @ k, dk.add_(d_scores.mT @ q)
             if starts is not None:
-                read = by_key(_scaled_product(do[first:], starts.mT, scale))
+                read = by_key(do[first:] @ starts.mT)
                 dG_exp[first:] = (q[first:] * read).sum(-1, keepdim=True)
                 dq[first:] += _over_keys(read.mul_(G_exp[first:]))
         if starts is not None:
@@ -231,7 +224,7 @@ class _Scan(torch.autograd.Function):
             dG_exp[first:] -= beta[first:] * d_read
             dk[first:] -= _over_keys(read.mul_((beta * G_exp)[first:]))
         d_start = None if first else d_states[0].unflatten(0, (N, R))
-        return dq, dk, dX.mul_(beta), dbeta, d_decay, dG_exp, dL, None, d_start, None
+        return dq, dk, dX.mul_(beta), dbeta, d_decay, dG_exp, dL, None, d_start
 
 
 class BatchPass:
@@ -263,21 +256,21 @@ class BatchPass:
             state = state.to(self.acc).reshape(batch * heads, groups, key_dim, value_dim)
         if q is not None:
             q = self.queries(q)
-        found = self._scan(q, self.v, state, scale)
+        found = self._scan(q, self.v, state)
         o, state = (None, found) if q is None else found
         state = state.reshape(batch, heads * groups, key_dim, value_dim)
-        return None if o is None else self.by_token(o), state
+        return None if o is None else self.by_token(scale * o), state
 
     def transition(self) -> tuple[Tensor, Tensor]:
         batch, heads, groups, key_dim, value_dim = self.shape
         widened = torch.cat([self.v.new_zeros(*self.v.shape[:-1], key_dim), self.v], -1)
         start = torch.eye(key_dim, key_dim + value_dim, dtype=self.acc, device=self.v.device)
-        state = self._scan(None, widened, start.expand(batch * heads, groups, -1, -1), 1.0)
+        state = self._scan(None, widened, start.expand(batch * heads, groups, -1, -1))
         state = state.reshape(batch, heads * groups, key_dim, key_dim + value_dim)
         return flushed(state[..., :key_dim], MAP), state[..., key_dim:]
 
-    def _scan(self, q: Tensor | None, v: Tensor, state: Tensor | None, scale: float):
-        return _Scan.apply(q, self.k, v, self.beta, self.decay, self.G_exp, self.L, self.A, state, scale)
+    def _scan(self, q: Tensor | None, v: Tensor, state: Tensor | None):
+        return _Scan.apply(q, self.k, v, self.beta, self.decay, self.G_exp, self.L, self.A, state)
 
     def queries(self, q: Tensor) -> Tensor:
         """[B, T, H, K] -> [num_chunks, B * H, 1, chunk, K]."""
