@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import GATED, NEGATIVE, Case, check_two_times
+from cases import GATED, NEGATIVE, Case, check_two_times, slow_unless
 from judge import triton_within_two_times
 from ptx.emulation import DTYPES, check_silent, launch_table, on_gpu
 
@@ -26,6 +26,7 @@ from sleep_ops.reference import sleep_gated_delta_rule_reference
 SM90 = ("16-bit", None, None, "sm90")
 CHUNKS_OF_32 = {SM90: LAUNCHES["16-bit", None, None, None]}
 CHUNKS_OF_64 = {("16-bit", None, None, None): (64, (16, 1, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1))}  # sm_90 has its own
+FEW_PROGRAMS = {SM90: (64, (16, 1, 1), (32, 4, 3), (32, 4, 3), (32, 4, 3))}  # by sweep_launch of kernels/configs.py
 ONE_PASS = ("chunk_prepare", "chunk_scan", "chunk_reverse", "gate_backward")
 WHOLE = (*ONE_PASS, "chunk_grad")
 LONG = (*ONE_PASS, "chunk_grad_long")
@@ -62,6 +63,7 @@ PASSES = [
     Problem("long-chunks-K128-V128", gated(260, 128, 128, heads=(1, 1)), LONG, CHUNKS_OF_64),
     Problem("long-chunks-K60-V100", gated(260, 60, 100), LONG, CHUNKS_OF_64),
     Problem("long-chunks-K96-V256", gated(260, 96, 256), LONG, CHUNKS_OF_64),
+    Problem("long-chunks-few-programs", gated(325, 128, 128, heads=(1, 1)), LONG, CHUNKS_OF_64 | FEW_PROGRAMS),
     Problem("long-chunks-packed", Case("p", lengths=(70, 0, 1, 260), dims=(64, 64), strided=True), LONG, CHUNKS_OF_64),
     Problem(
         "long-chunks-hebbian",
@@ -136,12 +138,13 @@ def test_one_pass(problem, arch, dtype):
         ),
     ],
 )
-def test_few_programs(case, apart, monkeypatch):
+@pytest.mark.parametrize("dtype", slow_unless(["bf16"], ["bf16", "f16"]))
+def test_few_programs(case, apart, dtype, monkeypatch):
     """Which leave multiprocessors idle: narrower tiles, and products of queries and keys kept for the sweeps."""
     if not apart:
         monkeypatch.setattr(chunk_prepare, "heads_together", lambda programs, heads, device: heads)
     with on_gpu(90, multiprocessors=132) as emulator:
-        check_two_times(run_triton(gated_delta_rule), case, torch.bfloat16, "cpu")
+        check_two_times(run_triton(gated_delta_rule), case, DTYPES[dtype], "cpu")
     check_silent(emulator, *LONG)
 
 
