@@ -92,6 +92,17 @@ def test_epochs_see_everything_once(tokenizer, tmp_path):
     assert torch.equal(task.batch(0, 0, 30).input_ids[16:], task.batch(0, 0, 32).input_ids[16:30])
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["memory", "files"])
+def test_the_pieces_of_a_text_are_held_out_together(cached, tokenizer, tmp_path):
+    data = write(tmp_path / "data", *({"text": " ".join(x * 5)} for x in WORDS))
+    task = Text(data, tokenizer, seq_len=2, held_out=0.3, cache=str(tmp_path / "cache") if cached else None)
+    train, asked = (task.splits[split].lines.tolist() for split in ("train", "eval"))
+    assert len({*asked}) == 3 and {*train} | {*asked} == {*range(10)}
+    assert all(lines.count(line) == 3 for lines in (train, asked) for line in lines)
+    with pytest.raises(ValueError, match="data: expected lines for training and some to hold out, .*got '1 lines'"):
+        Text(write(tmp_path / "one", {"text": "a b c d e f"}), tokenizer, seq_len=2)
+
+
 def test_an_answer_is_never_cut(tokenizer, tmp_path):
     data = write(tmp_path / "data", pair("a", "b"), pair("abcdef", "gh"))
     with pytest.raises(ValueError, match="data, line 2: expected .* seq_len 5, got '6 and 3 tokens'"):

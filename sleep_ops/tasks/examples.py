@@ -3,7 +3,7 @@
 A folder of `stored` has
 
     tokens.bin                                        int32, as many as there are
-    starts.npy, ends.npy, answers.npy, levels.npy     int64, one for each example
+    {starts,ends,answers,levels,lines}.npy            int64, one for each example
     top.txt                                           the largest token
 """
 
@@ -17,7 +17,8 @@ import numpy as np
 
 from sleep_ops.files import keep_others_out, whole_folder
 
-Example: TypeAlias = tuple[np.ndarray, int, int]  # tokens int32, place of the first one to predict, level
+# tokens int32, place of the first one to predict, level, line
+Example: TypeAlias = tuple[np.ndarray, int, int, int]
 
 _TOKENS, _TOP = "tokens.bin", "top.txt"
 
@@ -29,6 +30,7 @@ class Examples(NamedTuple):
     starts, ends: int64 [n], where each example's are.
     answers: int64 [n], where in its sequence each example's first predicted token is.
     levels: int64 [n], of difficulty, -1 where none is given.
+    lines: int64 [n], the line that each example is of, counted from 0; they never fall.
     top: the largest token.
     """
 
@@ -37,6 +39,7 @@ class Examples(NamedTuple):
     ends: np.ndarray
     answers: np.ndarray
     levels: np.ndarray
+    lines: np.ndarray
     top: int
 
     def sequence(self, i: int) -> np.ndarray:
@@ -60,7 +63,7 @@ class Examples(NamedTuple):
             digest.update(values.tobytes())
 
 
-_PLACES = ("starts", "ends", "answers", "levels")
+_PLACES = ("starts", "ends", "answers", "levels", "lines")
 
 
 def gathered(found: Iterable[Example]) -> Examples:
@@ -93,15 +96,15 @@ def stored(folder: Path, key: str, found: Callable[[], Iterable[Example]]) -> Ex
 
 def _gather(found: Iterable[Example], put: Callable[[np.ndarray], object]) -> tuple[dict[str, np.ndarray], int]:
     """Hands on the tokens of examples; returns where they are, and the largest one."""
-    ends, answers, levels, top, end = array("q"), array("q"), array("q"), 0, 0
-    for tokens, answer, level in found:
+    numbers: dict[str, array] = {name: array("q") for name in _PLACES}
+    top, start = 0, 0
+    for tokens, *rest in found:
         put(tokens)
-        end, top = end + len(tokens), max(top, int(tokens.max()))
-        for values, value in ((ends, end), (answers, answer), (levels, level)):
-            values.append(value)
-    stops = np.array(ends, dtype=np.int64)
-    places = dict(starts=np.concatenate([[0], stops[:-1]]).astype(np.int64), ends=stops)
-    return places | {"answers": np.array(answers, np.int64), "levels": np.array(levels, np.int64)}, top
+        end = start + len(tokens)
+        for name, value in zip(_PLACES, (start, end, *rest), strict=True):
+            numbers[name].append(value)
+        top, start = max(top, int(tokens.max())), end
+    return {name: np.array(values, dtype=np.int64) for name, values in numbers.items()}, top
 
 
 def file_key(*parts: object) -> str:

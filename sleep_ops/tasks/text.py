@@ -99,11 +99,11 @@ class Text:
         if self.eval_data is not None:
             asked = self._read(self.eval_data, tokenizer)
         else:
-            count = len(train.answers)
+            count = int(train.lines[-1]) + 1
             kept = max(round(self.held_out * count), 1)
-            expect(kept < count, "data", "lines for training and some to hold out, or eval_data", f"{count} examples")
-            order = shuffled(0, _HELD_OUT_KEY, count)
-            train, asked = train.take(np.sort(order[kept:])), train.take(np.sort(order[:kept]))
+            expect(kept < count, "data", "lines for training and some to hold out, or eval_data", f"{count} lines")
+            apart = np.isin(train.lines, shuffled(0, _HELD_OUT_KEY, count)[:kept])
+            train, asked = (train.take(np.flatnonzero(which)) for which in (~apart, apart))
         object.__setattr__(self, "splits", {"train": train, "eval": asked})
         digest = self._digest()
         expect(self.digest in (None, digest), "data", f"the tokens of digest {self.digest}, as before", digest)
@@ -228,7 +228,7 @@ class Text:
         """The name in `cache` of what is made of a file."""
         expect(Path(path).is_file(), "data", "a file of JSON lines", str(path))
         vocabulary = sorted({x for pattern in TOKENIZER_FILES for x in Path(self.tokenizer).glob(pattern)})
-        settings = self.seq_len, self.overflow, self.end_token, self.level
+        settings = self.seq_len, self.overflow, self.end_token, self.level, Examples._fields
         return file_key(Path(path), *(x.read_bytes() for x in vocabulary), settings)
 
     def _digest(self) -> str:
@@ -249,7 +249,7 @@ class Text:
 
     def _tokenised(self, path: str, tokenizer) -> Iterator[Example]:
         """The examples of a file, one after another."""
-        none, lines = True, _records(path, shown=self.cache is not None)
+        number, lines = 0, _records(path, shown=self.cache is not None)
         while part := list(islice(lines, _LINES_AT_ONCE)):
             firsts = [r.get("prompt", r.get("text")) for _, r in part]
             seconds = [r.get("answer", "") for _, r in part]
@@ -264,9 +264,9 @@ class Text:
                     fits = type(level) is int and level >= 0
                     expect(fits, f"{where}: {self.level}", "an integer >= 0, as for `level`", level)
                 for tokens, answer in self._examples(where, "text" in record, first, second + end):
-                    yield tokens, answer, level
-                    none = False
-        expect(not none, "data", "at least one line", f"none in {path}")
+                    yield tokens, answer, level, number
+                number += 1
+        expect(number > 0, "data", "at least one line", f"none in {path}")
 
     def _examples(self, where: str, running: bool, first: list[int], second: list[int]) -> Iterator[tuple]:
         """(tokens, place of the first one to predict) of a line; `second` is an answer, or the end of a text."""
