@@ -89,6 +89,9 @@ def test_left_padded_prompts_generate_what_they_do_alone():
     for b, row in enumerate(rows):
         padded[b, -row.shape[1] :], mask[b, -row.shape[1] :] = row[0], 1
     out = model.generate(padded, attention_mask=mask, **GREEDY, eos_token_id=None)
+    counted = (mask.cumsum(1) - 1).clamp(min=0)
+    again = model.generate(padded, attention_mask=mask, position_ids=counted, **GREEDY, eos_token_id=None)
+    assert torch.equal(again, out)
     for b, row in enumerate(rows):
         assert torch.equal(out[b, 17:], model.generate(row, **GREEDY, eos_token_id=None)[0, row.shape[1] :])
 
@@ -244,6 +247,8 @@ REFUSED = {
     "guidance": (dict(guidance_scale=1.5), "guidance_scale: expected None"),
     "labels": (dict(labels=tokens(1, 9)), r"labels: expected None: it is for model\(...\) alone, got 'Tensor'"),
     "windows": (dict(windows_by="positions"), "windows_by: expected None"),
+    "positions": (dict(position_ids=torch.arange(3, 12)[None]), "position_ids: expected None, or 0, 1, 2, ..."),
+    "packed": (dict(position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])), "position_ids: expected .*one sequence"),
     "no-session": (dict(session="night"), "session: expected a SleepSession, got 'str'"),
 }
 
@@ -293,6 +298,8 @@ def test_sessions_that_do_not_fit_the_call_are_refused():
     model, ids = sleeping(), tokens(1, 9)
     with pytest.raises(ValueError, match="input_ids: expected tokens to read after the session's"):
         model.generate(session=SleepSession(model), max_new_tokens=3)
+    with pytest.raises(ValueError, match="position_ids: expected None with a session"):
+        model.generate(ids, session=SleepSession(model), position_ids=torch.arange(9)[None], max_new_tokens=3)
     with pytest.raises(ValueError, match="passes: expected None with a session"):
         model.generate(ids, session=SleepSession(model), passes=2, max_new_tokens=3)
     with pytest.raises(ValueError, match="session: expected one over this very model"):
