@@ -86,7 +86,7 @@ def chunk_scan_kernel(
 
     for i_t in range(0, tl.cdiv(length, dims.C)):
         num_rows = tl.minimum(length - i_t * dims.C, dims.C)
-        chunk = Chunk(start + i_t * dims.C, num_rows, i_h, i_hv, (chunk0 + i_t) * dims.HV + i_hv)
+        chunk = Chunk(start + tl.cast(i_t, tl.int64) * dims.C, num_rows, i_h, i_hv, (chunk0 + i_t) * dims.HV + i_hv)
         if states is not None:
             o_chunk = chunk.number * dims.K * dims.width + column0
             store_tile(states + o_chunk, b_S, o_k, o_v, dims.width, dims.K, num_cols)
@@ -162,7 +162,7 @@ def chunk_reverse_kernel(
     for i_r in range(0, num_chunks):
         i_t = num_chunks - 1 - i_r
         num_rows = tl.minimum(length - i_t * dims.C, dims.C)
-        chunk = Chunk(start + i_t * dims.C, num_rows, i_h, i_hv, (chunk0 + i_t) * dims.HV + i_hv)
+        chunk = Chunk(start + tl.cast(i_t, tl.int64) * dims.C, num_rows, i_h, i_hv, (chunk0 + i_t) * dims.HV + i_hv)
         G_C = G_next
         G_next = tl.load(p_G + tl.maximum(i_t - 1, 0) * (dims.HV * dims.C))
         store_tile(d_states + chunk.number * dims.K * dims.V, b_dS, o_k, o_v, dims.V, dims.K, dims.V)
