@@ -25,6 +25,8 @@ from sleep_ops.validation import check_first_order
 
 MAX_CHUNK = 32  # tokens: the fastest on a CPU for keys of 48 to 128 dims
 MAX_SHORT = 96  # tokens that are one chunk where keys have more dims, for short_windows.py
+TILE = 16  # rows and columns of a matrix that is inverted at once
+FEW = 16  # matrices that are not worth inverting by blocks
 VANISHED = -1e4  # a log decay that leaves nothing, in every dtype
 
 
@@ -82,6 +84,24 @@ class _System(torch.autograd.Function):
         d_gram = d_gram + _over_keys((dL * beta).mul_(decay))
         dk = (d_gram + d_gram.mT) @ k
         return dk, dbeta, d_decay.mul_(beta)
+
+
+def unit_inverse(L: Tensor) -> Tensor:
+    """The inverses of unit lower triangular matrices [n, C, C]; only what is below their diagonals is read.
+
+    By blocks, of which products do most: MKL solves TILE rows in a fifth of the time of twice as many.
+    """
+    size = L.shape[-1]
+    if size <= TILE or L.shape[0] < FEW:
+        identity = torch.eye(size, dtype=L.dtype, device=L.device).expand_as(L)
+        left = size > TILE
+        return torch.linalg.solve_triangular(L.contiguous(), identity, upper=False, left=left, unitriangular=True)
+    cut = max(size // (2 * TILE), 1) * TILE
+    first, last = unit_inverse(L[:, :cut, :cut]), unit_inverse(L[:, cut:, cut:])
+    A = L.new_zeros(L.shape)
+    A[:, :cut, :cut], A[:, cut:, cut:] = first, last
+    A[:, cut:, :cut] = -(last @ L[:, cut:, :cut] @ first)
+    return A
 
 
 class _Inverse(torch.autograd.Function):
@@ -245,10 +265,8 @@ class BatchPass:
         self.decay, self.G_exp = _decays(g)
         self.L = self.A = None
         if options.rule == "delta":
-            # the solves read L strictly below the diagonal, as unit triangular
             self.L, self.gram = _System.apply(self.k, self.beta, self.decay)
-            identity = torch.eye(self.chunk, dtype=acc, device=k.device).expand_as(self.L)
-            self.A = torch.linalg.solve_triangular(self.L.detach(), identity, upper=False, unitriangular=True)
+            self.A = unit_inverse(self.L.detach().flatten(0, 2)).view_as(self.L)
 
     def run(self, q: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor]:
         batch, heads, groups, key_dim, value_dim = self.shape
@@ -294,7 +312,7 @@ class BatchPass:
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad))
         batch, heads = self.shape[:2]
         x = x.unflatten(2, (heads, -1)).unflatten(1, (self.num_chunks, self.chunk)).permute(1, 0, 3, 4, 2, 5)
-        return x.to(self.acc, memory_format=torch.contiguous_format).flatten(1, 2)
+        return x.to(self.acc, memory_format=torch.contiguous_format).contiguous().flatten(1, 2)
 
 
 class TorchPass:
