@@ -12,6 +12,8 @@ Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464. Only W S0 and S1 are comp
 over chunks. float16 and bfloat16 inputs are computed in float32, and only results are rounded.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,7 @@ from torch import Tensor
 from sleep_ops.ops.gates import CLOSED
 from sleep_ops.ops.packed import PackedSequences
 from sleep_ops.ops.rule import RuleOptions
-from sleep_ops.ops.small import MAP, flush_, flushed, flushed_exp_
+from sleep_ops.ops.small import MAP, flush_, flushed, flushed_exp2_
 from sleep_ops.reference import l2_normalise, state_dtype
 from sleep_ops.validation import check_first_order
 
@@ -28,6 +30,7 @@ MAX_SHORT = 96  # tokens that are one chunk where keys have more dims, for short
 TILE = 16  # rows and columns of a matrix that is inverted at once
 FEW = 16  # matrices that are not worth inverting by blocks
 VANISHED = -1e4  # a log decay that leaves nothing, in every dtype
+LOG2_E = math.log2(math.e)
 
 
 def _over_keys(x: Tensor) -> Tensor:
@@ -41,10 +44,11 @@ class _Decays(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g):
         ones = g.new_ones(g.shape[-2], g.shape[-2])
-        g = g.clamp(min=VANISHED)  # -inf times 0 is not 0
+        # -inf times 0 is not 0; PyTorch's exp2 takes a third of its exp's time
+        g = g.clamp(min=VANISHED) * LOG2_E
         # Not returned as changed in place: torch 2.11 compiles such a result without its gradient.
-        decay = flushed_exp_((g * ones.tril(-1)).cumsum_(-2)) * ones.tril()
-        G_exp = flushed_exp_(g.cumsum(-2)).view_as(g)
+        decay = flushed_exp2_((g * ones.tril(-1)).cumsum_(-2)) * ones.tril()
+        G_exp = flushed_exp2_(g.cumsum(-2)).view_as(g)
         ctx.save_for_backward(decay, G_exp)
         return decay, G_exp
 

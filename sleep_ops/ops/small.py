@@ -52,8 +52,8 @@ def flush_(x: Tensor) -> Tensor:
     return torch.hardshrink(x, torch.finfo(x.dtype).tiny ** ANY, out=x) if x.device.type == "cpu" else x
 
 
-def flushed_exp_(x: Tensor) -> Tensor:
-    """e^x in place, on the CPU exactly 0 where that is too small."""
+def flushed_exp2_(x: Tensor) -> Tensor:
+    """2^x in place, on the CPU exactly 0 where that is too small."""
     if x.device.type == "cpu":
-        torch.threshold_(x, ANY * math.log(torch.finfo(x.dtype).tiny), -math.inf)
-    return x.exp_()
+        torch.threshold_(x, ANY * math.log2(torch.finfo(x.dtype).tiny), -math.inf)
+    return x.exp2_()
