@@ -299,8 +299,11 @@ def test_autocast_has_no_effect_on_the_forward(operator):
     identical(operator.outcome(autocast), operator.outcome())
 
 
-@each(["pass-triton"], slow=())
-def test_autocast_casts_nothing_in_kernels(operator):
+WRITTEN_OUT = [f"{name}-torch" for name in ("pass", "packed", "hebbian", "long-chunks", "short", "slept-state")]
+
+
+@each([*WRITTEN_OUT, "transition-torch", "pass-triton"], slow=())
+def test_autocast_has_no_effect_on_written_out_backwards(operator):
     expected = operator.outcome()
     with torch.autocast(DEVICE, torch.bfloat16):
         identical(operator.outcome(), expected)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, no_tokens, prepare_pass
+from sleep_ops.ops.dispatch import choose_rule_impl, no_tokens, prepare_pass
+from sleep_ops.ops.precision import full_precision
 from sleep_ops.ops.rule import RuleOptions, check_states, check_tokens
 from sleep_ops.ops.small import MAP, flushed
 from sleep_ops.ops.windows import Windows

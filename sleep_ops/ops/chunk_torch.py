@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sleep_ops.ops.gates import CLOSED
 from sleep_ops.ops.packed import PackedSequences
+from sleep_ops.ops.precision import backward_in_full_precision
 from sleep_ops.ops.rule import RuleOptions
 from sleep_ops.ops.small import MAP, flush_, flushed, flushed_exp2_
 from sleep_ops.reference import l2_normalise, state_dtype
@@ -53,6 +54,7 @@ class _Decays(torch.autograd.Function):
         return decay, G_exp
 
     @staticmethod
+    @backward_in_full_precision
     def backward(ctx, d_decay, dG_exp):
         check_first_order("gated_delta_rule")
         decay, G_exp = ctx.saved_tensors
@@ -80,6 +82,7 @@ class _System(torch.autograd.Function):
         return gram * decay * beta, gram  # not in place: see _Decays
 
     @staticmethod
+    @backward_in_full_precision
     def backward(ctx, dL, d_gram):
         check_first_order("gated_delta_rule")
         k, beta, decay, gram = ctx.saved_tensors
@@ -117,6 +120,7 @@ class _Inverse(torch.autograd.Function):
         return A.clone()
 
     @staticmethod
+    @backward_in_full_precision
     def backward(ctx, grad):
         check_first_order("gated_delta_rule")
         (A,) = ctx.saved_tensors
@@ -186,6 +190,7 @@ class _Scan(torch.autograd.Function):
         return o.view(v.shape), state
 
     @staticmethod
+    @backward_in_full_precision
     def backward(ctx, *grads):
         check_first_order("gated_delta_rule")
         q, k, v, beta, decay, G_exp, A, starts, updates, k_end, reads, scores = ctx.saved_tensors
