@@ -208,6 +208,12 @@ def test_compiles_whole(operator):
     close(operator.outcome(compiled), operator.outcome())
 
 
+@each(["short-torch", "pass-torch", "sleep-torch"], slow=["pass-torch", "sleep-torch"])
+def test_compiles_whole_with_dynamic_shapes(operator):
+    compiled = torch.compile(operator.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    close(operator.outcome(compiled), operator.outcome())
+
+
 @each(FORMS, slow={*KERNELS} - {"pass-triton", "step-triton", "packed-short-conv-triton", "norm-triton"})
 def test_checkpointing_changes_no_gradient(operator):
     def checkpointed(**arguments):

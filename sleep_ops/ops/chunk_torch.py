@@ -22,7 +22,7 @@ from sleep_ops.ops.gates import CLOSED
 from sleep_ops.ops.packed import PackedSequences
 from sleep_ops.ops.precision import backward_in_full_precision
 from sleep_ops.ops.rule import RuleOptions
-from sleep_ops.ops.small import MAP, flush_, flushed, flushed_exp2_
+from sleep_ops.ops.small import flush_, flushed, flushed_exp2_, least_of_map
 from sleep_ops.reference import l2_normalise, state_dtype
 from sleep_ops.validation import check_first_order
 
@@ -101,7 +101,7 @@ def unit_inverse(L: Tensor) -> Tensor:
     size = L.shape[-1]
     if size <= TILE or L.shape[0] < FEW:
         identity = torch.eye(size, dtype=L.dtype, device=L.device).expand_as(L)
-        left = size > TILE
+        left = True if size > TILE else False  # not a symbol, which sizes are under torch.compile
         return torch.linalg.solve_triangular(L.contiguous(), identity, upper=False, left=left, unitriangular=True)
     cut = max(size // (2 * TILE), 1) * TILE
     first, last = unit_inverse(L[:, :cut, :cut]), unit_inverse(L[:, cut:, cut:])
@@ -294,7 +294,7 @@ class BatchPass:
         start = torch.eye(key_dim, key_dim + value_dim, dtype=self.acc, device=self.v.device)
         state = self._scan(None, widened, start.expand(batch * heads, groups, -1, -1))
         state = state.reshape(batch, heads * groups, key_dim, key_dim + value_dim)
-        return flushed(state[..., :key_dim], MAP), state[..., key_dim:]
+        return flushed(state[..., :key_dim], least_of_map), state[..., key_dim:]
 
     def _scan(self, q: Tensor | None, v: Tensor, state: Tensor | None):
         return _Scan.apply(q, self.k, v, self.beta, self.decay, self.G_exp, self.L, self.A, state)
