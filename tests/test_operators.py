@@ -208,6 +208,12 @@ def test_compiles_whole(operator):
     close(operator.outcome(compiled), operator.outcome())
 
 
+@each(["short-torch", "pass-torch", "sleep-torch"], slow=["pass-torch", "sleep-torch"])
+def test_compiles_whole_with_dynamic_shapes(operator):
+    compiled = torch.compile(operator.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    close(operator.outcome(compiled), operator.outcome())
+
+
 @each(FORMS, slow={*KERNELS} - {"pass-triton", "step-triton", "packed-short-conv-triton", "norm-triton"})
 def test_checkpointing_changes_no_gradient(operator):
     def checkpointed(**arguments):
@@ -299,8 +305,11 @@ def test_autocast_has_no_effect_on_the_forward(operator):
     identical(operator.outcome(autocast), operator.outcome())
 
 
-@each(["pass-triton"], slow=())
-def test_autocast_casts_nothing_in_kernels(operator):
+WRITTEN_OUT = [f"{name}-torch" for name in ("pass", "packed", "hebbian", "long-chunks", "short", "slept-state")]
+
+
+@each([*WRITTEN_OUT, "transition-torch", "pass-triton"], slow=())
+def test_autocast_has_no_effect_on_written_out_backwards(operator):
     expected = operator.outcome()
     with torch.autocast(DEVICE, torch.bfloat16):
         identical(operator.outcome(), expected)

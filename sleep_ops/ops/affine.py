@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sleep_ops.ops.dispatch import choose_rule_impl, full_precision, no_tokens, prepare_pass
+from sleep_ops.ops.dispatch import choose_rule_impl, no_tokens, prepare_pass
+from sleep_ops.ops.precision import full_precision
 from sleep_ops.ops.rule import RuleOptions, check_states, check_tokens
-from sleep_ops.ops.small import MAP, flushed
+from sleep_ops.ops.small import flushed, least_of_map
 from sleep_ops.ops.windows import Windows
 from sleep_ops.validation import check_full, check_no_tangents, check_tensor
 
@@ -211,7 +212,7 @@ def _fixed_point(transition: Transition) -> Tensor:
         squarings = 40 if P.dtype == torch.float64 else 18
         power = P.detach()
         for _ in range(squarings):
-            power = flushed(power @ power, MAP)
+            power = flushed(power @ power, least_of_map)
         size = torch.linalg.matrix_norm(power).amax().item()  # NaN where P is not finite, or its powers overflow
         if not size < 0.5:
             radius = size ** (0.5**squarings)
@@ -226,7 +227,7 @@ def _apply(transition: Transition, state: Tensor | None) -> Tensor:
 
 
 def _then(earlier: Transition, later: Transition) -> Transition:
-    return Transition(flushed(later.P @ earlier.P, MAP), _apply(later, earlier.R))
+    return Transition(flushed(later.P @ earlier.P, least_of_map), _apply(later, earlier.R))
 
 
 def _power(transition: Transition, n: int) -> Transition:

@@ -1,6 +1,5 @@
 """Which implementation suits the tensors, and passes of the gated delta rule by it, arguments already checked."""
 
-import contextlib
 import importlib.util
 import os
 
@@ -42,14 +41,6 @@ def choose_rule_impl(impl: str, k: Tensor) -> str:
             f"k: expected K <= {MAX_TRITON_KEY_DIM} for Triton, got K = {k.shape[-1]}; impl='torch' has no limit"
         )
     return impl
-
-
-def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """Switches autocast off on x's device, where there is one."""
-    kind = x.device.type
-    # Compilers know no other devices, and those of older versions can't trace the question.
-    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, enabled=False) if known else contextlib.nullcontext()
 
 
 def no_tokens(

@@ -14,7 +14,6 @@ from sleep_ops.checks import check_count
 from sleep_ops.ops.affine import NoFixedPoint, Transition, by_step, chain, replay
 from sleep_ops.ops.dispatch import (
     choose_rule_impl,
-    full_precision,
     is_single_chunk,
     no_tokens,
     prepare_pass,
@@ -22,6 +21,7 @@ from sleep_ops.ops.dispatch import (
     run_pass,
 )
 from sleep_ops.ops.packed import longest_sequence
+from sleep_ops.ops.precision import full_precision
 from sleep_ops.ops.rule import RuleOptions, check_query, check_states, check_tokens
 from sleep_ops.ops.short_windows import is_short, replay_short
 from sleep_ops.ops.windows import Windows

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sleep_ops.ops.eager import eager_on_cpu
+from sleep_ops.ops.precision import backward_in_full_precision
 from sleep_ops.validation import check_first_order
 
 
@@ -23,6 +24,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @backward_in_full_precision
     def backward(ctx, dy):
         check_first_order("rms_norm")
         x, inverse, weight = ctx.saved_tensors

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sleep_ops.ops.affine import Transition, by_step, chain
+from sleep_ops.ops.precision import backward_in_full_precision
 from sleep_ops.ops.windows import Windows
 from sleep_ops.validation import check_first_order
 
@@ -93,6 +94,7 @@ class _StateBeforeThisRank(torch.autograd.Function):
         return _states(gathered, start, group)
 
     @staticmethod
+    @backward_in_full_precision
     def backward(ctx, *d_states):
         check_first_order("gated_delta_rule")
         start, *gathered = (x.detach().requires_grad_() for x in ctx.saved_tensors)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sleep_ops.ops.chunk_torch import BatchPass, TorchPass, inverse
-from sleep_ops.ops.small import MAP, flushed
+from sleep_ops.ops.small import flushed, least_of_map
 from sleep_ops.ops.windows import Windows
 
 
@@ -133,12 +133,12 @@ def _sums_of_powers(
     """
 
     def product(x: Tensor, y: Tensor) -> Tensor:
-        return x if y is identity else flushed(x @ y, MAP)
+        return x if y is identity else flushed(x @ y, least_of_map)
 
     def joined(sums, others, F_m):
         (c_n, sigma_n, gamma_n), (c_m, sigma_m, gamma_m) = sums, others
         gamma = None if from_zero else c_n * gamma_m + product(F_m, gamma_n)
-        return flushed(c_n * c_m, MAP), sigma_m + product(F_m, sigma_n), gamma
+        return flushed(c_n * c_m, least_of_map), sigma_m + product(F_m, sigma_n), gamma
 
     result = None
     square = (c, identity, None if from_zero else identity)

@@ -4,24 +4,32 @@ Chains of maps and states shrink with every decay, forwards and backwards, and w
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# As powers of the smallest normal number: in float32 8e-31, a factor of 1e8 from denormal, and 1e-19, whose square is
-# not. The first for what has the scale of values or of a loss; the second for maps of norm at most 1.
-ANY, MAP = 0.8, 0.5
+
+# Functions: where shapes are dynamic, torch.compile takes a module's floats for symbols, and fails.
+def least(dtype: torch.dtype) -> float:
+    """Of what has the scale of values or of a loss: in float32 8e-31, a factor of 1e8 from denormal."""
+    return torch.finfo(dtype).tiny ** 0.8
+
+
+def least_of_map(dtype: torch.dtype) -> float:
+    """Of maps of norm at most 1: in float32 1e-19, whose square is not denormal."""
+    return torch.finfo(dtype).tiny ** 0.5
 
 
 class _Flushed(torch.autograd.Function):
-    """x without numbers below tiny ** power, its gradient without those below tiny ** ANY; to autograd the identity."""
+    """x without numbers below `smallest`, its gradient without those below `least`; to autograd the identity."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, power):
-        return F.hardshrink(x, torch.finfo(x.dtype).tiny ** power)
+    def forward(x, smallest):
+        return F.hardshrink(x, smallest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -40,20 +48,20 @@ class _FlushedForward(_Flushed):
         return flushed(tangent)
 
 
-def flushed(x: Tensor, power: float = ANY) -> Tensor:
+def flushed(x: Tensor, smallest: Callable[[torch.dtype], float] = least) -> Tensor:
     """x, on the CPU with zero for what is too small, in its gradient too. GPUs do not mind such numbers."""
     if x.device.type != "cpu":
         return x
-    return (_Flushed if torch.compiler.is_compiling() else _FlushedForward).apply(x, power)
+    return (_Flushed if torch.compiler.is_compiling() else _FlushedForward).apply(x, smallest(x.dtype))
 
 
 def flush_(x: Tensor) -> Tensor:
     """`flushed` in place, where no gradient is recorded."""
-    return torch.hardshrink(x, torch.finfo(x.dtype).tiny ** ANY, out=x) if x.device.type == "cpu" else x
+    return torch.hardshrink(x, least(x.dtype), out=x) if x.device.type == "cpu" else x
 
 
-def flushed_exp_(x: Tensor) -> Tensor:
-    """e^x in place, on the CPU exactly 0 where that is too small."""
+def flushed_exp2_(x: Tensor) -> Tensor:
+    """2^x in place, on the CPU exactly 0 where that is too small."""
     if x.device.type == "cpu":
-        torch.threshold_(x, ANY * math.log(torch.finfo(x.dtype).tiny), -math.inf)
-    return x.exp_()
+        torch.threshold_(x, math.log2(least(x.dtype)), -math.inf)
+    return x.exp2_()

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from sleep_ops.checks import check_flags
-from sleep_ops.ops.dispatch import choose_rule_impl, full_precision
+from sleep_ops.ops.dispatch import choose_rule_impl
 from sleep_ops.ops.gates import log_decay_gradient
 from sleep_ops.ops.launching import contiguous, differentiable, on_device
+from sleep_ops.ops.precision import full_precision
 from sleep_ops.ops.rule import RuleOptions, check_query, check_tokens
 from sleep_ops.reference import (
     L2_NORM_EPS,

@@ -1,0 +1,32 @@
+"""Autocast is for models: operators compute as their documentation says, whatever it is set to."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """Switches autocast off on x's device, where it is on."""
+    kind = x.device.type
+    # Compilers know no other devices, and those of older versions can't trace the question.
+    on = torch.compiler.is_compiling() or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
+
+
+def backward_in_full_precision(backward: Callable) -> Callable:
+    """Of a `torch.autograd.Function`: who calls `loss.backward()` inside autocast gets the same gradients.
+
+    Compilers record a backward when they do the forward, where autocast is off already.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx, *grads):
+        if torch.compiler.is_compiling():
+            return backward(ctx, *grads)
+        with full_precision(grads[0]):
+            return backward(ctx, *grads)
+
+    return wrapped
