@@ -90,8 +90,10 @@ def test_left_padded_prompts_generate_what_they_do_alone():
         padded[b, -row.shape[1] :], mask[b, -row.shape[1] :] = row[0], 1
     out = model.generate(padded, attention_mask=mask, **GREEDY, eos_token_id=None)
     counted = (mask.cumsum(1) - 1).clamp(min=0)
-    again = model.generate(padded, attention_mask=mask, position_ids=counted, **GREEDY, eos_token_id=None)
-    assert torch.equal(again, out)
+    options = dict(position_ids=counted, **GREEDY, eos_token_id=None)
+    assert torch.equal(model.generate(padded, attention_mask=mask, **options), out)
+    assert torch.equal(padded != 0, mask.bool())  # so transformers can tell the padding by its token
+    assert torch.equal(model.generate(padded, pad_token_id=0, **options), out)
     for b, row in enumerate(rows):
         assert torch.equal(out[b, 17:], model.generate(row, **GREEDY, eos_token_id=None)[0, row.shape[1] :])
 
@@ -298,8 +300,8 @@ def test_sessions_that_do_not_fit_the_call_are_refused():
     model, ids = sleeping(), tokens(1, 9)
     with pytest.raises(ValueError, match="input_ids: expected tokens to read after the session's"):
         model.generate(session=SleepSession(model), max_new_tokens=3)
-    with pytest.raises(ValueError, match="position_ids: expected None with a session"):
-        model.generate(ids, session=SleepSession(model), position_ids=torch.arange(9)[None], max_new_tokens=3)
+    with pytest.raises(ValueError, match="position_ids: expected None, or 0, 1, 2"):
+        model.generate(ids, session=SleepSession(model), position_ids=torch.arange(9, 18)[None], max_new_tokens=3)
     with pytest.raises(ValueError, match="passes: expected None with a session"):
         model.generate(ids, session=SleepSession(model), passes=2, max_new_tokens=3)
     with pytest.raises(ValueError, match="session: expected one over this very model"):

@@ -15,6 +15,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from sleep_ops.adapters.hf import inputs
 from sleep_ops.checks import expect
 from sleep_ops.model.session import SleepSession
 
@@ -84,8 +85,10 @@ def generate(
         expect(isinstance(session, SleepSession), "session", "a SleepSession", type(session).__name__)
         own = getattr(session.model, "model", None) is model
         expect(own, "session", "one over this very model", f"one over another {type(session.model).__name__}")
+    mask = model_kwargs.get("attention_mask")
+    inputs.check_plain(input_ids, mask, model_kwargs.get("position_ids"))  # transformers' own, where none are given
     session = session or SleepSession(model, passes)
-    logits = session.begin(input_ids, model_kwargs.get("attention_mask"))
+    logits = session.begin(input_ids, mask)
     pad = generation_config._pad_token_tensor
     alive = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     all_scores, all_logits = [], []

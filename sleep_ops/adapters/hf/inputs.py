@@ -95,13 +95,8 @@ def sequence_borders(
     return cu_seqlens, None if full and cu_seqlens is not None else attention_mask
 
 
-def check_plain(
-    input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None, session: object
-) -> None:
+def check_plain(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
     """Raises ValueError for positions of a prompt that are not 0, 1, 2, ... over the real tokens of each row."""
-    if position_ids is None:
-        return
-    expect(session is None, "position_ids", "None with a session (positions run on)", "both")
     borders, _ = sequence_borders(input_ids, attention_mask, position_ids, None, None, None)
     expect(borders is None, "position_ids", "those of one sequence in each row", "several")
 

@@ -99,7 +99,6 @@ def _generate(self, *args, custom_generate=generate, streamer=None, **kwargs):
     told = prompt is not None or kwargs.get("session") is None  # transformers would begin a text
     expect(told, "input_ids", "tokens to read after the session's; session.generate() goes on without any", None)
     if callable(custom_generate):  # transformers itself gives such loops neither streamer nor tokenizer
-        inputs.check_plain(prompt, kwargs.get("attention_mask"), kwargs.get("position_ids"), kwargs.get("session"))
         kwargs = with_stop_strings(kwargs, self.generation_config)
         custom_generate = custom_generate if streamer is None else partial(custom_generate, streamer=streamer)
     return type(self).generate(self, *args, custom_generate=custom_generate, streamer=streamer, **kwargs)
