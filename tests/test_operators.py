@@ -315,6 +315,17 @@ def test_autocast_has_no_effect_on_written_out_backwards(operator):
         identical(operator.outcome(), expected)
 
 
+@each(["short-torch", "pass-torch"], slow=["pass-torch"])
+def test_compiled_inside_autocast(operator):
+    compiled = torch.compile(operator.function, fullgraph=True, backend="aot_eager")
+
+    def autocast(**arguments):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return compiled(**arguments)
+
+    close(operator.outcome(autocast), operator.outcome())
+
+
 @each(OPERATORS)
 def test_meta_tensors_give_shapes(operator):
     tensors = {name: x for name, x in (operator.tensors | operator.options).items() if isinstance(x, torch.Tensor)}

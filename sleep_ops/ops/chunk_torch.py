@@ -320,9 +320,9 @@ class BatchPass:
         if pad:
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad))
         batch, heads = self.shape[:2]
-        x = x.reshape(batch, self.num_chunks, self.chunk, heads, x.shape[2] // heads, x.shape[3])
-        x = x.permute(1, 0, 3, 4, 2, 5)
-        return x.to(self.acc, memory_format=torch.contiguous_format).contiguous().flatten(1, 2)
+        x = x.unflatten(2, (heads, -1)).unflatten(1, (self.num_chunks, self.chunk)).permute(1, 0, 3, 4, 2, 5)
+        x = x.to(self.acc, memory_format=torch.contiguous_format)  # which copies nothing where the dtype is that one
+        return x.contiguous().flatten(1, 2)
 
 
 class TorchPass:

@@ -19,13 +19,11 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
 def backward_in_full_precision(backward: Callable) -> Callable:
     """Of a `torch.autograd.Function`: who calls `loss.backward()` inside autocast gets the same gradients.
 
-    Compilers record a backward when they do the forward, where autocast is off already.
+    So does who compiles a forward inside autocast: the backward is recorded there too.
     """
 
     @functools.wraps(backward)
     def wrapped(ctx, *grads):
-        if torch.compiler.is_compiling():
-            return backward(ctx, *grads)
         with full_precision(grads[0]):
             return backward(ctx, *grads)
 
