@@ -86,6 +86,7 @@ def chunk_scan_kernel(
 
     for i_t in range(0, tl.cdiv(length, dims.C)):
         num_rows = tl.minimum(length - i_t * dims.C, dims.C)
+        # In 64 bits from the start: a row's address is a constant more in each iteration, with no register of its own.
         chunk = Chunk(start + tl.cast(i_t, tl.int64) * dims.C, num_rows, i_h, i_hv, (chunk0 + i_t) * dims.HV + i_hv)
         if states is not None:
             o_chunk = chunk.number * dims.K * dims.width + column0

@@ -101,7 +101,8 @@ def unit_inverse(L: Tensor) -> Tensor:
     size = L.shape[-1]
     if size <= TILE or L.shape[0] < FEW:
         identity = torch.eye(size, dtype=L.dtype, device=L.device).expand_as(L)
-        left = True if size > TILE else False  # not a symbol, which sizes are under torch.compile
+        # From the right few rows are solved faster, and many far slower. No symbol, as sizes are under torch.compile.
+        left = True if size > TILE else False
         return torch.linalg.solve_triangular(L.contiguous(), identity, upper=False, left=left, unitriangular=True)
     cut = max(size // (2 * TILE), 1) * TILE
     first, last = unit_inverse(L[:, :cut, :cut]), unit_inverse(L[:, cut:, cut:])

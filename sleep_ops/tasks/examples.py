@@ -30,7 +30,7 @@ class Examples(NamedTuple):
     starts, ends: int64 [n], where each example's are.
     answers: int64 [n], where in its sequence each example's first predicted token is.
     levels: int64 [n], of difficulty, -1 where none is given.
-    lines: int64 [n], the line that each example is of, counted from 0; they never fall.
+    lines: int64 [n], the line that each example is of, in order, counted from 0 without blank ones.
     top: the largest token.
     """
 
