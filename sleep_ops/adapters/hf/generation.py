@@ -66,7 +66,8 @@ def generate(
         end it has read everything returned.
 
     Greedy or sampled; the memory does not grow with the text. Raises ValueError for other
-    generation modes, for what a session doesn't give, and for another model's session.
+    generation modes, for what a session doesn't give, for position_ids other than 0, 1, 2, ... over
+    the real tokens, and for another model's session.
     """
     mode = generation_config.get_generation_mode()
     possible = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
