@@ -358,7 +358,7 @@ class SleepStack:
         if len(indices) == 0:
             return h, blocks, tuple(written)
 
-        def run(h: Tensor, states: tuple) -> tuple[Tensor | None, tuple, tuple]:
+        def run(h: Tensor, states: tuple) -> tuple:  # torch.compile of torch 2.9 can't trace a type with "|" here
             after, writes = [], []
             for i, state in zip(indices, states, strict=True):
                 block = self.recomputed(self.blocks[i], self.recompute == "block")

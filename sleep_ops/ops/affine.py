@@ -139,7 +139,7 @@ def replay(
     if start is not None:
         start = start.to(transition.R.dtype)
 
-    def run(P: Tensor, R: Tensor, start: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    def run(P: Tensor, R: Tensor, start) -> tuple:  # torch.compile of torch 2.9 can't trace a type with "|" here
         return (_replay_endlessly if passes == math.inf else _replay)(
             Transition(P, R), start, passes, windows, output_pass
         )

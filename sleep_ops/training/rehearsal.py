@@ -38,6 +38,10 @@ from sleep_ops.training.parallel import World
 from sleep_ops.training.stages import Stages
 from sleep_ops.training.steps import Steps
 
+if not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "Meta"):
+    # Torch 2.9 knows collectives of tensors without values only then.
+    import torch.distributed._tools.fake_collectives  # noqa: F401
+
 _aten = torch.ops.aten
 _COLLECTIVES = ("c10d", "_c10d_functional")
 
