@@ -277,7 +277,8 @@ def _closed(writes: ReplayInputs, lengths: Tensor | None) -> ReplayInputs:
     if lengths is None:
         return writes
     padded = _padded(writes.a, lengths)
-    return writes._replace(a=writes.a.masked_fill(padded, CLOSED), b=writes.b.masked_fill(padded, CLOSED))
+    a, b = (x.masked_fill(padded, CLOSED) for x in (writes.a, writes.b))
+    return ReplayInputs(writes.k, writes.v, a, b)
 
 
 def _padded(x: Tensor, lengths: Tensor) -> Tensor:

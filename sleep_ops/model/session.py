@@ -330,7 +330,7 @@ def _forget_keys(state: SleepState, model: SleepingModel) -> SleepState:
     """The state of a text that has slept, without the keys and values kept from it."""
     empty = model.init_state(len(state.position)).blocks
     blocks = (s if isinstance(s, GDNState) else e for s, e in zip(state.blocks, empty, strict=True))
-    return state._replace(blocks=tuple(blocks), carried=(0,) * len(state.position))
+    return state.changed(blocks=tuple(blocks), carried=(0,) * len(state.position))
 
 
 def _named(state: SleepState) -> dict[str, Tensor]:

@@ -193,7 +193,7 @@ class SleepStack:
             h, blocks, new = self._run(rest, h, blocks, context, output=output, closed=closed, recorded=recorded)
             writes = tuple(_append(old, state.in_window, w, lengths) for old, w in zip(state.writes, new, strict=True))
         position = ragged.add(state.position, lengths)
-        state = state._replace(
+        state = state.changed(
             blocks=blocks, hidden=hidden, writes=writes, position=position, in_window=in_window, labelled=span.labelled
         )
         return h if output else None, state
@@ -237,7 +237,7 @@ class SleepStack:
             new if b.fast_weights else old for b, new, old in zip(self.blocks, blocks, state.blocks, strict=True)
         )
         position, full = ragged.add(state.position, span.lengths), (L,) * batch
-        state = state._replace(blocks=blocks, position=position, in_window=full)
+        state = state.changed(blocks=blocks, position=position, in_window=full)
         return context.joined(h) if span.wanted else None, self.evict(state, rows=span.full)
 
     def sleep(self, state: SleepState, *, passes: int | float, rows: Sequence[bool]) -> SleepState:
@@ -272,8 +272,8 @@ class SleepStack:
             new = replay(writes, fast_weights, passes - 1, real)
             if index is not None:
                 new = state.blocks[i].fast_weights.index_copy(0, index, new)
-            blocks[i] = state.blocks[i]._replace(fast_weights=new)
-        return state._replace(blocks=tuple(blocks))
+            blocks[i] = GDNState(new, state.blocks[i].conv_state)
+        return state.changed(blocks=tuple(blocks))
 
     def _refine(self, state: SleepState, passes: int, rows: Sequence[bool]) -> SleepState:
         first, last = self.loop
@@ -303,7 +303,7 @@ class SleepStack:
             blocks = list(run)
         for i, old in enumerate(state.blocks):
             blocks[i] = _select(rows, blocks[i], old) if self._outlives(i, True) else old
-        return state._replace(blocks=tuple(blocks))
+        return state.changed(blocks=tuple(blocks))
 
     def evict(self, state: SleepState, *, rows: Sequence[bool]) -> SleepState:
         """Ends the open window of the rows marked True and forgets what the eviction rule says."""
@@ -415,7 +415,7 @@ class SleepStack:
         if not self.blocks[i].fast_weights:
             return begun
         zero = self.settings.conv_boundary == "zero"
-        return current._replace(conv_state=torch.zeros_like(begun.conv_state) if zero else begun.conv_state)
+        return GDNState(current.fast_weights, torch.zeros_like(begun.conv_state) if zero else begun.conv_state)
 
     def _starts(self, blocks: Sequence[BlockState]) -> tuple[GDNState | None, ...]:
         """Those of the states at the start of a window to which refining passes return."""

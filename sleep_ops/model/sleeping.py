@@ -303,7 +303,7 @@ class SleepingModel:
         if state is None:
             first = 0 if plan.group is None else plan.group.rank() * rows.shape[1]
             position = (first,) * len(rows.lengths)
-            state = self.init_state(len(rows.lengths))._replace(padded=plan.padded, position=position)
+            state = self.init_state(len(rows.lengths)).changed(padded=plan.padded, position=position)
         predict = self.predict if predict is None else predict
         reading = self.read(
             plan.ids,

@@ -42,6 +42,13 @@ class SleepState(NamedTuple):
     labelled: tuple[bool, ...]
     padded: Lengths
 
+    def changed(self, **parts) -> "SleepState":
+        """The same state, but for these parts of it.
+
+        As `_replace` does; what that makes torch.compile can't hand out, up to torch 2.11.
+        """
+        return SleepState(**self._asdict() | parts)
+
     def to(self, device=None, dtype: torch.dtype | None = None) -> "SleepState":
         """The same state elsewhere, or in another dtype, fast weights no narrower than float32."""
 
@@ -51,12 +58,12 @@ class SleepState(NamedTuple):
             moved = type(state)(*(x.to(device=device, dtype=dtype) for x in state))
             if isinstance(state, GDNState):
                 wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
-                moved = moved._replace(fast_weights=state.fast_weights.to(device=device, dtype=wide))
+                moved = GDNState(state.fast_weights.to(device=device, dtype=wide), moved.conv_state)
             return moved
 
         hidden = None if self.hidden is None else self.hidden.to(device=device, dtype=dtype)
         blocks, start, writes = (tuple(map(move, part)) for part in (self.blocks, self.start, self.writes))
-        return self._replace(blocks=blocks, start=start, hidden=hidden, writes=writes)
+        return self.changed(blocks=blocks, start=start, hidden=hidden, writes=writes)
 
     def select(self, rows: Sequence[int]) -> "SleepState":
         """The state of these rows, in this order; a row may come several times."""
@@ -91,7 +98,7 @@ class SleepState(NamedTuple):
     def _each(self, function: Callable[[Tensor], Tensor]) -> "SleepState":
         hidden = None if self.hidden is None else function(self.hidden)
         blocks, start, writes = (each(part, function) for part in (self.blocks, self.start, self.writes))
-        return self._replace(blocks=blocks, start=start, hidden=hidden, writes=writes)
+        return self.changed(blocks=blocks, start=start, hidden=hidden, writes=writes)
 
 
 def each(states: Sequence[tuple | None], function: Callable[[Tensor], Tensor]) -> tuple:
