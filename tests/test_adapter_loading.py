@@ -229,6 +229,11 @@ def test_what_cannot_be_is_refused(tmp_path):
     save_model(load_model(folders["llama"], window=8, insert=(1,)), tmp_path / "saved")
     with pytest.raises(ValueError, match="insert: expected None for a folder with inserted blocks"):
         load_model(tmp_path / "saved", insert=(2,))
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    for wrong in (True, [1], {}, {"layers": [1], "heads": 2}):
+        (tmp_path / "saved" / "config.json").write_text(json.dumps(config | {"fast_weights": wrong}))
+        with pytest.raises(ValueError, match="fast_weights: expected layers in the configuration.*num_heads"):
+            load_model(tmp_path / "saved", window=8)
 
     config = json.loads((folders["qwen3_5"] / "config.json").read_text())
     (folders["qwen3_5"] / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))

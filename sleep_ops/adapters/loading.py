@@ -180,11 +180,9 @@ def _transformer(
     else:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    saved = getattr(model.config, "fast_weights", None)
-    expect(insert is None or saved is None, "insert", "None for a folder with inserted blocks", insert)
+    remembered = hf.insert.insert_remembered(model)
+    expect(insert is None or not remembered, "insert", "None for a folder with inserted blocks", insert)
     if insert is not None:
         hf.insert.check_layers("insert", insert, model)
         hf.insert_fast_weights(model, insert)
-    elif saved is not None:
-        hf.insert_fast_weights(model, **saved)
     return SleepingTransformer(hf.sleepify(model, **settings))

@@ -99,12 +99,12 @@ def _sleepified(config) -> torch.nn.Module:
     """A transformers model of `config`, likewise."""
     from transformers import AutoModelForCausalLM
 
-    from sleep_ops.adapters.hf import insert_fast_weights, sleepify
+    from sleep_ops.adapters.hf import sleepify
+    from sleep_ops.adapters.hf.insert import insert_remembered
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        if getattr(config, "fast_weights", None) is not None:
-            insert_fast_weights(model, **config.fast_weights)
+        insert_remembered(model)
         return sleepify(model, window=_WINDOW)
 
 

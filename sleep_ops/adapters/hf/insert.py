@@ -1,5 +1,6 @@
 """Fast-weight blocks between the layers of a model that has none (or too few)."""
 
+import inspect
 from collections.abc import Sequence
 
 from torch import nn
@@ -68,3 +69,18 @@ def insert_fast_weights(
     backbone.fast_weights = blocks
     config.fast_weights = {"layers": sorted(layers), **sizes}
     return model
+
+
+def insert_remembered(model: PreTrainedModel) -> bool:
+    """Puts in the blocks that the model's configuration remembers; returns whether it remembers any.
+
+    Raises ValueError for something else than `insert_fast_weights` left there.
+    """
+    saved = getattr(model.config, "fast_weights", None)
+    if saved is None:
+        return False
+    names = list(inspect.signature(insert_fast_weights).parameters)[1:]
+    fits = isinstance(saved, dict) and "layers" in saved and saved.keys() <= set(names)
+    expect(fits, "fast_weights", f"layers in the configuration, and if any {', '.join(names[1:])}", saved)
+    insert_fast_weights(model, **saved)
+    return True

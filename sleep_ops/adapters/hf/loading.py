@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sleep_ops.adapters.checkpoint import CONFIG_FILE, listed, load_weights, read_config
-from sleep_ops.adapters.hf.insert import insert_fast_weights
+from sleep_ops.adapters.hf.insert import insert_remembered
 from sleep_ops.adapters.hf.sleepify import sleepify
 from sleep_ops.checks import expect
 from sleep_ops.model.config import SleepSettings
@@ -53,10 +53,8 @@ def from_pretrained(folder: str | os.PathLike, **options) -> PreTrainedModel:
     names = {f.name for f in fields(SleepSettings)}
     settings = {name: value for name, value in options.items() if name in names}
     model = load_complete(folder, **{k: v for k, v in options.items() if k not in names})
-    inserted = getattr(model.config, "fast_weights", None)
-    if inserted is not None:
+    if insert_remembered(model):
         expect(inside.is_dir(), "folder", "a local folder, for a model with inserted blocks", str(inside))
-        insert_fast_weights(model, **inserted)
         blocks = model.model.fast_weights
         weight = next(blocks.parameters())
         places = dict(dtype=weight.dtype, device=weight.device, variant=options.get("variant"))
