@@ -50,7 +50,7 @@ class Case:
     gate and beta name the values: "random", "zero", "extreme" (0 to -70), "reset" (some of -1e9, -1e6 and -inf among
     ordinary ones), "strong" (-4 to -7), "one", "two", "wide" (0 to 2); keys: "random", "repeated", "zero". With options
     of GATED, gates and beta are drawn as the raw inputs of their activations.
-    amplification: by how much the problem enlarges a rounding of <k_i, k_j> that all tokens share.
+    amplification: by how much the problem enlarges a rounding of <k_i, k_j> that all tokens share, or one of decays.
     """
 
     id: str

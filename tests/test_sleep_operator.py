@@ -81,7 +81,8 @@ PRECISION = [
     Case("K20-V40", T=33, dims=(20, 40), heads=(1, 2)),
     Case("K128-V128", T=130, heads=(1, 2), dims=(128, 128), options=GATED),
     Case("short", T=24, B=2, heads=(1, 2), dims=(64, 24), options=NEGATIVE),
-    Case("T75-K128", T=75, dims=(128, 32), options=GATED),
+    # The initial state's gradient has passed decays of e^-34, whose logarithms round by 2e-6.
+    Case("T75-K128", T=75, dims=(128, 32), options=GATED, amplification=2),
 ]
 
 

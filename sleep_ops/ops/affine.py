@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sleep_ops.ops.dispatch import choose_rule_impl, no_tokens, prepare_pass
-from sleep_ops.ops.precision import full_precision
+from sleep_ops.ops.precision import full_precision, product
 from sleep_ops.ops.rule import RuleOptions, check_states, check_tokens
 from sleep_ops.ops.small import flushed, least_of_map
 from sleep_ops.ops.windows import Windows
@@ -223,11 +223,11 @@ def _fixed_point(transition: Transition) -> Tensor:
 def _apply(transition: Transition, state: Tensor | None) -> Tensor:
     if state is None:
         return transition.R
-    return transition.P @ flushed(state) + transition.R
+    return product(transition.P, flushed(state)) + transition.R
 
 
 def _then(earlier: Transition, later: Transition) -> Transition:
-    return Transition(flushed(later.P @ earlier.P, least_of_map), _apply(later, earlier.R))
+    return Transition(flushed(product(later.P, earlier.P), least_of_map), _apply(later, earlier.R))
 
 
 def _power(transition: Transition, n: int) -> Transition:

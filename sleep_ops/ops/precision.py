@@ -28,3 +28,23 @@ def backward_in_full_precision(backward: Callable) -> Callable:
             return backward(ctx, *grads)
 
     return wrapped
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a @ b
+
+    @staticmethod
+    @backward_in_full_precision
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return grad @ b.mT, a.mT @ grad
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of matrices [..., I, J] and [..., J, K], in full precision also in a backward compiled inside autocast."""
+    if not torch.compiler.is_compiling():
+        return a @ b
+    return _Product.apply(a, b.view_as(b))  # another one where they are the same, which could not be compiled
