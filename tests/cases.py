@@ -9,18 +9,16 @@ import itertools
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from judge import outcome, within_two_times
 from torch import Tensor
-from yardstick import RoundedPass
 
-from sleep_ops.ops import dispatch
 from sleep_ops.ops.rule import RuleOptions
 from sleep_ops.reference import gated_delta_rule_reference
+from sleep_ops.verify.yardstick import RoundedPass, rounded_as_kernels
 
 NAMES = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
 GATED = {"use_qk_l2norm": True, "use_beta_sigmoid": True}
@@ -210,7 +208,7 @@ def check_two_times(
     """
     inputs = make_inputs(case, dtype, device)
     truth = evaluate(specification, case, inputs, torch.float64)
-    with mock.patch.object(dispatch, "TorchPass", RoundedPass):
+    with rounded_as_kernels():
         plain = evaluate(plain or single_pass(RoundedPass), case, inputs)
     results = evaluate(function, case, inputs)
     rounding = torch.finfo(dtype).eps * (8 * case.amplification if dtype == torch.float32 else 0.5)

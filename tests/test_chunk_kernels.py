@@ -4,7 +4,6 @@ import pytest
 import torch
 from cases import CASES, Case, check_two_times, evaluate, float16_is_slow, make_inputs, single_pass, slow_unless
 from judge import exact, relative_error
-from yardstick import RoundedPass
 
 from sleep_ops.kernels import chunk_prepare
 from sleep_ops.kernels.configs import chunk_config
@@ -14,6 +13,7 @@ from sleep_ops.ops.chunk_triton import TritonPass, _chunk_offsets, _num_chunks
 from sleep_ops.ops.launching import as_rows
 from sleep_ops.ops.rule import RuleOptions
 from sleep_ops.reference import gated_delta_rule_reference
+from sleep_ops.verify.yardstick import RoundedPass
 
 GATED = next(case for case in CASES if case.id == "grouped-gated")
 chunk_gated_delta_rule_triton = single_pass(TritonPass)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from cases import NEGATIVE, Case, arguments
 from judge import close, exact, identical, kept_bytes, leaves, outcome, relative_error
-from yardstick import RoundedPass
 
 from sleep_ops.ops import chunk_torch, dispatch
 from sleep_ops.ops.chunk_torch import TorchPass
@@ -15,6 +14,7 @@ from sleep_ops.ops.gated_delta_rule import gated_delta_rule, sleep_gated_delta_r
 from sleep_ops.ops.packed import SHORT, alike
 from sleep_ops.ops.rule import RuleOptions
 from sleep_ops.reference import gated_delta_rule_reference, log_decay
+from sleep_ops.verify.yardstick import RoundedPass
 
 CASES = [
     Case("one-token", T=1, B=2, dims=(8, 8)),

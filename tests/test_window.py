@@ -9,7 +9,6 @@ import torch
 from cases import CASES, GATED, NAMES, Case, arguments, check_two_times, evaluate, make_inputs, single_pass, slow_unless
 from judge import identical, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
-from yardstick import RoundedPass
 
 from sleep_ops.kernels.configs import single_chunk_config
 from sleep_ops.ops.chunk_triton import TritonPass, as_tokens
@@ -17,6 +16,7 @@ from sleep_ops.ops.gated_delta_rule import delta_rule_state, gated_delta_rule, s
 from sleep_ops.ops.rule import RuleOptions
 from sleep_ops.ops.single_chunk import _gates, single_chunk_pass
 from sleep_ops.reference import gated_delta_rule_reference
+from sleep_ops.verify.yardstick import RoundedPass
 
 WINDOWS = [
     *(Case(f"T{T}", T=T, B=2, heads=(2, 4)) for T in (1, 15, 16, 17, 24, 32)),

@@ -2,10 +2,10 @@
 
     python -m sleep_ops.verify.checks OUT [--device cpu] [--seconds 60] [--short]
 
-In 16 bits a kernel's error may be twice that of the PyTorch form in the same dtype, plus half a unit of rounding; in
-float32, and for the PyTorch form itself, it has a bound of its own. On CUDA the kernels run, on a CPU the PyTorch form,
-and with TRITON_INTERPRET=1, for a few of the cases, the kernels in Triton's interpreter; once, for that runs one
-program after another and can't race. Writes OUT/checks.csv.
+In 16 bits a kernel's error may be twice that of PyTorch with the same roundings (yardstick.py), plus half a unit of
+rounding; in float32, and for the PyTorch form itself, it has a bound of its own. On CUDA the kernels run, on a CPU the
+PyTorch form, and with TRITON_INTERPRET=1, for a few of the cases, the kernels in Triton's interpreter; once, for that
+runs one program after another and can't race. Writes OUT/checks.csv.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from sleep_ops.files import write_csv
 from sleep_ops.ops.dispatch import HAS_TRITON
 from sleep_ops.training.config import resolve_device
 from sleep_ops.verify.problems import Problem, problems
+from sleep_ops.verify.yardstick import rounded_as_kernels
 
 FILE = "checks.csv"
 COLUMNS = [*MACHINE, "operator", "case", "impl", "dtype", "result", "error", "allowed", "same_bits", "verdict"]
@@ -70,7 +71,10 @@ def check(problem: Problem, impl: str, name: str, device: torch.device) -> list[
     leaves = {n: x.to(device) for n, x in rounded.items()}
     found = evaluate(problem, impl, leaves, dtype)
     again = None if interpreted(impl, device) else evaluate(problem, impl, leaves, dtype)
-    plain = evaluate(problem, "torch", leaves, dtype) if impl == "triton" and name != "float32" else None
+    plain = None
+    if impl == "triton" and name != "float32":
+        with rounded_as_kernels():
+            plain = evaluate(problem, "torch", leaves, dtype)
     rows = []
     for result, exact in truth.items():
         error, allowed = relative_error(found[result], exact), ERROR_BOUNDS[name]

@@ -3,21 +3,34 @@
 Sums, gates, the inverse and the states are float32, as in the kernels; so are float32's own products.
 """
 
-import torch
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
+import torch
+from torch import Tensor
+
+from sleep_ops.ops import dispatch
 from sleep_ops.ops.chunk_torch import BatchPass, TorchPass
 
 
-def rounded(x, dtype):
+@contextmanager
+def rounded_as_kernels() -> Iterator[None]:
+    """Meanwhile every operator of the rule computes like this where it is given impl="torch"."""
+    with mock.patch.object(dispatch, "TorchPass", RoundedPass):
+        yield
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).to(x.dtype)
 
 
-class Product(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     """x y [..., m, n] of rounded operands, as are those of its gradients."""
 
     @staticmethod
     def forward(ctx, x, y, dtype):
-        x, y = rounded(x, dtype), rounded(y, dtype)
+        x, y = _rounded(x, dtype), _rounded(y, dtype)
         ctx.save_for_backward(x, y)
         ctx.dtype = dtype
         return x @ y
@@ -25,17 +38,17 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, y = ctx.saved_tensors
-        grad = rounded(grad, ctx.dtype)
+        grad = _rounded(grad, ctx.dtype)
         return grad @ y.mT, x.mT @ grad, None
 
 
-class Solution(torch.autograd.Function):
+class _Solution(torch.autograd.Function):
     """U = A X of L U = X, with A = L^-1 known: dX = A^T dU, dL = -dX U^T below the diagonal."""
 
     @staticmethod
     def forward(ctx, L, A, x, dtype):
-        A = rounded(A, dtype)
-        U = A @ rounded(x, dtype)
+        A = _rounded(A, dtype)
+        U = A @ _rounded(x, dtype)
         ctx.save_for_backward(A, U)
         ctx.dtype = dtype
         return U
@@ -43,8 +56,8 @@ class Solution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         A, U = ctx.saved_tensors
-        dX = A.mT @ rounded(grad, ctx.dtype)
-        return -(rounded(dX, ctx.dtype) @ rounded(U, ctx.dtype).mT).tril(-1), None, dX, None
+        dX = A.mT @ _rounded(grad, ctx.dtype)
+        return -(_rounded(dX, ctx.dtype) @ _rounded(U, ctx.dtype).mT).tril(-1), None, dX, None
 
 
 class RoundedBatch(BatchPass):
@@ -53,13 +66,14 @@ class RoundedBatch(BatchPass):
     def __init__(self, k, *others):
         self.dtype = k.dtype
         super().__init__(k, *others)
+        self.is_short = False  # replayed by maps of states, of rounded products too
 
     def _key(self, x):
         return super()._key(x).to(x.dtype)
 
     def _product(self, x, y):
         lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-        return Product.apply(x.expand(*lead, -1, -1), y.expand(*lead, -1, -1), self.dtype)
+        return _Product.apply(x.expand(*lead, -1, -1), y.expand(*lead, -1, -1), self.dtype)
 
     def _scan(self, q, v, state):
         n, N, R, _, V = v.shape
@@ -69,7 +83,7 @@ class RoundedBatch(BatchPass):
             k, G_exp, decay, U = self.k[i], self.G_exp[i], self.decay[i], self.beta[i] * v[i]
             if self.L is not None:
                 Y = v[i] - G_exp * self._product(k, S)
-                U = Solution.apply(self.L[i], self.A[i], self.beta[i] * Y, self.dtype)
+                U = _Solution.apply(self.L[i], self.A[i], self.beta[i] * Y, self.dtype)
             if q is not None:
                 P = decay * self._product(q[i], k.mT)
                 outputs.append(G_exp * self._product(q[i], S) + self._product(P, U))
