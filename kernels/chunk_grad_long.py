@@ -225,7 +225,8 @@ def chunk_grad_long_kernel(
     tl.debug_barrier()
     b_dq = tl.full([dims.C, dims.BK], 0.0, tl.float32)
     b_dk = tl.full([dims.C, dims.BK], 0.0, tl.float32)
-    for i_hv in range(first, last):
+    # Where values are one tile, Triton would pipeline this loop, and overwrite tiles that a product still reads.
+    for i_hv in tl.range(first, last, num_stages=1):
         chunk = Chunk(start, num_rows, i_h, i_hv, number0 + i_hv)
         b_dq, b_dk = keys_head(
             b_dq, b_dk, b_k, tokens, prepared, states, cotangents, values, gradients, chunk, scale, dims

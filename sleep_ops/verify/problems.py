@@ -133,7 +133,7 @@ SMALL = [
     *(Case(_SLEEP, f"N = {n}", T=40, options=_passes(n), interpreted=n == 4) for n in (1, 2, 3, 4)),
     Case(_SLEEP, "N = 4, windows of 40", T=100, gated=True, options=_passes(4, 40)),
     Case(_SLEEP, "N = 3, packed, Hebbian", lengths=PACKED, rule="hebbian", options=_passes(3)),
-    Case("segment_transition", "ragged", T=40, gated=True, interpreted=True),
+    Case("segment_transition", "ragged", T=40, heads=(2, 6), gated=True, interpreted=True),
     Case("delta_rule_state", "N = 3, windows of 24", T=40, options=_passes(3, 24), interpreted=True),
     Case("gated_delta_rule_step", "one token", T=1, B=3, gated=True, interpreted=True),
 ]

@@ -71,6 +71,13 @@ PASSES = [
         LONG,
         CHUNKS_OF_64,
     ),
+    Problem(
+        "long-chunks-hebbian-one-tile",
+        Case("h", T=130, dims=(32, 24), heads=(1, 2), rule="hebbian"),
+        LONG,
+        CHUNKS_OF_64,
+        quick=True,
+    ),
     Problem("single-chunk-K64-V64", gated(24, 64, 64, B=2), SINGLE_CHUNK, quick=True),
     Problem("single-chunk-K128-V128", gated(32, 128, 128, B=2), SINGLE_CHUNK),
     Problem("single-chunk-K60-V100", gated(29, 60, 100, B=2), SINGLE_CHUNK),
