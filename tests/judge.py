@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sleep_ops.verify.yardstick import plain_error
+
 VANISHING = 1e-19  # what on a CPU counts as zero, see sleep_ops/ops/small.py
 
 # Of tensors, and of dictionaries and sequences of them; a failure names the item.
@@ -64,7 +66,7 @@ def within_two_times(
     for name, value in results.items():
         assert value.shape == truth[name].shape and value.dtype == plain[name].dtype, name
         found, zero = error(value, truth[name]), VANISHING / (truth[name].norm().item() or torch.inf)
-        allowed = 2 * error(plain[name], truth[name]) + rounding + zero
+        allowed = 2 * plain_error(name, plain, truth, error) + rounding + zero
         if not found <= allowed:
             failures.append(f"{name}: error {found:.2e}, allowed {allowed:.2e}")
     assert not failures, "; ".join(failures)

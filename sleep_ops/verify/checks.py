@@ -25,7 +25,7 @@ from sleep_ops.files import write_csv
 from sleep_ops.ops.dispatch import HAS_TRITON
 from sleep_ops.training.config import resolve_device
 from sleep_ops.verify.problems import Problem, problems
-from sleep_ops.verify.yardstick import rounded_as_kernels
+from sleep_ops.verify.yardstick import plain_error, rounded_as_kernels
 
 FILE = "checks.csv"
 COLUMNS = [*MACHINE, "operator", "case", "impl", "dtype", "result", "error", "allowed", "same_bits", "verdict"]
@@ -80,7 +80,7 @@ def check(problem: Problem, impl: str, name: str, device: torch.device) -> list[
         error, allowed = relative_error(found[result], exact), ERROR_BOUNDS[name]
         same = "" if again is None else torch.equal(found[result], again[result])
         if plain is not None:
-            allowed = 2 * relative_error(plain[result], exact) + 0.5 * torch.finfo(dtype).eps
+            allowed = 2 * plain_error(result, plain, truth, relative_error) + 0.5 * torch.finfo(dtype).eps
         verdict = "right" if error <= allowed and same is not False else "WRONG"
         rows.append({"result": result, "error": error, "allowed": allowed, "same_bits": same, "verdict": verdict})
     return rows

@@ -3,7 +3,7 @@
 Sums, gates, the inverse and the states are float32, as in the kernels; so are float32's own products.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -19,6 +19,17 @@ def rounded_as_kernels() -> Iterator[None]:
     """Meanwhile every operator of the rule computes like this where it is given impl="torch"."""
     with mock.patch.object(dispatch, "TorchPass", RoundedPass):
         yield
+
+
+def plain_error(name: str, plain: dict[str, Tensor], truth: dict[str, Tensor], error: Callable) -> float:
+    """By how much the yardstick's result of that name errs, by error(x, truth).
+
+    A_log and dt_bias have few gradients, each a sum of what g gets over all tokens, in which errors may cancel by luck:
+    what counts is the largest of their errors and g's.
+    """
+    sums = ("dA_log", "ddt_bias")
+    names = [x for x in ("dg", *sums) if x in plain] if name in sums else [name]
+    return max(error(plain[x], truth[x]) for x in names)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -57,7 +68,21 @@ class _Solution(torch.autograd.Function):
     def backward(ctx, grad):
         A, U = ctx.saved_tensors
         dX = A.mT @ _rounded(grad, ctx.dtype)
-        return -(_rounded(dX, ctx.dtype) @ _rounded(U, ctx.dtype).mT).tril(-1), None, dX, None
+        dL = -(_rounded(dX, ctx.dtype) @ _rounded(U, ctx.dtype).mT).tril(-1)
+        return _rounded(dL, ctx.dtype), None, dX, None
+
+
+class _Weights(torch.autograd.Function):
+    """The weights QK as they are, with their gradient rounded: decays get theirs from that too, as from dL."""
+
+    @staticmethod
+    def forward(ctx, QK, dtype):
+        ctx.dtype = dtype
+        return QK.view_as(QK)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _rounded(grad, ctx.dtype), None
 
 
 class RoundedBatch(BatchPass):
@@ -85,8 +110,8 @@ class RoundedBatch(BatchPass):
                 Y = v[i] - G_exp * self._product(k, S)
                 U = _Solution.apply(self.L[i], self.A[i], self.beta[i] * Y, self.dtype)
             if q is not None:
-                P = decay * self._product(q[i], k.mT)
-                outputs.append(G_exp * self._product(q[i], S) + self._product(P, U))
+                QK = _Weights.apply(decay * self._product(q[i], k.mT), self.dtype)
+                outputs.append(G_exp * self._product(q[i], S) + self._product(QK, U))
             S = G_exp[..., -1:, :] * S + self._product(k.mT, decay[..., -1:, :].mT * U)
         return S if q is None else (torch.stack(outputs), S)
 
