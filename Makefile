@@ -25,6 +25,7 @@ test: $(VENV)/.installed lint
 test-all: $(VENV)/.installed lint
 	$(PYTEST)
 	$(PYTEST) tests/ptx
+	$(PYTEST) --emulated 90 -k 'bfloat16 and not torch' tests/test_chunk_kernels.py tests/test_window.py tests/test_sleep_operator.py
 
 gpu: $(VENV)/.installed
 	$(BIN)/sleep-ops verify --out runs/gpu

@@ -1,6 +1,7 @@
 """How Triton kernels run, decided here before anything imports Triton: on the GPU, else in Triton's interpreter.
 
 The tests of tests/ptx run what Triton compiles in an emulator instead, in a process of their own: pytest tests/ptx.
+With --emulated others do too, in bfloat16 as well: pytest --emulated 90 tests/test_chunk_kernels.py -k bfloat16.
 """
 
 import os
@@ -24,8 +25,14 @@ def _emulated(config) -> bool:
     return any(inside)
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--emulated", type=int, choices=(80, 90), help="kernels as compiled for sm_80 or sm_90, emulated")
+
+
 def pytest_configure(config) -> None:
-    if not (torch.cuda.is_available() or _emulated(config)):
+    if config.getoption("emulated") and torch.cuda.is_available():
+        raise pytest.UsageError("--emulated: expected no GPU")
+    if not (torch.cuda.is_available() or _emulated(config) or config.getoption("emulated")):
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -42,9 +49,23 @@ def device() -> str:
 @pytest.fixture(params=["float32", "float16", "bfloat16"])
 def dtype(request) -> torch.dtype:
     """Every dtype of the kernels; the interpreter's bfloat16 products are wrong, so that one needs a GPU."""
-    if request.param == "bfloat16" and not torch.cuda.is_available():
+    if request.param == "bfloat16" and not (torch.cuda.is_available() or request.config.getoption("emulated")):
         pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
     return getattr(torch, request.param)
+
+
+@pytest.fixture(autouse=True)
+def emulated_gpu(request):
+    """With --emulated impl="triton" runs kernels as compiled for a GPU, and nothing may be reported of them."""
+    arch = request.config.getoption("emulated")
+    if not arch:
+        yield
+        return
+    from ptx.emulation import check_silent, on_gpu
+
+    with on_gpu(arch) as emulator:
+        yield
+    check_silent(emulator)
 
 
 @pytest.fixture
