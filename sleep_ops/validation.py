@@ -58,7 +58,7 @@ def check_scale(scale: object) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int, device: torch.device) -> None:
-    """Check the borders of packed sequences, their values too where they are `_at_hand`."""
+    """Check the borders of packed sequences; their values only on the CPU and outside torch.compile."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         got = list(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise ValueError(f"cu_seqlens: expected a tensor [num_seqs + 1] with at least one sequence, got {got}")
@@ -68,23 +68,31 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int, device: torch.
         raise ValueError(f"cu_seqlens: expected device {device}, got {cu_seqlens.device}")
     if batch != 1:
         raise ValueError(f"cu_seqlens: expected a batch of B = 1 with packed sequences, got B = {batch}")
-    if not _at_hand(cu_seqlens):
+    borders = _values(cu_seqlens)
+    if borders is None:
         return
-    borders = cu_seqlens.tolist()
     if borders[0] != 0 or borders[-1] != tokens or any(a > b for a, b in zip(borders[:-1], borders[1:], strict=True)):
         raise ValueError(f"cu_seqlens: expected borders rising from 0 to T = {tokens}, got {borders}")
 
 
 def check_lengths(lengths: Tensor, batch: int, tokens: int, device: torch.device) -> None:
-    """Check the real tokens of right-padded rows, the numbers themselves too where they are `_at_hand`."""
+    """Check the real tokens of right-padded rows; their values only on the CPU and outside torch.compile."""
     check_tensor("lengths", lengths, (batch,), "[B]", device, (torch.int64,))
-    if _at_hand(lengths) and any(not 0 <= n <= tokens for n in lengths.tolist()):
-        raise ValueError(f"lengths: expected values from 0 to T = {tokens}, got {lengths.tolist()}")
+    values = _values(lengths)
+    if values is not None and any(not 0 <= n <= tokens for n in values):
+        raise ValueError(f"lengths: expected values from 0 to T = {tokens}, got {values}")
 
 
-def _at_hand(numbers: Tensor) -> bool:
-    """Whether reading them costs nothing: on the CPU, outside torch.compile, and not in forward mode (torch 2.9)."""
-    return numbers.device.type == "cpu" and not torch.compiler.is_compiling() and forward_ad._current_level < 0
+def _values(numbers: Tensor) -> list[int] | None:
+    """The numbers, or None where the host would have to wait for them, or can't read them."""
+    if torch.compiler.is_compiling() or numbers.device.type != "cpu":
+        return None
+    try:
+        return numbers.tolist()
+    except RuntimeError:
+        if forward_ad._current_level < 0:
+            raise
+        return None  # torch 2.9 in forward mode
 
 
 def check_heads(key_heads: int, value_heads: int) -> None:

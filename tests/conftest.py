@@ -16,7 +16,7 @@ EMULATED = TESTS / "ptx"
 sys.path.insert(0, str(TESTS))
 
 
-def _emulated(config) -> bool:
+def _only_compiled(config) -> bool:
     """Whether all tests asked for are those of tests/ptx; usage error where only some are."""
     places = [pathlib.Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
     inside = [place.resolve().is_relative_to(EMULATED) for place in places]
@@ -30,20 +30,20 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_configure(config) -> None:
-    if config.getoption("emulated") and torch.cuda.is_available():
-        raise pytest.UsageError("--emulated: expected no GPU")
-    if not (torch.cuda.is_available() or _emulated(config) or config.getoption("emulated")):
+    if config.getoption("emulated") and _only_compiled(config):
+        raise pytest.UsageError("--emulated: expected other tests than those of tests/ptx, which choose for themselves")
+    if not (torch.cuda.is_available() or _only_compiled(config) or config.getoption("emulated")):
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_ignore_collect(collection_path, config) -> bool | None:
-    return True if collection_path == EMULATED and not _emulated(config) else None
+    return True if collection_path == EMULATED and not _only_compiled(config) else None
 
 
 @pytest.fixture
-def device() -> str:
-    """Where kernels are tested: the GPU if there is one, else CPU tensors through the interpreter."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device(request) -> str:
+    """Where kernels are tested: the GPU if there is one, else CPU tensors through the interpreter or the emulator."""
+    return "cuda" if torch.cuda.is_available() and not request.config.getoption("emulated") else "cpu"
 
 
 @pytest.fixture(params=["float32", "float16", "bfloat16"])

@@ -232,7 +232,11 @@ def test_what_cannot_be_is_refused(tmp_path):
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     for wrong in (True, [1], {}, {"layers": [1], "heads": 2}):
         (tmp_path / "saved" / "config.json").write_text(json.dumps(config | {"fast_weights": wrong}))
-        with pytest.raises(ValueError, match="fast_weights: expected layers in the configuration.*num_heads"):
+        with pytest.raises(ValueError, match="fast_weights: expected in the configuration.*layers.*num_heads"):
+            load_model(tmp_path / "saved", window=8)
+    for wrong, name in (({"layers": "1"}, "layers"), ({"layers": [1], "num_heads": "x"}, "num_heads")):
+        (tmp_path / "saved" / "config.json").write_text(json.dumps(config | {"fast_weights": wrong}))
+        with pytest.raises(ValueError, match=f"{name}: expected"):
             load_model(tmp_path / "saved", window=8)
 
     config = json.loads((folders["qwen3_5"] / "config.json").read_text())

@@ -30,7 +30,7 @@ def test_same_logits_and_gradients(family):
     torch.testing.assert_close(own_logits, logits, rtol=1e-4, atol=1e-4)
     assert own_grads.keys() == grads.keys()
     for name in grads:
-        # Where decays are strong theirs of g err by about 1e-5.
+        # transformers' own gradients of A_log err by up to 1.2e-7 in a head of strong decays (float32; torch 2.9).
         scale = grads[name].abs().max().item()
         torch.testing.assert_close(own_grads[name], grads[name], rtol=1e-3, atol=1e-4 * scale + 2e-7, msg=name)
 

@@ -275,6 +275,20 @@ def test_forward_mode_is_refused(operator):
             derivative(x.detach())
 
 
+def test_borders_are_checked_in_forward_mode():
+    operator = OPERATORS["packed"]
+
+    def wrong(v):
+        options = {"impl": "reference", "cu_seqlens": torch.tensor([0, 5, 3, 22], device=DEVICE)}
+        return operator(v=v, **options)[0]
+
+    v = operator.tensors["v"].detach()
+    with pytest.raises(
+        (ValueError, RuntimeError), match="cu_seqlens: expected borders|Cannot access data"
+    ):  # torch 2.9
+        torch.func.jvp(wrong, (v,), (v,))
+
+
 @each(PLAIN[:-1])
 def test_forward_mode_is_right(operator):
     for name, x in operator.tensors.items():

@@ -293,7 +293,7 @@ def test_kernels_are_checked_in_the_interpreter(operator, dtype):
     assert {row["verdict"] for row in rows} == {"right"} and {row["same_bits"] for row in rows} == {""}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's work")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter's work")
 def test_every_operator_is_right_in_the_interpreter(tmp_path):
     assert checks.run(tmp_path, "cpu")
     rows = read(tmp_path / checks.FILE)

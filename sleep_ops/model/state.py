@@ -43,9 +43,9 @@ class SleepState(NamedTuple):
     padded: Lengths
 
     def changed(self, **parts) -> "SleepState":
-        """The same state, but for these parts of it.
+        """The same state, but for these parts of it; TypeError for a name it hasn't.
 
-        As `_replace` does; what that makes torch.compile can't hand out, up to torch 2.11.
+        For `_replace`, whose result torch.compile can't return up to torch 2.11.
         """
         return SleepState(**self._asdict() | parts)
 

@@ -44,7 +44,7 @@ class _Product(torch.autograd.Function):
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices [..., I, J] and [..., J, K], in full precision also in a backward compiled inside autocast."""
+    """a @ b of [..., I, J] and [..., J, K], as many dims before; compiled inside autocast its gradient is exact too."""
     if not torch.compiler.is_compiling():
         return a @ b
-    return _Product.apply(a, b.view_as(b))  # another one where they are the same, which could not be compiled
+    return _Product.apply(a, b.view_as(b))  # a view: torch.compile takes no tensor twice, as in squares

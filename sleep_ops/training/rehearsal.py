@@ -39,7 +39,7 @@ from sleep_ops.training.stages import Stages
 from sleep_ops.training.steps import Steps
 
 if not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "Meta"):
-    # Torch 2.9 knows collectives of tensors without values only then.
+    # Which gives torch 2.9 the collectives of tensors without values.
     import torch.distributed._tools.fake_collectives  # noqa: F401
 
 _aten = torch.ops.aten

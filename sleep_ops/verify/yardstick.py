@@ -91,7 +91,7 @@ class RoundedBatch(BatchPass):
     def __init__(self, k, *others):
         self.dtype = k.dtype
         super().__init__(k, *others)
-        self.is_short = False  # replayed by maps of states, of rounded products too
+        self.is_short = False  # so that sleeps are made of rounded passes: short_windows.py rounds nothing
 
     def _key(self, x):
         return super()._key(x).to(x.dtype)

@@ -81,6 +81,7 @@ def insert_remembered(model: PreTrainedModel) -> bool:
         return False
     names = list(inspect.signature(insert_fast_weights).parameters)[1:]
     fits = isinstance(saved, dict) and "layers" in saved and saved.keys() <= set(names)
-    expect(fits, "fast_weights", f"layers in the configuration, and if any {', '.join(names[1:])}", saved)
+    expected = f"in the configuration a dictionary with layers, and optionally {', '.join(names[1:])}"
+    expect(fits, "fast_weights", expected, saved)
     insert_fast_weights(model, **saved)
     return True
