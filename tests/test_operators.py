@@ -279,7 +279,7 @@ def test_borders_are_checked_in_forward_mode():
     operator = OPERATORS["packed"]
 
     def wrong(v):
-        options = {"impl": "reference", "cu_seqlens": torch.tensor([0, 5, 3, 22], device=DEVICE)}
+        options = {"impl": "reference", "cu_seqlens": torch.tensor([0, 5, 3, 22, 22], device=DEVICE)}
         return operator(v=v, **options)[0]
 
     v = operator.tensors["v"].detach()
