@@ -275,17 +275,16 @@ def test_forward_mode_is_refused(operator):
             derivative(x.detach())
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on the CPU alone")
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.9 can't read them in forward mode; 2.11 can")
 def test_borders_are_checked_in_forward_mode():
     operator = OPERATORS["packed"]
 
     def wrong(v):
-        options = {"impl": "reference", "cu_seqlens": torch.tensor([0, 5, 3, 22, 22], device=DEVICE)}
-        return operator(v=v, **options)[0]
+        return operator(v=v, impl="reference", cu_seqlens=torch.tensor([0, 5, 3, 22, 22]))[0]
 
     v = operator.tensors["v"].detach()
-    with pytest.raises(
-        (ValueError, RuntimeError), match="cu_seqlens: expected borders|Cannot access data"
-    ):  # torch 2.9
+    with pytest.raises(ValueError, match="cu_seqlens: expected borders"):
         torch.func.jvp(wrong, (v,), (v,))
 
 

@@ -45,7 +45,7 @@ class SleepState(NamedTuple):
     def changed(self, **parts) -> "SleepState":
         """The same state, but for these parts of it; TypeError for a name it hasn't.
 
-        For `_replace`, whose result torch.compile can't return up to torch 2.11.
+        In place of `_replace`, whose result torch.compile can't return up to torch 2.11.
         """
         return SleepState(**self._asdict() | parts)
 
